@@ -1,0 +1,126 @@
+"""The small SDXL-form model of the shapes world: its configuration, and where its shipped weights are.
+
+The folder is an ordinary `StableDiffusionXLPipeline` folder with the adapter in the subfolder `gligen_adapter`:
+
+    StableDiffusionXLGLIGENPipeline.from_pretrained("shapes")
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .world import PICTURE_SIZE, vocabulary
+
+LATENT_SIZE = PICTURE_SIZE // 8
+LATENT_CHANNELS = 8
+TEXT_WIDTH = 64
+MAX_TOKENS = 48  # four objects with size and place, and the ground
+
+
+def model_folder() -> Path:
+    """The folder of the embedded model, inside the installed package."""
+    folder = Path(__file__).parent / "weights"
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"the embedded shapes model is missing ({folder} has no model_index.json): reinstall gligen-xl, "
+            "or make the model with `gligen-xl shapes build`"
+        )
+    return folder
+
+
+def new_vae() -> AutoencoderKL:
+    """Pictures (3, 64, 64) in -1..1 to latents (8, 8, 8); without attention, as every cell is decided locally."""
+    channels = (16, 32, 64, 96)
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        sample_size=PICTURE_SIZE,
+        force_upcast=False,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """SDXL's form in small: size conditioning, linear projections, more transformer layers in the deeper level."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(80, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),  # as in SDXL's configuration, this is the number of heads
+        cross_attention_dim=2 * TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 16,
+        norm_num_groups=16,
+    )
+
+
+def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Two text encoders of three layers each; SDXL reads the output of the last but one."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config), CLIPTextModelWithProjection(config)
+
+
+def new_scheduler() -> EulerDiscreteScheduler:
+    """SDXL's schedule, ended nearer to pure noise: small flat pictures survive a signal of 7 %."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.02,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+def new_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer that holds each word of the world as one token and spells every other out in letters.
+
+    Its files are written to `folder`.
+    """
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789,.!?'-")
+    vocabulary_: dict[str, int] = {}
+    merges: list[str] = []
+    for token in [*letters, *(f"{letter}</w>" for letter in letters)]:
+        vocabulary_[token] = len(vocabulary_)
+    for word in vocabulary():
+        left = word[0]
+        for k, letter in enumerate(word[1:], start=2):
+            right = letter if k < len(word) else f"{letter}</w>"
+            if left + right not in vocabulary_:
+                vocabulary_[left + right] = len(vocabulary_)
+                merges.append(f"{left} {right}")
+            left += right
+    for token in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary_[token] = len(vocabulary_)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary_))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS
+    ).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)

@@ -1,0 +1,102 @@
+"""Checkpoints: a folder of safetensors files and a `state.json`, there whole or not at all.
+
+    runs/mine/checkpoint-00012000/
+      adapter.safetensors  ema.safetensors  optimizer.safetensors  state.json
+
+The number in the name is the run's position: samples seen. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files import read_json, whole_folder, write_json
+
+_NAME = re.compile(r"checkpoint-(\d{8,})")
+
+
+def save_checkpoint(
+    root: str | Path, position: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write `root/checkpoint-{position}` and remove all but the newest `keep`.
+
+    Args:
+        tensors: one safetensors file per entry, named by its key.
+        state: what `state.json` holds beside the position and the files' checksums; must be JSON.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least the newest checkpoint has to stay")
+    target = Path(root) / f"checkpoint-{position:08d}"
+    with whole_folder(target) as folder:
+        checksums = {}
+        for name, group in tensors.items():
+            file = folder / f"{name}.safetensors"
+            save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
+            checksums[file.name] = _checksum(file)
+        write_json(folder / "state.json", {**state, "position": position, "sha256": checksums})
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(root: str | Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    root = Path(root)
+    found = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by file and the state of one checkpoint, every file checked against its recorded checksum."""
+    path = Path(path)
+    if not (path / "state.json").is_file():
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json")
+    state = read_json(path / "state.json")
+    tensors = {}
+    for name, expected in state["sha256"].items():
+        file = path / name
+        if not file.is_file():
+            raise FileNotFoundError(f"checkpoint {path} lacks {name}; remove the folder to resume from the one before")
+        if _checksum(file) != expected:
+            raise ValueError(f"{file} is damaged (its checksum differs); remove {path} to resume from the one before")
+        try:
+            tensors[file.stem] = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    return tensors, state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat named tensors: "<parameter index>.<name>"."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, for the same parameters in the same order."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
