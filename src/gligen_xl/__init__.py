@@ -1,3 +1,26 @@
-"""gligen-xl: put objects where you draw them."""
+"""gligen-xl: put objects where you draw them.
+
+    from gligen_xl import StableDiffusionXLGLIGENPipeline
+
+Names are imported when they are first used, so that `import gligen_xl` and the command line start at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import AdapterConfig
+    from .layout import Layout
+    from .pipelines import StableDiffusionXLGLIGENPipeline
 
 __version__ = "0.1.0"
+
+_HOMES = {"AdapterConfig": ".adapter", "Layout": ".layout", "StableDiffusionXLGLIGENPipeline": ".pipelines"}
+
+__all__ = ["AdapterConfig", "Layout", "StableDiffusionXLGLIGENPipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

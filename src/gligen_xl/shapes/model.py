@@ -15,8 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from .world import PICTURE_SIZE, vocabulary
 
-LATENT_SIZE = PICTURE_SIZE // 8
-LATENT_CHANNELS = 8
+LATENT_SIZE = PICTURE_SIZE // 4
 TEXT_WIDTH = 64
 MAX_TOKENS = 48  # four objects with size and place, and the ground
 
@@ -33,15 +32,15 @@ def model_folder() -> Path:
 
 
 def new_vae() -> AutoencoderKL:
-    """Pictures (3, 64, 64) in -1..1 to latents (8, 8, 8); without attention, as every cell is decided locally."""
-    channels = (16, 32, 64, 96)
+    """Pictures (3, 64, 64) in -1..1 to latents (4, 16, 16); without attention, as every cell is decided locally."""
+    channels = (16, 32, 64)
     return AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
+        latent_channels=4,
+        norm_num_groups=2,
         mid_block_add_attention=False,
         sample_size=PICTURE_SIZE,
         force_upcast=False,
@@ -52,14 +51,12 @@ def new_unet() -> UNet2DConditionModel:
     """SDXL's form in small: size conditioning, linear projections, more transformer layers in the deeper level."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(80, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),  # as in SDXL's configuration, this is the number of heads
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 2, 3),  # as in SDXL's configuration, this is the number of heads
         cross_attention_dim=2 * TEXT_WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",

@@ -183,7 +183,7 @@ def _background(scene: Scene, size: int) -> np.ndarray:
 
 # Words --------------------------------------------------------------------------------------------------------------
 
-_PLACES = {
+PLACES = {
     (0, 0): "at the top left", (1, 0): "at the top", (2, 0): "at the top right",
     (0, 1): "on the left", (1, 1): "in the middle", (2, 1): "on the right",
     (0, 2): "at the bottom left", (1, 2): "at the bottom", (2, 2): "at the bottom right",
@@ -201,7 +201,7 @@ _TEMPLATES = (
 def place(box: tuple[float, float, float, float]) -> str:
     """Where the centre of a box lies, in words, by thirds of the picture."""
     column, row = (min(int((box[k] + box[k + 2]) / 2 * 3), 2) for k in (0, 1))
-    return _PLACES[column, row]
+    return PLACES[column, row]
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, places: bool) -> str:
@@ -222,7 +222,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, places: bool) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that captions and phrases of this world can hold, sorted."""
-    text = " ".join([*_TEMPLATES, *_PLACES.values(), *_GROUNDS.values(), *COLOURS, *SHAPES, "small medium large the ,"])
+    text = " ".join([*_TEMPLATES, *PLACES.values(), *_GROUNDS.values(), *COLOURS, *SHAPES, "small medium large the ,"])
     return sorted(set(text.replace("{objects}", "").replace("{ground}", "").split()))
 
 

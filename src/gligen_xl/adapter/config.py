@@ -1,0 +1,54 @@
+"""The configuration of an adapter: everything that its weights alone do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Shape and form of an adapter.
+
+    Args:
+        cross_attention_dim: width of a grounding token, that of the U-Net's text (SDXL 2048, SD 1.x 768).
+        phrase_dim: width of a phrase embedding (SDXL 768 + 1280, SD 1.x 768).
+        slots: grounding tokens a picture. Empty ones are learned nulls that are attended to, so the number is part of
+            the model; published weights are trained with 32 and used with 30.
+        every: a fuser on every k-th transformer block; 1, on all, is the published form.
+        grounding_logit_bias: added to the logits of the grounding tokens in the fusers' attention. A fresh fuser
+            spreads its attention over thousands of visual tokens; a bias gives grounding a real share from the start.
+            0 is the published form.
+    """
+
+    cross_attention_dim: int
+    phrase_dim: int
+    slots: int = 30
+    every: int = 1
+    grounding_logit_bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("cross_attention_dim", "phrase_dim", "slots", "every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a positive integer")
+        if not isinstance(self.grounding_logit_bias, int | float) or not abs(self.grounding_logit_bias) < 100:
+            raise ValueError(f"grounding_logit_bias is {self.grounding_logit_bias!r}; expected a moderate number")
+
+    @property
+    def published_form(self) -> bool:
+        """Whether a U-Net of diffusers with `attention_type="gated"` computes the same."""
+        return self.every == 1 and self.grounding_logit_bias == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown adapter settings {unknown}; this version knows {sorted(known)}")
+        if missing := sorted({"cross_attention_dim", "phrase_dim"} - set(values)):
+            raise ValueError(f"adapter settings {missing} are missing")
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""Training data: shards of latents with their table, sample order, and batches."""

@@ -1,0 +1,147 @@
+"""Shards: latents and their table, as a pair of files with one latent shape (format version 1, see docs).
+
+    NAME.safetensors   latents float16 (N, C, h, w), already scaled; header metadata says how they were made
+    NAME.parquet       row i describes latents[i]
+
+Reading maps the latents into memory, so a shard of any size costs a process only the pages that it touches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+from ..files import whole_file
+
+FORMAT, VERSION = "gligen-xl-shard", "1"
+
+TABLE = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("caption", pa.string()),
+        ("boxes", pa.list_(pa.list_(pa.float32(), 4))),
+        ("scores", pa.list_(pa.float32())),
+        ("phrases", pa.list_(pa.string())),
+        ("original_height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("crop_top", pa.int32()),
+        ("crop_left", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is known of one picture. Boxes are xyxy, 0-1, in the picture that the latents show; sizes in pixels."""
+
+    image_id: str
+    caption: str
+    boxes: list[tuple[float, float, float, float]]
+    scores: list[float]
+    phrases: list[str]
+    original_height: int
+    original_width: int
+    crop_top: int = 0
+    crop_left: int = 0
+
+
+def write_shard(stem: str | Path, latents: np.ndarray, rows: Iterable[Row], metadata: Mapping[str, str]) -> None:
+    """Write `stem`.safetensors and `stem`.parquet, each whole or not at all, latents first.
+
+    Args:
+        latents: (N, C, h, w) float16, finite.
+        metadata: resolution, vae, scaling_factor.
+    """
+    stem, rows = Path(stem), list(rows)
+    if latents.ndim != 4 or latents.dtype != np.float16:
+        raise ValueError(f"latents are {latents.dtype} {latents.shape}; expected float16 (N, C, h, w)")
+    if len(latents) != len(rows):
+        raise ValueError(f"{len(latents)} latents but {len(rows)} rows; each picture needs both")
+    if not np.isfinite(latents).all():
+        raise ValueError(f"latents of row {int(np.argwhere(~np.isfinite(latents))[0, 0])} hold NaN or infinity")
+    columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
+    table = pa.table(columns, schema=TABLE)
+    with whole_file(stem.with_name(stem.name + ".safetensors")) as partial:
+        header = {"format": FORMAT, "version": VERSION, **metadata}
+        save_file({"latents": np.ascontiguousarray(latents)}, partial, metadata=header)
+    with whole_file(stem.with_name(stem.name + ".parquet")) as partial:
+        pq.write_table(table, partial)
+
+
+class Shard:
+    """One pair of files, open for reading by row."""
+
+    def __init__(self, stem: str | Path):
+        self.stem = Path(stem)
+        latents_file = self.stem.with_name(self.stem.name + ".safetensors")
+        table_file = self.stem.with_name(self.stem.name + ".parquet")
+        for file in (latents_file, table_file):
+            if not file.is_file():
+                raise FileNotFoundError(f"shard {self.stem} lacks {file.name}")
+        self.metadata, self.latents = _map_latents(latents_file)
+        try:
+            table = pq.read_table(table_file, memory_map=True).combine_chunks()
+        except pa.ArrowException as error:
+            raise ValueError(f"{table_file} is not a readable parquet file: {error}") from error
+        if missing := set(TABLE.names) - set(table.column_names):
+            raise ValueError(f"{table_file} lacks the columns {sorted(missing)}")
+        if len(table) != len(self.latents):
+            raise ValueError(f"shard {self.stem}: {len(self.latents)} latents but {len(table)} rows in the table")
+        self._table = table.select(TABLE.names)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.latents.shape[1:]
+
+    def row(self, index: int) -> Row:
+        return Row(**self._table.slice(index, 1).to_pylist()[0])
+
+    def rows(self, *columns: str) -> list[dict[str, Any]]:
+        """Some columns of every row."""
+        return self._table.select(columns).to_pylist()
+
+
+def find_shards(folder: str | Path) -> list[Shard]:
+    """Every shard of a folder, by name. Pairs are complete: a lone file is an error that names it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder of shards")
+    stems = sorted({path.with_suffix("") for path in folder.iterdir() if path.suffix in (".safetensors", ".parquet")})
+    if not stems:
+        raise FileNotFoundError(f"{folder} holds no shards (NAME.safetensors with NAME.parquet)")
+    return [Shard(stem) for stem in stems]
+
+
+def _map_latents(path: Path) -> tuple[dict[str, str], np.ndarray]:
+    """Header metadata and the memory-mapped latents. The map is four times faster at random than reading slices."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise ValueError(f"{path} is not a safetensors file, or only part of one")
+        try:
+            header = json.loads(file.read(length))
+            entry, metadata = header["latents"], header["__metadata__"]
+            begin, end = entry["data_offsets"]
+            kind, shape = entry["dtype"], tuple(entry["shape"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} has no latents with metadata in its header: {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        got = f"{metadata.get('format')} version {metadata.get('version')}"
+        raise ValueError(f"{path} is {got}; this program reads {FORMAT} version {VERSION}")
+    if kind != "F16" or len(shape) != 4 or end - begin != 2 * int(np.prod(shape)):
+        raise ValueError(f"{path} holds latents {kind} {shape}; expected F16 (N, C, h, w)")
+    if 8 + length + end > size:
+        raise ValueError(f"{path} is cut short: {size} bytes, its header asks for {8 + length + end}")
+    return metadata, np.memmap(path, np.float16, mode="r", offset=8 + length + begin, shape=shape)

@@ -1,0 +1,235 @@
+"""A layout: what stands where in one picture. Phrases, their boxes, and the prompt that goes with them.
+
+    layout = Layout(prompt="grass with a red circle", phrases=["a red circle"], boxes=[[0.1, 0.6, 0.3, 0.8]])
+
+Boxes inside the program are xyxy, 0-1, relative to the picture that the model sees, (0, 0) at the top left. Other
+conventions are converted where they enter, with the functions below.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .files import whole_file
+
+Box = tuple[float, float, float, float]
+
+TOLERANCE = 0.005  # a box may overstep the picture by this much, from rounding, and is then clipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Phrases and boxes of one picture; valid by construction.
+
+    Args:
+        prompt: describes the whole picture.
+        phrases: one a box.
+        boxes: (x0, y0, x1, y1) each, 0-1.
+        negative_prompt, seed, width, height: generation settings of this picture, where it has its own. Pixels.
+        id: a name for files and reports.
+
+    Raises:
+        ValueError: for anything that cannot be drawn; it names the item, what it is, and what it should be.
+    """
+
+    prompt: str = ""
+    phrases: Sequence[str] = ()
+    boxes: Sequence[Sequence[float]] = ()
+    negative_prompt: str | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt is {self.prompt!r}; expected a string")
+        for name, kinds in (("negative_prompt", str), ("id", str), ("seed", int), ("width", int), ("height", int)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise ValueError(f"{name} is {value!r}; expected {kinds.__name__}")
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected a positive number of pixels")
+        phrases, boxes = validate(self.phrases, self.boxes)
+        object.__setattr__(self, "phrases", phrases)
+        object.__setattr__(self, "boxes", boxes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; settings that are not set are left out."""
+        values: dict[str, Any] = {"prompt": self.prompt, "phrases": list(self.phrases)}
+        values["boxes"] = [list(box) for box in self.boxes]
+        optional = {name: getattr(self, name) for name in ("negative_prompt", "seed", "width", "height", "id")}
+        return values | {name: value for name, value in optional.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Layout:
+        """The inverse of `to_dict`; unknown keys are refused."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a layout is a JSON object with prompt, phrases and boxes; got {_short(values)}")
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"unknown keys {unknown} in a layout; it may have {', '.join(known)}")
+        return cls(**values)
+
+
+# Validation ---------------------------------------------------------------------------------------------------------
+
+
+def validate(phrases: Any, boxes: Any) -> tuple[tuple[str, ...], tuple[Box, ...]]:
+    """Phrases and boxes of one picture, checked against each other."""
+    checked_phrases, checked_boxes = validate_phrases(phrases), validate_boxes(boxes)
+    if len(checked_phrases) != len(checked_boxes):
+        raise ValueError(
+            f"{len(checked_phrases)} phrases but {len(checked_boxes)} boxes; give one box (x0, y0, x1, y1) a phrase"
+        )
+    return checked_phrases, checked_boxes
+
+
+def validate_phrases(phrases: Any) -> tuple[str, ...]:
+    if isinstance(phrases, str):
+        raise ValueError(f"phrases is the string {phrases!r}; expected a list of strings: [{phrases!r}]")
+    if not isinstance(phrases, Iterable):
+        raise ValueError(f"phrases is {_short(phrases)}; expected a list of strings")
+    phrases = tuple(phrases)
+    for k, phrase in enumerate(phrases):
+        if not isinstance(phrase, str):
+            raise ValueError(f"phrases[{k}] is {_short(phrase)}; expected a string")
+        if not phrase.strip():
+            raise ValueError(f"phrases[{k}] is empty; say what should stand in box {k}")
+    return phrases
+
+
+def validate_boxes(boxes: Any) -> tuple[Box, ...]:
+    """Boxes as tuples of four floats within 0-1; those that overstep by rounding are clipped."""
+    if isinstance(boxes, str) or not isinstance(boxes, Iterable):
+        raise ValueError(f"boxes is {_short(boxes)}; expected a list of [x0, y0, x1, y1]")
+    boxes = list(boxes)
+    if len(boxes) == 4 and all(_is_number(value) for value in boxes):
+        raise ValueError(f"boxes is one bare box {_short(boxes)}; expected a list of boxes: [{_short(boxes)}]")
+    return tuple(_validate_box(k, box) for k, box in enumerate(boxes))
+
+
+def _validate_box(k: int, box: Any) -> Box:
+    if isinstance(box, str) or not isinstance(box, Iterable):
+        raise ValueError(f"boxes[{k}] is {_short(box)}; expected [x0, y0, x1, y1]")
+    values = list(box)
+    if len(values) != 4:
+        raise ValueError(f"boxes[{k}] is {_short(values)}, of {len(values)} items; expected [x0, y0, x1, y1]")
+    if not all(_is_number(value) for value in values):
+        raise ValueError(f"boxes[{k}] is {_short(values)}; expected four numbers")
+    x0, y0, x1, y1 = (float(value) for value in values)
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ValueError(f"boxes[{k}] is {_short(values)}; expected finite numbers")
+    if max(x0, y0, x1, y1) > 2:
+        raise ValueError(
+            f"boxes[{k}] is {_short(values)}, which looks like pixels; divide x by the picture's width and y by its "
+            "height, so that all lie in 0-1"
+        )
+    if min(x0, y0, x1, y1) < -TOLERANCE or max(x0, y0, x1, y1) > 1 + TOLERANCE:
+        raise ValueError(f"boxes[{k}] is {_short(values)}, outside the picture; expected 0 <= x, y <= 1")
+    x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) for value in (x0, y0, x1, y1))
+    if x1 <= x0 or y1 <= y0:
+        what = "reversed" if x1 < x0 or y1 < y0 else "empty"
+        raise ValueError(
+            f"boxes[{k}] is {_short(values)}, which is {what}; expected x0 < x1 and y0 < y1 "
+            "(corners, not width and height)"
+        )
+    return x0, y0, x1, y1
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool | np.bool_) or isinstance(value, str | bytes):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def read_layouts(path: str | Path) -> list[Layout]:
+    """Layouts of a file: a JSON object, a JSON list, or one JSON object a line (JSONL).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: names the file and the line or item that is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no layout file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error}") from error
+    try:
+        whole = json.loads(text)
+        items = whole if isinstance(whole, list) else [whole]
+        entries = [(f"item {k}", item) for k, item in enumerate(items)] if isinstance(whole, list) else [("", whole)]
+    except json.JSONDecodeError as whole_error:
+        entries = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                try:
+                    entries.append((f"line {number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    # A broken file of one object is not JSONL: then the error of the whole is the telling one.
+                    shown = f"line {number}: {error}" if entries else str(whole_error)
+                    raise ValueError(f"{path} is neither JSON nor JSONL: {shown}") from error
+    if not entries:
+        raise ValueError(f"{path} holds no layouts")
+    layouts = []
+    for where, item in entries:
+        try:
+            layouts.append(Layout.from_dict(item))
+        except ValueError as error:
+            raise ValueError(f"{path}{', ' if where else ''}{where}: {error}") from error
+    return layouts
+
+
+def write_layouts(path: str | Path, layouts: Iterable[Layout]) -> None:
+    """One JSON object a line."""
+    with whole_file(path) as partial:
+        lines = [json.dumps(layout.to_dict(), ensure_ascii=False) for layout in layouts]
+        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+# Geometry -----------------------------------------------------------------------------------------------------------
+
+
+def xyxy_from_cxcywh(boxes: np.ndarray) -> np.ndarray:
+    """(..., 4) centre and size -> corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return np.concatenate([centre - half, centre + half], axis=-1)
+
+
+def xyxy_from_xywh(boxes: np.ndarray) -> np.ndarray:
+    """(..., 4) corner and size -> corners."""
+    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of every pair: (n, 4) and (m, 4), xyxy -> (n, m)."""
+    a, b = np.asarray(a, np.float64).reshape(-1, 4), np.asarray(b, np.float64).reshape(-1, 4)
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = np.clip(high - low, 0, None).prod(-1)
+    area_a, area_b = ((box[:, 2:] - box[:, :2]).prod(-1) for box in (a, b))
+    union = area_a[:, None] + area_b[None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)

@@ -1,0 +1,41 @@
+"""Scheduled sampling (GLIGEN, section 3.3): grounding is on for the first steps, where the layout is decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GroundingSchedule:
+    """Shares of the denoising steps with grounding fully on, then fading linearly; the rest are without."""
+
+    on: float
+    decay: float = 0.0
+
+    @classmethod
+    def parse(cls, beta: float | Sequence[float]) -> GroundingSchedule:
+        """From `gligen_scheduled_sampling_beta`: the share that is on, or the triple (on, decay, off) of GLIGEN."""
+        numbers = [beta] if isinstance(beta, int | float) else list(beta) if not isinstance(beta, str) else []
+        if len(numbers) not in (1, 3) or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+            raise ValueError(
+                f"gligen_scheduled_sampling_beta is {beta!r}; expected a number or a triple (on, decay, off)"
+            )
+        if not all(0 <= x <= 1 for x in numbers):
+            raise ValueError(f"gligen_scheduled_sampling_beta is {beta!r}; expected shares of the steps, 0 to 1")
+        if len(numbers) == 1:
+            return cls(float(numbers[0]))
+        if abs(sum(numbers) - 1) > 1e-6:
+            raise ValueError(f"gligen_scheduled_sampling_beta is {beta!r}; its three shares must sum to 1")
+        return cls(float(numbers[0]), float(numbers[1]))
+
+    def scale(self, step: int, num_steps: int) -> float:
+        """What the gates are multiplied with at `step` of `num_steps`: 1 on, 0 off."""
+        num_on = int(self.on * num_steps + 1e-6)
+        num_decay = int(self.decay * num_steps + 1e-6)
+        if step < num_on:
+            return 1.0
+        if step < num_on + num_decay:
+            return 1 - (step - num_on + 1) / num_decay
+        return 0.0
