@@ -23,14 +23,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         _flush(partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """As `whole_file`, for a folder; one that stood there before is replaced."""
+    """As `whole_file`, for a folder. One that stood there before is moved aside until the new one is in its place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -43,11 +43,11 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
                 _flush(file)
         if path.exists():
             former = path.with_name(f".{path.name}.{os.getpid()}.former")
-            os.replace(path, former)
-            os.replace(partial, path)
+            path.replace(former)
+            partial.replace(path)
             shutil.rmtree(former)
         else:
-            os.replace(partial, path)
+            partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -59,6 +59,8 @@ class Layout:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected a positive number of pixels")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; expected 0 to 2**63 - 1")
         phrases, boxes = validate(self.phrases, self.boxes)
         object.__setattr__(self, "phrases", phrases)
         object.__setattr__(self, "boxes", boxes)
@@ -147,7 +149,7 @@ def _validate_box(k: int, box: Any) -> Box:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool | np.bool_) or isinstance(value, str | bytes):
+    if isinstance(value, bool | np.bool_ | str | bytes):
         return False
     try:
         float(value)

@@ -6,6 +6,8 @@ code that walks a U-Net for diffusers' attention (IP-Adapter, LoRA, attention pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
@@ -23,6 +25,7 @@ class FuserAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.grounding_logit_bias = grounding_logit_bias
+        self.observer: Callable[[Tensor], None] | None = None  # is shown the grounding logits, (B, heads, L, N)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
@@ -38,6 +41,8 @@ class FuserAttention(nn.Module):
                 (self.to_v, tokens),
             )
         )
+        if self.observer is not None:
+            self.observer(query @ key[:, :, num_visual:].transpose(-1, -2) * query.shape[-1] ** -0.5)
         bias = None
         if self.grounding_logit_bias:
             bias = query.new_zeros(tokens.shape[1])

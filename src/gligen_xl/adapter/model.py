@@ -36,6 +36,7 @@ FORMAT, VERSION = "gligen-xl-adapter", 1
 class _Attachment:
     config: AdapterConfig
     former_attention_type: str
+    about: Mapping[str, Any]  # what its file says beside its form: base model, training
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,18 @@ def adapter_config(unet: nn.Module) -> AdapterConfig:
     return unet.__dict__["_gligen"].config
 
 
-def attach(unet: UNet2DConditionModel, config: AdapterConfig, *, dtype: torch.dtype | None = None) -> None:
+def attach(
+    unet: UNet2DConditionModel,
+    config: AdapterConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Put a fresh adapter on `unet`, on its device: gates 0, so that nothing changes until it is trained or loaded.
 
     Args:
         dtype: of the adapter; the U-Net's by default. Training keeps it in float32 beside a half-precision base.
+        about: what is known of it; saved with it.
     """
     if is_attached(unet):
         raise ValueError("this U-Net already carries a GLIGEN adapter; detach it first")
@@ -79,17 +87,21 @@ def attach(unet: UNet2DConditionModel, config: AdapterConfig, *, dtype: torch.dt
         raise ValueError("this U-Net has no transformer blocks to put fusers on")
     # Where the base has bits to compute with, so has the adapter; a U-Net on "meta" gets an adapter on "meta".
     options = {"device": unet.device, "dtype": dtype or unet.dtype}
-    for k, block in enumerate(blocks.values()):
-        if k % config.every:
-            block.fuser = PassThrough()
-            continue
-        with torch.device(unet.device):
-            fuser = Fuser(block.dim, block.num_attention_heads, config.cross_attention_dim, config.grounding_logit_bias)
-        block.fuser = fuser.to(**options).train(block.training)
     with torch.device(unet.device):
+        made: list[nn.Module] = [
+            PassThrough()
+            if k % config.every
+            else Fuser(block.dim, block.num_attention_heads, config.cross_attention_dim, config.grounding_logit_bias)
+            for k, block in enumerate(blocks.values())
+        ]
         position_net = PositionNet(config.phrase_dim, config.cross_attention_dim)
-    unet.position_net = position_net.to(**options).train(unet.training)
-    unet.__dict__["_gligen"] = _Attachment(config, unet.config["attention_type"])
+    # All of it is made before any of it is put on: where memory runs out, the U-Net stays as it was.
+    made = [fuser.to(**options) for fuser in made]
+    position_net.to(**options)
+    for block, fuser in zip(blocks.values(), made, strict=True):
+        block.add_module("fuser", fuser.train(block.training))
+    unet.add_module("position_net", position_net.train(unet.training))
+    unet.__dict__["_gligen"] = _Attachment(config, unet.config["attention_type"], dict(about or {}))
     if config.published_form:  # so that unet.save_pretrained gives a gated U-Net that diffusers loads whole
         unet.register_to_config(attention_type="gated")
 
@@ -111,8 +123,8 @@ def detach(unet: UNet2DConditionModel) -> DetachedAdapter:
 def reattach(unet: UNet2DConditionModel, carried: DetachedAdapter) -> None:
     """Put the very modules back that `detach` took off."""
     for name, block in transformer_blocks(unet).items():
-        block.fuser = carried.fusers[name]
-    unet.position_net = carried.position_net
+        block.add_module("fuser", carried.fusers[name])
+    unet.add_module("position_net", carried.position_net)
     unet.__dict__["_gligen"] = carried.attachment
     if carried.attachment.config.published_form:
         unet.register_to_config(attention_type="gated")
@@ -203,7 +215,7 @@ def save_adapter(
 
     Args:
         dtype: to save in; as it is by default.
-        metadata: anything JSON about base model and training.
+        metadata: anything JSON about base model and training; by default what the adapter was loaded with.
         state: weights to save in place of the attached ones, as their average.
     """
     folder = Path(folder)
@@ -214,12 +226,13 @@ def save_adapter(
     }
     with whole_file(folder / WEIGHTS_NAME) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
-    description = {"format": FORMAT, "version": VERSION, "config": config.to_dict(), **(metadata or {})}
+    about = unet.__dict__["_gligen"].about if metadata is None else metadata
+    description = {**about, "format": FORMAT, "version": VERSION, "config": config.to_dict()}
     write_json(folder / CONFIG_NAME, description)
 
 
-def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Configuration and weights of an adapter folder.
+def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
+    """Configuration and weights of an adapter folder, and what else its description says.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
@@ -241,9 +254,11 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     try:
-        return config, load_file(folder / WEIGHTS_NAME)
+        weights = load_file(folder / WEIGHTS_NAME)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_NAME} is damaged or not a safetensors file: {error}") from error
+    about = {name: value for name, value in description.items() if name not in ("format", "version", "config")}
+    return config, weights, about
 
 
 def load_adapter(
@@ -256,11 +271,15 @@ def load_adapter(
         hub: revision, cache_dir, token, local_files_only, for repositories.
     """
     folder = adapter_folder(source, subfolder=subfolder, **hub)
-    config, state = read_adapter(folder)
-    attach(unet, config)
+    config, state, about = read_adapter(folder)
+    if unet.device.type == "meta":
+        raise ValueError(
+            "the U-Net's weights are not in memory (sequential offload?); load the adapter before enabling it"
+        )
+    attach(unet, config, about=about)
     try:
         load_adapter_state_dict(unet, state, source=str(source))
-    except ValueError:
+    except BaseException:
         detach(unet)
         raise
     return config

@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .order import SampleOrder
 from .shards import Shard, find_shards
 
-DOWNSAMPLING = 8  # picture pixels a latent pixel, where a shard does not say otherwise: every Stable Diffusion VAE
-
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -43,6 +41,11 @@ class Augmentation:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
         if self.slots < 1:
             raise ValueError(f"slots is {self.slots}; expected at least 1")
+
+    def choose(self, scores: Sequence[float]) -> list[int]:
+        """Numbers of the boxes to keep: confident enough, best first, at most `slots`."""
+        good = [k for k, score in enumerate(scores) if score > self.min_score]
+        return sorted(good, key=lambda k: -scores[k])[: self.slots]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +98,20 @@ class ShardDataset(Dataset):
                 sizes[shard.latent_shape] = sizes.get(shard.latent_shape, 0) + len(shard)
         return list(sizes.values())
 
+    def find(self, number: int) -> tuple[Shard, int]:
+        """The shard of a sample, and its place there."""
+        which = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self.shards[which], number - int(self._first[which])
+
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         number, position = key
-        which = int(np.searchsorted(self._first, number, side="right")) - 1
-        shard, index = self.shards[which], number - int(self._first[which])
+        shard, index = self.find(number)
         row = shard.row(index)
         rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
         keep_grounding = rng.random() >= self.augmentation.drop_grounding
         keep_caption = rng.random() >= self.augmentation.drop_caption and keep_grounding
-        chosen = self._choose(row.scores) if keep_grounding else []
+        chosen = self.augmentation.choose(row.scores) if keep_grounding else []
         latents = np.asarray(shard.latents[index], np.float32)
-        pixels = int(shard.metadata.get("downsampling", DOWNSAMPLING))
         return Sample(
             position=position,
             latents=latents,
@@ -116,14 +122,9 @@ class ShardDataset(Dataset):
             boxes=np.array([row.boxes[k] for k in chosen], np.float32).reshape(-1, 4),
             size=(
                 row.original_height, row.original_width, row.crop_top, row.crop_left,
-                latents.shape[1] * pixels, latents.shape[2] * pixels,
+                latents.shape[1] * shard.downsampling, latents.shape[2] * shard.downsampling,
             ),
         )  # fmt: skip
-
-    def _choose(self, scores: Sequence[float]) -> list[int]:
-        """Numbers of the boxes to keep: confident enough, best first, at most `slots`."""
-        good = [k for k, score in enumerate(scores) if score > self.augmentation.min_score]
-        return sorted(good, key=lambda k: -scores[k])[: self.augmentation.slots]
 
     def collate(self, samples: list[Sample]) -> Batch:
         slots = self.augmentation.slots

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from ..files import whole_file
 
 FORMAT, VERSION = "gligen-xl-shard", "1"
+DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
 
 TABLE = pa.schema(
     [
@@ -86,23 +87,34 @@ class Shard:
         for file in (latents_file, table_file):
             if not file.is_file():
                 raise FileNotFoundError(f"shard {self.stem} lacks {file.name}")
-        self.metadata, self.latents = _map_latents(latents_file)
+        self.metadata, self._shape, self._offset = _read_header(latents_file)
+        self._file = latents_file
         try:
             table = pq.read_table(table_file, memory_map=True).combine_chunks()
         except pa.ArrowException as error:
             raise ValueError(f"{table_file} is not a readable parquet file: {error}") from error
         if missing := set(TABLE.names) - set(table.column_names):
             raise ValueError(f"{table_file} lacks the columns {sorted(missing)}")
-        if len(table) != len(self.latents):
-            raise ValueError(f"shard {self.stem}: {len(self.latents)} latents but {len(table)} rows in the table")
+        if len(table) != self._shape[0]:
+            raise ValueError(f"shard {self.stem}: {self._shape[0]} latents but {len(table)} rows in the table")
         self._table = table.select(TABLE.names)
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return self._shape[0]
+
+    @property
+    def latents(self) -> np.ndarray:
+        """(N, C, h, w) float16, mapped anew each time: a thousand shards hold no thousand files open."""
+        return np.memmap(self._file, np.float16, mode="r", offset=self._offset, shape=self._shape)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        return self.latents.shape[1:]
+        return self._shape[1:]
+
+    @property
+    def downsampling(self) -> int:
+        """Picture pixels a latent pixel, both ways."""
+        return int(self.metadata.get("downsampling", DOWNSAMPLING))
 
     def row(self, index: int) -> Row:
         return Row(**self._table.slice(index, 1).to_pylist()[0])
@@ -123,8 +135,11 @@ def find_shards(folder: str | Path) -> list[Shard]:
     return [Shard(stem) for stem in stems]
 
 
-def _map_latents(path: Path) -> tuple[dict[str, str], np.ndarray]:
-    """Header metadata and the memory-mapped latents. The map is four times faster at random than reading slices."""
+def _read_header(path: Path) -> tuple[dict[str, str], tuple[int, int, int, int], int]:
+    """Metadata, shape of the latents, and the byte where they begin.
+
+    A memory map from there is four times as fast at random as reading slices.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -144,4 +159,4 @@ def _map_latents(path: Path) -> tuple[dict[str, str], np.ndarray]:
         raise ValueError(f"{path} holds latents {kind} {shape}; expected F16 (N, C, h, w)")
     if 8 + length + end > size:
         raise ValueError(f"{path} is cut short: {size} bytes, its header asks for {8 + length + end}")
-    return metadata, np.memmap(path, np.float16, mode="r", offset=8 + length + begin, shape=shape)
+    return metadata, shape, 8 + length + begin

@@ -7,12 +7,10 @@ end of each step counts the steps.
 
 from __future__ import annotations
 
-import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,9 @@ from ..adapter import (
     save_adapter,
     set_adapter_scale,
 )
-from ..adapter.model import WEIGHTS_NAME
+from ..adapter.model import CONFIG_NAME, WEIGHTS_NAME
 from ..files import read_json, write_json
-from ..layout import Layout, validate
+from ..layout import validate
 from ..phrases import embed_phrases, phrase_width
 from .schedule import GroundingSchedule
 
@@ -86,7 +84,7 @@ class GroundingMixin(DiffusionPipeline):
         layouts = self._layouts(prompt, gligen_phrases, gligen_boxes, kwargs, strict)
         if not any(phrases for phrases, _ in layouts):
             return super().__call__(prompt, **kwargs)  # type: ignore[misc]
-        with self._grounded(self._grounding_tokens(layouts, kwargs), schedule):
+        with self._grounded(self._grounding_tokens(layouts), schedule):
             return super().__call__(prompt, **self._counting(kwargs))  # type: ignore[misc]
 
     @property
@@ -94,9 +92,17 @@ class GroundingMixin(DiffusionPipeline):
         """diffusers' own, with the grounding tokens while they are on. Read by the sampling loop at every step."""
         own: dict[str, Any] | None = super().cross_attention_kwargs  # type: ignore[misc]
         steps = getattr(self, "_num_timesteps", None)  # not there before the first loop of the first call
-        if self._grounding is None or not steps or not self._grounding.schedule.scale(self._grounding.step, steps):
+        if (grounding := self._grounding) is None or not steps:
             return own
-        return {**(own or {}), "gligen": self._grounding.tokens}
+        scale = grounding.schedule.scale(grounding.step, steps)
+        if not scale:
+            return own
+        if grounding.schedule.decay:
+            set_adapter_scale(self.unet, self._gligen_scale * scale)
+        tokens = grounding.tokens
+        if self.do_classifier_free_guidance:  # the negative half stands first, with every slot empty
+            tokens = {name: torch.cat([torch.zeros_like(value), value]) for name, value in tokens.items()}
+        return {**(own or {}), "gligen": tokens}
 
     # Layouts ----------------------------------------------------------------------------------------------------
 
@@ -105,17 +111,22 @@ class GroundingMixin(DiffusionPipeline):
     ) -> list[tuple[tuple[str, ...], tuple]]:
         """Checked phrases and boxes of every picture of the call, in diffusers' order."""
         if (phrases is None) != (boxes is None):
-            given, lacking = ("gligen_boxes", "gligen_phrases") if phrases is None else ("gligen_phrases", "gligen_boxes")
+            given, lacking = (
+                ("gligen_boxes", "gligen_phrases") if phrases is None else ("gligen_phrases", "gligen_boxes")
+            )
             raise ValueError(f"{given} without {lacking}; give both, one box a phrase")
         if phrases is None:
             return []
+        phrases, boxes = _plain(phrases), _plain(boxes)
         embeds = kwargs.get("prompt_embeds")
         num_prompts = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, list | tuple) else 1
         per_prompt = kwargs.get("num_images_per_prompt") or 1
         num_pictures = num_prompts * per_prompt
         if _is_nested(phrases):
             if not _is_nested(boxes, depth=3):
-                raise ValueError("gligen_phrases is a list of lists; gligen_boxes must nest alike, a list of boxes each")
+                raise ValueError(
+                    "gligen_phrases is a list of lists; gligen_boxes must nest alike, a list of boxes each"
+                )
             if len(phrases) != len(boxes):
                 raise ValueError(f"gligen_phrases are for {len(phrases)} pictures, gligen_boxes for {len(boxes)}")
             if len(phrases) not in (num_prompts, num_pictures):
@@ -145,21 +156,25 @@ class GroundingMixin(DiffusionPipeline):
         return layouts
 
     @torch.no_grad()
-    def _grounding_tokens(self, layouts: list[tuple[tuple[str, ...], tuple]], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """The position net's inputs for the whole batch: B pictures, N slots, and a null half before under guidance.
+    def _grounding_tokens(self, layouts: list[tuple[tuple[str, ...], tuple]]) -> dict[str, Tensor]:
+        """The position net's inputs for B pictures with N slots each.
 
         Returns:
             boxes (B, N, 4) float32, masks (B, N), positive_embeddings (B, N, phrase_dim).
         """
         config, device = adapter_config(self.unet), self._execution_device
-        encoders = [(self.tokenizer, self.text_encoder), (getattr(self, "tokenizer_2", None), getattr(self, "text_encoder_2", None))]
+        encoders = [
+            (self.tokenizer, self.text_encoder),
+            (getattr(self, "tokenizer_2", None), getattr(self, "text_encoder_2", None)),
+        ]
         tokenizers, text_encoders = zip(*[pair for pair in encoders if pair[1] is not None], strict=True)
         if (width := phrase_width(text_encoders)) != config.phrase_dim:
             raise ValueError(
                 f"the adapter reads phrase embeddings of width {config.phrase_dim}, these text encoders give {width}: "
                 "it was trained on another base model"
             )
-        embeddings = embed_phrases([phrase for phrases, _ in layouts for phrase in phrases], tokenizers, text_encoders)
+        wanted = [phrase for phrases, _ in layouts for phrase in phrases]
+        embeddings = embed_phrases(wanted, tokenizers, text_encoders, device)
         tokens = {
             "boxes": torch.zeros(len(layouts), config.slots, 4, device=device),
             "masks": torch.zeros(len(layouts), config.slots, device=device),
@@ -174,15 +189,7 @@ class GroundingMixin(DiffusionPipeline):
                 tokens["masks"][k, :n] = 1
                 tokens["positive_embeddings"][k, :n] = embeddings[first : first + n].to(device)
                 first += n
-        if self._guided(kwargs):
-            tokens = {name: torch.cat([torch.zeros_like(value), value]) for name, value in tokens.items()}
         return tokens
-
-    def _guided(self, kwargs: dict[str, Any]) -> bool:
-        """Whether diffusers will run a negative half beside the positive one."""
-        default = inspect.signature(super().__call__).parameters["guidance_scale"].default
-        scale = kwargs.get("guidance_scale", default)
-        return scale > 1 and self.unet.config.time_cond_proj_dim is None
 
     # The schedule -----------------------------------------------------------------------------------------------
 
@@ -203,9 +210,6 @@ class GroundingMixin(DiffusionPipeline):
         def count(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             assert self._grounding is not None
             self._grounding.step = step + 1
-            if self._grounding.schedule.decay:
-                scale = self._grounding.schedule.scale(step + 1, self.num_timesteps)
-                set_adapter_scale(self.unet, self._gligen_scale * scale)
             return users(pipeline, step, timestep, tensors) if users is not None else {}
 
         kwargs = {**kwargs, "callback_on_step_end": count}
@@ -250,7 +254,7 @@ class GroundingMixin(DiffusionPipeline):
     # Folders ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):  # type: ignore[override]
         """Load a pipeline folder or Hub repository, with its adapter where it has one.
 
         Understood are an ordinary pipeline, one with an adapter in the subfolder `gligen_adapter`, one whose U-Net was
@@ -258,10 +262,12 @@ class GroundingMixin(DiffusionPipeline):
         Code that lies in a repository is never run.
 
         Args:
-            kwargs: those of diffusers' `from_pretrained`.
+            kwargs: those of diffusers' `from_pretrained`; `dtype` (or `torch_dtype`) is float32 by default.
         """
         if kwargs.pop("trust_remote_code", False):
             warnings.warn("trust_remote_code is ignored: code of a repository is never run", stacklevel=2)
+        # One type for all parts: left to itself, transformers keeps the files' type and diffusers does not.
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or torch.float32)
         folder = _local_folder(pretrained_model_name_or_path, kwargs)
         pipeline = super().from_pretrained(str(folder), **kwargs)
         if (folder / ADAPTER_SUBFOLDER / WEIGHTS_NAME).is_file():
@@ -279,15 +285,21 @@ class GroundingMixin(DiffusionPipeline):
             config["_class_name"] = config["_class_name"][-1]
         return loaded
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the plain pipeline, which diffusers loads too, and the adapter in its subfolder beside it."""
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("push_to_hub would leave the adapter behind; save, then upload the whole folder")
         with detached(self.unet):
             super().save_pretrained(save_directory, **kwargs)
         index = Path(save_directory) / "model_index.json"
         plain = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
         write_json(index, {**read_json(index), "_class_name": plain.__name__})
+        adapter = Path(save_directory) / ADAPTER_SUBFOLDER
         if is_attached(self.unet):
-            save_adapter(self.unet, Path(save_directory) / ADAPTER_SUBFOLDER)
+            save_adapter(self.unet, adapter)
+        else:  # one that a former pipeline left there is not this one's
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                (adapter / name).unlink(missing_ok=True)
 
 
 def _local_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
@@ -298,8 +310,14 @@ def _local_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
         return model_folder()
     if (folder := Path(name)).is_dir():
         return folder
-    hub = {key: kwargs.pop(key) for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    return Path(snapshot_download(str(name), ignore_patterns=["*.py", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*"], **hub))
+    hub = {
+        key: kwargs.pop(key)
+        for key in ("revision", "cache_dir", "token", "local_files_only", "force_download")
+        if key in kwargs
+    }
+    wanted = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    variants = [] if kwargs.get("variant") else ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]
+    return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=variants, **hub))
 
 
 def _validated(phrases: Any, boxes: Any, where: str) -> tuple[tuple[str, ...], tuple]:
@@ -307,6 +325,13 @@ def _validated(phrases: Any, boxes: Any, where: str) -> tuple[tuple[str, ...], t
         return validate(phrases, boxes)
     except ValueError as error:
         raise ValueError(f"gligen {where}{error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tensors, also in lists, as lists of numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_nested(value: Any, depth: int = 2) -> bool:

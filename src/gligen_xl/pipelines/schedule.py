@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class GroundingSchedule:
     @classmethod
     def parse(cls, beta: float | Sequence[float]) -> GroundingSchedule:
         """From `gligen_scheduled_sampling_beta`: the share that is on, or the triple (on, decay, off) of GLIGEN."""
-        numbers = [beta] if isinstance(beta, int | float) else list(beta) if not isinstance(beta, str) else []
+        numbers: list[Any] = list(beta) if isinstance(beta, Sequence) and not isinstance(beta, str) else [beta]
         if len(numbers) not in (1, 3) or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
             raise ValueError(
                 f"gligen_scheduled_sampling_beta is {beta!r}; expected a number or a triple (on, decay, off)"

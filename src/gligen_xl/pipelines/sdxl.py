@@ -5,7 +5,7 @@ from diffusers import StableDiffusionXLPipeline
 from .grounding import GroundingMixin
 
 
-class StableDiffusionXLGLIGENPipeline(GroundingMixin, StableDiffusionXLPipeline):
+class StableDiffusionXLGLIGENPipeline(GroundingMixin, StableDiffusionXLPipeline):  # type: ignore[override]
     """Text-to-image with SDXL, each phrase in its box.
 
     >>> pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained("shapes")
