@@ -80,7 +80,7 @@ def _components(colour: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _templates() -> np.ndarray:
     """(shapes, grid, grid) bool: each ideal shape in its own box."""
-    fine = [np.asarray(shape_mask(shape, (_GRID * 4,) * 2).reduce(4), np.float32) / 255 for shape in SHAPES]
+    fine = [np.asarray(shape_mask(shape, (_GRID * 4, _GRID * 4)).reduce(4), np.float32) / 255 for shape in SHAPES]
     return np.stack(fine) > 0.5
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -17,7 +18,7 @@ from .world import PICTURE_SIZE, vocabulary
 
 LATENT_SIZE = PICTURE_SIZE // 4
 TEXT_WIDTH = 64
-MAX_TOKENS = 48  # four objects with size and place, and the ground
+MAX_TOKENS = 48  # of the captions with size and place of four objects, one in 250 is cut
 
 
 def model_folder() -> Path:
@@ -34,52 +35,55 @@ def model_folder() -> Path:
 def new_vae() -> AutoencoderKL:
     """Pictures (3, 64, 64) in -1..1 to latents (4, 16, 16); without attention, as every cell is decided locally."""
     channels = (16, 32, 64)
-    return AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        mid_block_add_attention=False,
-        sample_size=PICTURE_SIZE,
-        force_upcast=False,
-    )
+    settings: dict[str, Any] = {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 2,
+        "mid_block_add_attention": False,
+        "sample_size": PICTURE_SIZE,
+        "force_upcast": False,
+    }
+    return AutoencoderKL(**settings)
 
 
 def new_unet() -> UNet2DConditionModel:
     """SDXL's form in small: size conditioning, linear projections, more transformer layers in the deeper level."""
-    return UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 2, 3),  # as in SDXL's configuration, this is the number of heads
-        cross_attention_dim=2 * TEXT_WIDTH,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 16,
-        norm_num_groups=16,
-    )
+    settings: dict[str, Any] = {
+        "sample_size": LATENT_SIZE,
+        "block_out_channels": (32, 64, 96),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (1, 2, 3),  # as in SDXL's configuration, this is the number of heads
+        "cross_attention_dim": 2 * TEXT_WIDTH,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * 16,
+        "norm_num_groups": 16,
+    }
+    return UNet2DConditionModel(**settings)
 
 
 def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Two text encoders of three layers each; SDXL reads the output of the last but one."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 4 * TEXT_WIDTH,
+        "projection_dim": TEXT_WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPTextConfig(**settings)
     return CLIPTextModel(config), CLIPTextModelWithProjection(config)
 
 
@@ -95,7 +99,7 @@ def new_scheduler() -> EulerDiscreteScheduler:
 
 
 def new_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer that holds each word of the world as one token and spells every other out in letters.
+    """A CLIP tokenizer that holds most words of the world as one token and can spell any other.
 
     Its files are written to `folder`.
     """
@@ -117,7 +121,7 @@ def new_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary_))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS
-    ).save_pretrained(folder)
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS).save_pretrained(
+        folder
+    )
     return CLIPTokenizer.from_pretrained(folder)

@@ -19,6 +19,9 @@ from ..layout import Layout
 
 PICTURE_SIZE = 64  # pixels, both ways
 
+# Scenes are numbered within a seed. What is trained on, looked at while training, and evaluated never meet.
+TRAINING_SEED, VALIDATION_SEED, HELD_OUT_SEED = 4, 5, 1_000_003
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (218, 30, 36),
     "yellow": (250, 218, 34),
@@ -161,7 +164,9 @@ def shape_mask(shape: str, size: tuple[int, int]) -> Image.Image:
 
 def draw(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
     """The scene as an RGB picture of `size` x `size` pixels, antialiased."""
-    canvas = Image.fromarray(_background(scene, size)).resize((size * _SUPERSAMPLE,) * 2, Image.Resampling.NEAREST)
+    canvas = Image.fromarray(_background(scene, size)).resize(
+        (size * _SUPERSAMPLE, size * _SUPERSAMPLE), Image.Resampling.NEAREST
+    )
     for item in scene.objects:
         x0, y0, x1, y1 = (round(v * size * _SUPERSAMPLE) for v in item.box)
         canvas.paste(COLOURS[item.colour], (x0, y0), shape_mask(item.shape, (x1 - x0, y1 - y0)))
@@ -218,6 +223,11 @@ def caption(scene: Scene, rng: np.random.Generator, *, places: bool) -> str:
         said.append(f"a {words}")
     objects = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
     return str(rng.choice(_TEMPLATES)).format(objects=objects, ground=_GROUNDS[scene.background])
+
+
+def ground_caption(scene: Scene, index: int) -> str:
+    """The background alone, in one of three wordings."""
+    return f"{('an image of ', 'a picture of ', '')[index % 3]}{_GROUNDS[scene.background]}"
 
 
 def vocabulary() -> list[str]:

@@ -1,0 +1,1 @@
+"""Training of adapters: configuration, objective, loop, validation, checkpoints."""

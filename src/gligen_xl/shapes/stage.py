@@ -1,0 +1,87 @@
+"""One stage of building the embedded model: a plain training loop that resumes from its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..train.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from ..train.ema import EMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """How one part of the model is trained: cosine decay over `samples`, after a short warm-up."""
+
+    samples: int
+    batch_size: int
+    learning_rate: float
+    ema_decay: float = 0.998
+    warmup_steps: int = 100
+    checkpoint_every: int = 200  # steps
+    log_every: int = 50  # steps
+
+
+def run_stage(
+    folder: Path, modules: nn.Module, config: StageConfig, loss: Callable[[int, int], dict[str, Tensor]], seed: int
+) -> None:
+    """Train `modules` and leave them holding their averages. Resumes from `folder`; done stages load and return.
+
+    Args:
+        loss: (first, count) -> named losses of the samples first .. first + count; "loss" is what falls.
+    """
+    trained = {name: value for name, value in modules.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = EMA(trained, config.ema_decay)
+    position = 0
+    if checkpoints := list_checkpoints(folder):
+        tensors, state = load_checkpoint(checkpoints[-1])
+        modules.load_state_dict(tensors["model"])
+        ema.load(tensors["ema"], state["ema_steps"])
+        load_optimizer_tensors(optimizer, tensors["optimizer"])
+        position = state["position"]
+    total_steps = config.samples // config.batch_size
+    sums: dict[str, float] = {}
+    seconds, clock = 0.0, time.perf_counter()
+    while (step := position // config.batch_size) < total_steps:
+        warm = min(1.0, (step + 1) / config.warmup_steps)
+        rate = config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed((seed << 32) + position)
+        losses = loss(position, config.batch_size)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        ema.update()
+        position += config.batch_size
+        step += 1
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        if step % config.log_every == 0:
+            seconds = time.perf_counter() - clock
+            row = {name: round(value / config.log_every, 5) for name, value in sums.items()}
+            row |= {"samples": position, "samples_per_s": round(config.log_every * config.batch_size / seconds, 1)}
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            print(folder.name, row, flush=True)
+            sums, clock = {}, time.perf_counter()
+        if step % config.checkpoint_every == 0 or step == total_steps:
+            tensors = {"model": modules.state_dict(), "ema": ema.average, "optimizer": optimizer_tensors(optimizer)}
+            save_checkpoint(folder, position, tensors, {"ema_steps": ema.steps, "seed": seed}, keep=1)
+    ema.copy_to_parameters()

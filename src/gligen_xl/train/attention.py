@@ -1,0 +1,80 @@
+"""Attention supervision: tell the fusers from the start which grounding token a visual token should look at.
+
+Boxes are learned suddenly and late because two things have to be found at once: where a token belongs, and what it
+should do there; each is useless without the other. Here the first is given. A visual token inside a box is pulled
+towards that box's grounding token, one outside all boxes towards the empty slots, by a cross entropy on the grounding
+part of each fuser's attention. Its weight fades to 0 over the first part of a run, so that the finished adapter has
+been trained on the diffusion loss alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import fusers
+
+
+@dataclass
+class AttentionLosses:
+    """What the fusers of one forward pass gave."""
+
+    terms: list[Tensor] = field(default_factory=list)
+
+    def mean(self) -> Tensor:
+        return torch.stack(self.terms).mean()
+
+
+@contextmanager
+def watch_attention(unet: nn.Module, boxes: Tensor, masks: Tensor, latent_size: tuple[int, int]) -> Iterator:
+    """Inside the block every fuser adds its `attention_loss` to the `AttentionLosses` that the block gets.
+
+    Args:
+        boxes: (B, N, 4) xyxy 0-1. masks: (B, N), 1 where a slot is used. latent_size: (h, w) of the U-Net's input.
+    """
+    losses = AttentionLosses()
+
+    def observe(logits: Tensor) -> None:
+        losses.terms.append(attention_loss(logits, boxes, masks, latent_size))
+
+    watched = list(fusers(unet).values())
+    for fuser in watched:
+        fuser.attn.observer = observe
+    try:
+        yield losses
+    finally:
+        for fuser in watched:
+            fuser.attn.observer = None
+
+
+def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: tuple[int, int]) -> Tensor:
+    """Cross entropy of the heads' mean attention over the grounding tokens, from its targets; a scalar.
+
+    Args:
+        logits: (B, heads, L, N) of L visual tokens, in rows, over the grounding tokens.
+    """
+    attention = logits.float().softmax(-1).mean(1)  # (B, L, N)
+    targets = attention_targets(boxes.to(logits.device), masks.to(logits.device), latent_size, logits.shape[2])
+    rows = targets.sum(-1) > 0  # a picture that fills every slot has no target outside its boxes
+    cross_entropy = -(targets * attention.clamp_min(1e-6).log()).sum(-1)
+    return cross_entropy[rows].mean()
+
+
+def attention_targets(boxes: Tensor, masks: Tensor, latent_size: tuple[int, int], num_visual: int) -> Tensor:
+    """Where each visual token should look, (B, L, N), summing to 1: the boxes that hold its centre, in equal parts,
+    or the empty slots."""
+    height, width = latent_size
+    rows = round((num_visual * height / width) ** 0.5)
+    columns = num_visual // rows
+    y = (torch.arange(rows, device=boxes.device) + 0.5) / rows
+    x = (torch.arange(columns, device=boxes.device) + 0.5) / columns
+    y, x = (grid.flatten()[None, :, None] for grid in torch.meshgrid(y, x, indexing="ij"))  # (1, L, 1)
+    x0, y0, x1, y1 = boxes[:, None].unbind(-1)  # (B, 1, N)
+    inside = ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).float() * masks[:, None]
+    outside = (inside.sum(-1, keepdim=True) == 0).float() * (1 - masks[:, None])
+    targets = inside + outside
+    return targets / targets.sum(-1, keepdim=True).clamp_min(1)

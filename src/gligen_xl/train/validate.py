@@ -1,0 +1,151 @@
+"""Validation: does the adapter use its boxes yet?
+
+The training loss does not tell: boxes are learned suddenly, after a long time in which nothing seems to move. What
+moves first is the *grounding gain*, 1 - loss(boxes) / loss(no boxes) on held-out samples with the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from ..adapter import gate_values
+from ..data.batch import Augmentation, Batch, ShardDataset
+from ..evaluate.boxes import summarize
+from ..evaluate.detectors import find_detector
+from ..generate import generate
+from ..layout import Layout
+from ..pipelines import StableDiffusionXLGLIGENPipeline
+from ..show import draw_boxes, grid
+from .conditioning import Conditioner
+from .config import Validation
+from .objective import denoising_loss
+
+_SHOWN = 8  # pictures in the grid
+
+
+class Validator:
+    """Looks at the adapter on the pipeline's U-Net; holds nothing that changes from one call to the next.
+
+    Args:
+        data: folder of held-out shards.
+        augmentation: that of the training, for its slots and its least box score.
+    """
+
+    def __init__(
+        self,
+        options: Validation,
+        data: str | Path,
+        pipeline: StableDiffusionXLGLIGENPipeline,
+        conditioner: Conditioner,
+        scheduler: DDPMScheduler,
+        augmentation: Augmentation,
+        batch_size: int,
+        seed: int,
+    ):
+        self.options, self.pipeline, self.conditioner, self.scheduler = options, pipeline, conditioner, scheduler
+        self.batch_size, self.seed = batch_size, seed
+        whole = Augmentation(
+            drop_grounding=0, drop_caption=0, min_score=augmentation.min_score, slots=augmentation.slots
+        )
+        self.dataset = ShardDataset(data, whole, seed)
+        layouts = (self._layout(number) for number in range(len(self.dataset)))
+        self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
+
+    def _layout(self, number: int) -> Layout:
+        """A held-out sample as a layout, with the boxes that training would keep and the size of its picture."""
+        shard, index = self.dataset.find(number)
+        row, (_, height, width) = shard.row(index), shard.latent_shape
+        chosen = self.dataset.augmentation.choose(row.scores)
+        return Layout(
+            prompt=row.caption,
+            phrases=[row.phrases[k] for k in chosen],
+            boxes=[row.boxes[k] for k in chosen],
+            height=height * shard.downsampling,
+            width=width * shard.downsampling,
+            id=row.image_id,
+        )
+
+    def __call__(self) -> tuple[dict[str, float], Image.Image | None]:
+        """Metrics by name, and a picture of the first layouts with grounding on and off."""
+        metrics = self.losses()
+        gates = gate_values(self.pipeline.unet)
+        metrics["gate_mean"] = sum(gates.values()) / len(gates)
+        metrics["gate_largest"] = max(gates.values())
+        if not self.layouts:
+            return metrics, None
+        settings = {
+            "num_inference_steps": self.options.steps,
+            "guidance_scale": self.options.guidance_scale,
+            "batch_size": min(self.batch_size, 16),
+            "seed": self.seed,
+        }
+        on = list(generate(self.pipeline, self.layouts, beta=1.0, **settings))
+        off = list(generate(self.pipeline, self.layouts, grounded=False, **settings))
+        if self.options.detector:
+            detector = find_detector(self.options.detector)
+            for name, pictures in (("on", on), ("off", off)):
+                scores = [detector.score(p, layout) for p, layout in zip(pictures, self.layouts, strict=True)]
+                summary = summarize([score for of_picture in scores for score in of_picture])
+                del summary["objects"]
+                metrics |= {f"{name}_{key}": value for key, value in summary.items()}
+        rows = [
+            [draw_boxes(picture, layout) for picture in (on[k], off[k])]
+            for k, layout in enumerate(self.layouts[:_SHOWN])
+        ]
+        prompts = [layout.prompt for layout in self.layouts[:_SHOWN]]
+        return metrics, grid(rows, columns=["grounding on", "off"], captions=prompts)
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """Held-out loss with and without boxes, and the grounding gain, whole and by quarter of the timesteps.
+
+        Samples are spread over all of the data; their times (k + 1/2) / n are shared out once and for all, so that
+        the quarters hold equally many.
+        """
+        with_boxes, without, times = [], [], []
+        for batch in self._batches():
+            for losses, grounded in ((with_boxes, True), (without, False)):
+                conditioning = self.conditioner(batch, grounded=grounded)
+                losses.append(denoising_loss(self.pipeline.unet, self.scheduler, batch, conditioning).cpu())
+            times.append(batch.time)
+        on, off, time = torch.cat(with_boxes), torch.cat(without), torch.cat(times)
+        metrics = {"loss": on.mean().item(), "loss_no_boxes": off.mean().item(), "grounding_gain": _gain(on, off)}
+        for k in range(4):
+            if (quarter := (time * 4).long() == k).any():
+                metrics[f"grounding_gain_q{k + 1}"] = _gain(on[quarter], off[quarter])
+        return metrics
+
+    def _batches(self) -> Iterator[Batch]:
+        """The held-out samples, always the same with the same noise; each batch of one latent shape."""
+        count = min(self.options.loss_samples, len(self.dataset))
+        numbers = np.arange(count) * len(self.dataset) // count
+        times = (np.random.default_rng(self.seed).permutation(count) + 0.5) / count
+        groups = np.searchsorted(np.cumsum(self.dataset.groups), numbers, side="right")
+        for group in np.unique(groups):
+            members = np.flatnonzero(groups == group)
+            for first in range(0, len(members), self.batch_size):
+                part = members[first : first + self.batch_size]
+                batch = self.dataset.collate([self.dataset[int(numbers[k]), int(k)] for k in part])
+                yield replace(batch, time=torch.from_numpy(times[part]))
+
+
+def _gain(on: torch.Tensor, off: torch.Tensor) -> float:
+    return 1 - (on.mean() / off.mean()).item()
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    parts = [f"grounding gain {100 * metrics['grounding_gain']:.1f} %", f"gates {metrics['gate_mean']:.3f}"]
+    if "on_mean_iou" in metrics:
+        parts.append(f"mean IoU {metrics['on_mean_iou']:.2f} on, {metrics['off_mean_iou']:.2f} off")
+        parts.append(f"recall@0.5 {metrics['on_recall_50']:.2f} on, {metrics['off_recall_50']:.2f} off")
+    return ", ".join(parts)
