@@ -1,0 +1,86 @@
+"""The demonstration: a handful of layouts on the embedded model, with grounding on and off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .evaluate import evaluate_layouts, find_detector
+from .files import whole_file
+from .layout import Layout, write_layouts
+from .pipelines import StableDiffusionXLGLIGENPipeline
+
+LAYOUTS = [
+    Layout(
+        id="one",
+        prompt="an image of grass with a red circle",
+        phrases=["a red circle"],
+        boxes=[[0.1, 0.5, 0.5, 0.9]],
+    ),
+    Layout(
+        id="two",
+        prompt="a yellow star and a purple ring on sand",
+        phrases=["a yellow star", "a purple ring"],
+        boxes=[[0.55, 0.08, 0.93, 0.46], [0.08, 0.5, 0.5, 0.92]],
+    ),
+    Layout(
+        id="three",
+        prompt="snow with a blue square, a pink triangle and a black cross",
+        phrases=["a blue square", "a pink triangle", "a black cross"],
+        boxes=[[0.05, 0.08, 0.4, 0.43], [0.58, 0.1, 0.94, 0.46], [0.32, 0.56, 0.7, 0.94]],
+    ),
+    Layout(
+        id="row",
+        prompt="the sea with a red square, a yellow square and a pink square",
+        phrases=["a red square", "a yellow square", "a pink square"],
+        boxes=[[0.03, 0.36, 0.31, 0.64], [0.36, 0.36, 0.64, 0.64], [0.69, 0.36, 0.97, 0.64]],
+    ),
+    Layout(
+        id="four",
+        prompt="the night with a cyan circle, a yellow star, a pink ring and a red triangle",
+        phrases=["a cyan circle", "a yellow star", "a pink ring", "a red triangle"],
+        boxes=[[0.08, 0.08, 0.42, 0.42], [0.58, 0.08, 0.92, 0.42], [0.08, 0.58, 0.42, 0.92], [0.58, 0.58, 0.92, 0.92]],
+    ),
+    Layout(
+        id="large",
+        prompt="grass with a purple ring",
+        phrases=["a purple ring"],
+        boxes=[[0.4, 0.06, 0.94, 0.6]],
+    ),
+]
+
+
+def demo(out: str | Path, *, steps: int = 30, seed: int = 0) -> str:
+    """Generate the layouts, write pictures, `grid.png`, `table.md` and `layouts.jsonl` into `out`.
+
+    Returns:
+        The table, and the mean IoU of requested and drawn boxes with grounding on and off.
+    """
+    out = Path(out)
+    pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained("shapes")
+    pipeline.set_progress_bar_config(disable=True)
+    report = evaluate_layouts(
+        pipeline,
+        LAYOUTS,
+        find_detector("shapes"),
+        betas=[1.0],
+        seed=seed,
+        steps=steps,
+        batch_size=len(LAYOUTS),
+        progress=lambda pictures, name: tqdm(pictures, desc=name, total=len(LAYOUTS), unit="picture"),
+    )
+    for condition, suffix in zip(report.conditions, ("", "-off"), strict=False):
+        for layout, picture in zip(LAYOUTS, condition.pictures, strict=True):
+            with whole_file(out / f"{layout.id}{suffix}.png") as partial:
+                picture.save(partial, format="PNG")
+    with whole_file(out / "grid.png") as partial:
+        report.grid().save(partial, format="PNG")
+    with whole_file(out / "table.md") as partial:
+        partial.write_text(report.table(), encoding="utf-8")
+    write_layouts(out / "layouts.jsonl", LAYOUTS)
+    metrics = report.metrics()
+    return (
+        f"{report.table()}\nmean IoU of requested and drawn boxes: {metrics['beta 1']['mean_iou']:.2f} with grounding, "
+        f"{metrics['off']['mean_iou']:.2f} without\npictures in {out}, all of them in {out / 'grid.png'}"
+    )

@@ -1,0 +1,66 @@
+"""Layouts to pictures: what the command line, the evaluation and the trainer's validation all call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .layout import Layout
+from .pipelines.grounding import GroundingMixin
+
+
+def generate(
+    pipeline: GroundingMixin,
+    layouts: Sequence[Layout],
+    *,
+    beta: float | Sequence[float] = 0.3,
+    seed: int = 0,
+    grounded: bool = True,
+    batch_size: int = 8,
+    **settings: Any,
+) -> Iterator[Image.Image]:
+    """One picture a layout, in order.
+
+    Each picture has its own noise, from the layout's seed where it has one and else from `seed` plus its number; so
+    it is the same picture, to rounding, in whatever batch it is made.
+
+    Args:
+        beta: the call argument `gligen_scheduled_sampling_beta`.
+        grounded: without, phrases and boxes are left out and only the prompt remains.
+        settings: further arguments of the pipeline's call, as num_inference_steps and guidance_scale.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+
+    def alike(item: tuple[int, Layout]) -> tuple[Any, ...]:
+        layout = item[1]  # a missing negative prompt is no empty one: diffusers embeds it as zeros. Without boxes
+        # a picture is the plain pipeline's; beside grounded ones it would be given null tokens.
+        return layout.width, layout.height, layout.negative_prompt is None, bool(layout.phrases)
+
+    for (width, height, plain, _), group in groupby(enumerate(layouts), key=alike):
+        members = list(group)
+        for first in range(0, len(members), batch_size):
+            part = members[first : first + batch_size]
+            grounding = {}
+            if grounded:
+                grounding["gligen_phrases"] = [list(layout.phrases) for _, layout in part]
+                grounding["gligen_boxes"] = [list(layout.boxes) for _, layout in part]
+            yield from pipeline(
+                [layout.prompt for _, layout in part],
+                negative_prompt=None if plain else [layout.negative_prompt for _, layout in part],
+                width=width,
+                height=height,
+                gligen_scheduled_sampling_beta=beta,
+                generator=[torch.Generator().manual_seed(picture_seed(layout, seed, k)) for k, layout in part],
+                **grounding,
+                **settings,
+            ).images
+
+
+def picture_seed(layout: Layout, seed: int, number: int) -> int:
+    """The seed of picture `number` of a row that starts at `seed`; a layout's own goes before."""
+    return seed + number if layout.seed is None else layout.seed
