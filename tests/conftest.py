@@ -1,0 +1,22 @@
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shapes_pipeline():
+    """The embedded model with its adapter. Shared: a test that changes it puts it back."""
+    from gligen_xl import StableDiffusionXLGLIGENPipeline
+
+    pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained("shapes")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

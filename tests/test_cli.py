@@ -1,0 +1,228 @@
+"""The commands, with good and with bad input: pictures and reports appear, errors are one line and exit code 2."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+from test_shards import METADATA, latents, row
+from tiny import open_gates, sdxl_pipeline
+
+from gligen_xl import __version__
+from gligen_xl.adapter import AdapterConfig, attach
+from gligen_xl.cli import COMMANDS, main
+from gligen_xl.data.shards import write_shard
+from gligen_xl.recipes import find_recipe, recipe_names
+from gligen_xl.show import METADATA_KEY
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipeline = sdxl_pipeline()
+    attach(pipeline.unet, AdapterConfig(cross_attention_dim=40, phrase_dim=40, slots=4))
+    open_gates(pipeline.unet)
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def layouts(tmp_path):
+    path = tmp_path / "layouts.jsonl"
+    lines = [
+        {"prompt": "grass", "phrases": ["a red circle"], "boxes": [[0.1, 0.1, 0.5, 0.5]], "id": "one/../x", "seed": 7},
+        {"prompt": "sand with a ring", "phrases": ["a blue ring"], "boxes": [[0.2, 0.3, 0.9, 0.9]]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def fails(capsys, *words):
+    """Runs a command that has to fail; returns its one line."""
+    code, _, error = run(capsys, *words)
+    assert code == 2
+    lines = [line for line in error.splitlines() if line.startswith("gligen-xl")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return lines[0]
+
+
+FAST = ("--steps", 2, "--width", 16, "--height", 16)
+
+
+def test_generate_writes_pictures_that_say_how_they_were_made(capsys, model, layouts, tmp_path):
+    out = tmp_path / "out"
+    words = ("generate", "--model", model, "--layout", layouts, "--out", out, "--draw", "--beta", "0.5", "--seed", 3)
+    code, _, error = run(capsys, *words, *FAST)
+    assert code == 0, error
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["0000-one_.._x-boxes.png", "0000-one_.._x.png", "0001-boxes.png", "0001.png"]
+    for k, (name, seed) in enumerate([("0000-one_.._x.png", 7), ("0001.png", 4)]):
+        with Image.open(out / name) as picture:
+            about = json.loads(picture.text[METADATA_KEY])
+        assert about["seed"] == seed
+        assert about["layout"]["prompt"] == ("grass", "sand with a ring")[k]
+        assert about["beta"] == 0.5
+        assert about["versions"]["gligen-xl"]
+    with Image.open(out / "0001-boxes.png") as drawn:
+        assert min(drawn.size) >= 256
+
+
+def test_generate_from_flags_and_the_same_seed_is_the_same_picture(capsys, model, tmp_path):
+    words = ["generate", "--model", model, "--prompt", "grass", "--phrase", "a ring", "--box", "0.1,0.2,0.6,0.7"]
+    words += ["--phrase", "a star", "--box", 0.5, 0.5, 0.9, 0.9, "--beta", "0.2,0.4,0.4", "--count", 2, *FAST]
+    pictures = []
+    for name in ("a", "b"):
+        code, _, error = run(capsys, *words, "--out", tmp_path / name, "--batch_size", 1 if name == "a" else 2)
+        assert code == 0, error
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["0000.png", "0001.png"]
+        pictures.append([Image.open(tmp_path / name / f"000{k}.png").convert("RGB") for k in range(2)])
+    assert pictures[0][0].tobytes() != pictures[0][1].tobytes()
+    for first, second in zip(*pictures, strict=True):
+        differences = [abs(a - b) for a, b in zip(first.tobytes(), second.tobytes(), strict=True)]
+        assert max(differences) <= 1  # rounding between batch sizes
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "either --layout FILE, or --prompt"),
+        (("--layout", "none.jsonl"), "no layout file none.jsonl"),
+        (("--layout", "x", "--prompt", "y"), "either --layout FILE, or --prompt"),
+        (("--prompt", "a", "--phrase", "b"), "1 phrases but 0 boxes"),
+        (("--prompt", "a", "--phrase", "b", "--box", "0", "0", "300", "200"), "looks like pixels"),
+        (("--prompt", "a", "--phrase", "b", "--box", "x"), "--box is 'x'; expected numbers"),
+        (("--prompt", "a", "--beta", "7"), "beta is 7"),
+        (("--prompt", "a", "--beta", "much"), "--beta is 'much'"),
+        (("--prompt", "a", "--steps", "0"), "--steps is 0"),
+        (("--prompt", "a", "--steps", "few"), "steps"),
+        (("--prompt", "a", "--count", "0"), "--count is 0"),
+        (("--prompt", "a", "--seed", "-5"), "seed"),
+        (("--prompt", "a", "--width", "-8"), "width is -8"),
+        (("--prompt", "a", "--width", "13"), "divisible by 8"),
+        (("--prompt", "a", "--device", "abacus"), "abacus"),
+        (("--prompt", "a", "--adapter", "./nowhere"), "no adapter folder ./nowhere"),
+        (("--prompt", "a", "--colour", "red"), "--colour"),
+    ],
+)
+def test_generate_refuses_wrong_input_in_one_line(capsys, model, tmp_path, words, says):
+    assert says in fails(capsys, "generate", "--model", model, "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_without_such_a_model(capsys, tmp_path):
+    assert "nowhere" in fails(capsys, "generate", "--prompt", "a", "--model", "./nowhere", "--out", tmp_path)
+
+
+def test_train_runs_a_recipe_file_and_continues(capsys, model, tmp_path):
+    write_shard(tmp_path / "data" / "a", latents(16, side=8), [row(1) for _ in range(16)], METADATA)
+    recipe = {
+        "model": model, "data": str(tmp_path / "data"), "out": str(tmp_path / "run"), "samples": 8, "batch_size": 4,
+        "track": [], "augmentation": {"slots": 2}, "optimization": {"learning_rate": 0.01, "warmup_samples": 4},
+    }  # fmt: skip
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    code, output, error = run(capsys, "train", path, "--optimization.beta2", 0.9)
+    assert code == 0, error
+    assert "beta2: 0.9" in output  # the resolved configuration is shown
+    said = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert said["config"]["optimization"]["beta2"] == 0.9
+    assert said["config"]["optimization"]["learning_rate"] == 0.01
+    assert (tmp_path / "run" / "adapter" / "gligen_adapter.safetensors").is_file()
+    assert "begun with optimization.beta2 0.9" in fails(capsys, "train", path)
+    assert "seed" in fails(capsys, "train", path, "--seed", "x")
+    path.write_text(yaml.safe_dump(recipe | {"learning_rate": 1}))
+    assert "learning_rate" in fails(capsys, "train", path)
+    path.write_text("- a\n- b")
+    assert "expected settings" in fails(capsys, "train", path)
+    path.write_text("a: [")
+    assert "is not YAML" in fails(capsys, "train", path)
+
+
+def test_train_without_such_a_recipe(capsys, tmp_path):
+    assert "there is no recipe 'shape'; there are" in fails(capsys, "train", "shape")
+    assert "no recipe file" in fails(capsys, "train", tmp_path / "none.yaml")
+    assert "sdxl-512 has no short form" in fails(capsys, "train", "sdxl-512", "--quick")
+    assert "recipe" in fails(capsys, "train")
+
+
+def test_every_recipe_is_a_configuration():
+    from gligen_xl.cli import Parser
+
+    for name in recipe_names():
+        (config,) = COMMANDS["train"].parse(Parser(prog="gligen-xl train"), [name])
+        settings = yaml.safe_load(find_recipe(name).read_text())
+        assert config.samples == settings["samples"]
+        assert config.augmentation.slots == settings["augmentation"]["slots"]
+        assert config.optimization.learning_rate == settings["optimization"]["learning_rate"]
+
+
+def test_shapes_draw_makes_layouts_that_generate_reads(capsys, model, tmp_path):
+    assert run(capsys, "shapes", "draw", "--count", 3, "--out", tmp_path / "scenes")[0] == 0
+    assert len(list((tmp_path / "scenes").glob("*.png"))) == 3
+    words = ("generate", "--model", model, "--layout", tmp_path / "scenes" / "layouts.jsonl", "--out", tmp_path / "out")
+    assert run(capsys, *words, *FAST)[0] == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    assert "--count is 0" in fails(capsys, "shapes", "draw", "--count", 0)
+    assert "action" in fails(capsys, "shapes", "paint") or "paint" in fails(capsys, "shapes", "paint")
+    fails(capsys, "shapes")
+
+
+def test_evaluate_writes_its_report(capsys, tmp_path):
+    out = tmp_path / "report"
+    code, output, error = run(capsys, "evaluate", "--count", 2, "--steps", 2, "--beta", 1, "--out", out)
+    assert code == 0, error
+    assert "| beta 1 |" in output
+    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "report.json", "report.md"]
+    assert list(json.loads((out / "report.json").read_text())["metrics"]) == ["beta 1", "off", "shuffled"]
+    (tmp_path / "dogs.json").write_text('{"phrases": ["a dog"], "boxes": [[0, 0, 1, 1]]}')
+    assert "cannot look for 'a dog'" in fails(capsys, "evaluate", "--layouts", tmp_path / "dogs.json", "--out", out)
+    assert "no detector 'yolo'" in fails(capsys, "evaluate", "--detector", "yolo")
+
+
+def test_version_and_help(capsys):
+    code, output, _ = run(capsys, "version")
+    assert code == 0
+    assert f"gligen-xl {__version__}" in output
+    assert re.search(r"^torch \d", output, re.MULTILINE)
+    code, output, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(name in output for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"gligen-xl {name}" in capsys.readouterr().out
+    assert "there is no command 'paint'" in fails(capsys, "paint")
+
+
+def test_the_installed_command_starts_without_loading_torch():
+    code = "import sys, gligen_xl.cli as cli; cli.main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("samples: many", "samples"),
+        ("samples: null", "samples"),
+        ("optimization: {learning_rate: fast}", "learning_rate"),
+        ("augmentation: 5", "wrong kind"),
+        ("validation: {every: 0}", "validation.every is 0"),
+        ("validation: {every: x}", "every"),
+        ("precision: fp8", "precision"),
+    ],
+)
+def test_settings_of_the_wrong_kind_in_a_recipe(capsys, tmp_path, setting, says):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"data: nowhere\nout: {tmp_path / 'run'}\n{setting}\n")
+    assert says in fails(capsys, "train", path)

@@ -1,0 +1,93 @@
+"""Building the embedded model, in miniature: every stage, resumed after a kill, to a folder that loads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gligen_xl import StableDiffusionXLGLIGENPipeline
+from gligen_xl.data.shards import find_shards
+from gligen_xl.shapes import build as stages
+from gligen_xl.shapes.data import encode, pictures, write_shards
+from gligen_xl.shapes.model import new_vae
+from gligen_xl.shapes.stage import StageConfig, run_stage
+from gligen_xl.shapes.text import attributes
+from gligen_xl.train.checkpoint import list_checkpoints
+
+
+@pytest.fixture
+def small(monkeypatch):
+    def smaller(name, **changes):
+        config = replace(getattr(stages, name), batch_size=2, log_every=1, checkpoint_every=2, **changes)
+        function = getattr(stages, f"train_{name.lower()}")
+        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], config))
+
+    for name in ("VAE", "TEXT", "BASE"):
+        smaller(name, samples=8)
+
+
+def test_every_stage_and_the_second_time_none(small, tmp_path, monkeypatch):
+    folder = stages.build(tmp_path, shard_pictures=6)
+    pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("grass with a red circle", num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    weights = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    for stage in ("vae", "text", "base"):
+        assert [path.name for path in list_checkpoints(tmp_path / stage)] == ["checkpoint-00000008"]
+        assert len((tmp_path / stage / "log.jsonl").read_text().splitlines()) == 4
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("a finished stage was trained again"))
+    again = StableDiffusionXLGLIGENPipeline.from_pretrained(stages.build(tmp_path, shard_pictures=6))
+    assert all(torch.equal(value, weights[name]) for name, value in again.unet.state_dict().items())
+
+
+def test_a_stage_that_was_killed_ends_the_same(tmp_path):
+    config = StageConfig(samples=12, batch_size=2, learning_rate=0.1, checkpoint_every=2, log_every=2)
+
+    def run(folder, stop=None):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1)
+
+        def loss(first, count):
+            if first == stop:
+                raise KeyboardInterrupt
+            return {"loss": (layer(torch.randn(count, 3)) - first).square().mean()}
+
+        run_stage(folder, layer, config, loss, seed=3)
+        return layer
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", stop=6)
+    resumed = run(tmp_path / "killed")
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_shards_of_the_world(tmp_path):
+    vae = new_vae().eval()
+    write_shards(vae, tmp_path, 5, seed=7, captions="plain")
+    (shard,) = find_shards(tmp_path)
+    assert shard.latent_shape == (4, 16, 16)
+    assert shard.metadata["downsampling"] == "4"
+    expected = encode(vae, pictures(7, 0, 5))
+    assert abs(shard.latents.astype("f4") - expected.astype("f4")).max() < 2e-2
+    stamp = shard.stem.with_name(shard.stem.name + ".parquet").stat().st_mtime_ns
+    write_shards(vae, tmp_path, 5, seed=7, captions="plain")
+    assert shard.stem.with_name(shard.stem.name + ".parquet").stat().st_mtime_ns == stamp
+
+
+def test_captions_for_a_base_and_for_an_adapter(tmp_path):
+    vae = new_vae().eval()
+    said = {}
+    for captions in ("places", "ground", "plain"):
+        write_shards(vae, tmp_path / captions, 40, seed=7, captions=captions)
+        (shard,) = find_shards(tmp_path / captions)
+        said[captions] = [attributes(entry["caption"]) for entry in shard.rows("caption")]
+    counts = {name: (sum(any(s) for _, s, _ in rows), sum(any(p) for *_, p in rows)) for name, rows in said.items()}
+    assert counts["plain"] == (40, 0)  # (say an object, say a place)
+    assert counts["ground"] == (20, 0)
+    assert counts["places"][0] == 40
+    assert 10 < counts["places"][1] < 30
+    assert all(ground >= 0 for rows in said.values() for ground, *_ in rows)

@@ -1,0 +1,56 @@
+"""The exact detector and its own error: on drawn pictures, and on pictures that went through the VAE."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gligen_xl.evaluate import ShapesDetector, summarize
+from gligen_xl.shapes import detect
+from gligen_xl.shapes.data import pictures
+from gligen_xl.shapes.world import BACKGROUNDS, HELD_OUT_SEED, Scene, draw, sample_scene, scene_layout
+
+
+def measured(images, seed):
+    detector = ShapesDetector()
+    scores = [detector.score(picture, scene_layout(sample_scene(seed, k))) for k, picture in enumerate(images)]
+    return summarize([score for of_picture in scores for score in of_picture])
+
+
+def test_its_error_on_drawn_pictures():
+    metrics = measured([draw(sample_scene(HELD_OUT_SEED, k)) for k in range(200)], HELD_OUT_SEED)
+    assert metrics["mean_iou"] > 0.9
+    assert metrics["recall_50"] > 0.99
+    assert metrics["colour"] > 0.99
+    assert metrics["shape"] > 0.98
+
+
+def test_it_finds_nothing_where_nothing_is():
+    for background in BACKGROUNDS:
+        for seed in range(8):
+            horizon = 0.4 if seed % 2 else None
+            scene = Scene(background=background, horizon=horizon, objects=(), texture_seed=seed)
+            assert detect(draw(scene)) == []
+
+
+@torch.no_grad()
+def test_its_error_on_vae_round_trips(shapes_pipeline):
+    vae = shapes_pipeline.vae
+    decoded = vae.decode(vae.encode(pictures(HELD_OUT_SEED, 0, 64)).latent_dist.mean).sample
+    images = shapes_pipeline.image_processor.postprocess(decoded)
+    metrics = measured(images, HELD_OUT_SEED)
+    assert metrics["mean_iou"] > 0.8
+    assert metrics["recall_50"] > 0.93
+    assert metrics["colour"] > 0.93
+    assert metrics["shape_of_found"] > 0.85
+
+
+def test_pictures_of_any_size_and_mode():
+    scene = sample_scene(3, 1, num_objects=2)
+    large = detect(draw(scene, size=256))
+    assert {(d.colour, d.shape) for d in large} == {(item.colour, item.shape) for item in scene.objects}
+    assert detect(draw(scene).convert("RGBA")) == detect(draw(scene))
+    assert detect(np.asarray(draw(scene))) == detect(draw(scene))
+    assert detect(Image.new("RGB", (3, 2))) is not None
+    with pytest.raises(ValueError, match="expected a picture of shape"):
+        detect(np.zeros((3, 64, 64)))

@@ -1,0 +1,107 @@
+"""Shards: what is written is what is read; whole or not at all; damage is named."""
+
+import pickle
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from gligen_xl.data.shards import Row, Shard, find_shards, write_shard
+
+METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.5"}
+
+
+def row(k, **changes):
+    settings = {
+        "image_id": f"picture-{k}", "caption": f"grass with {k} rings", "boxes": [(0.1, 0.2, 0.3, 0.4)] * k,
+        "scores": [0.5] * k, "phrases": ["a ring"] * k, "original_height": 480, "original_width": 640, "crop_left": k,
+    }  # fmt: skip
+    return Row(**(settings | changes))
+
+
+def latents(count, side=4):
+    return np.random.default_rng(0).normal(size=(count, 4, side, side)).astype(np.float16)
+
+
+@pytest.fixture
+def stem(tmp_path):
+    write_shard(tmp_path / "a.0", latents(3), [row(k) for k in range(3)], METADATA)
+    return tmp_path / "a.0"
+
+
+def test_what_is_written_is_what_is_read(stem):
+    shard = Shard(stem)
+    assert len(shard) == 3
+    assert shard.latent_shape == (4, 4, 4)
+    np.testing.assert_array_equal(shard.latents, latents(3))
+    assert isinstance(shard.latents, np.memmap)
+    assert shard.metadata["vae"] == "tiny"
+    for k in range(3):
+        got = shard.row(k)
+        np.testing.assert_allclose(np.reshape(got.boxes, (-1, 4)), np.reshape(row(k).boxes, (-1, 4)), rtol=1e-6)
+        assert (got.caption, got.phrases, got.crop_left) == (row(k).caption, row(k).phrases, k)
+    assert shard.rows("caption") == [{"caption": f"grass with {k} rings"} for k in range(3)]
+
+
+def test_a_failed_write_leaves_nothing(stem, monkeypatch):
+    monkeypatch.setattr(pq, "write_table", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_shard(stem.parent / "b", latents(1), [row(0)], METADATA)
+    assert not [path for path in stem.parent.iterdir() if "partial" in path.name]
+    assert not (stem.parent / "b.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "rows", "says"),
+    [
+        (latents(2), [row(0)], "2 latents but 1 rows"),
+        (latents(1).astype(np.float32), [row(0)], "expected float16"),
+        (np.full((1, 4, 4, 4), np.nan, np.float16), [row(0)], "row 0 hold NaN"),
+    ],
+)
+def test_wrong_contents_are_refused(tmp_path, values, rows, says):
+    with pytest.raises(ValueError, match=says):
+        write_shard(tmp_path / "x", values, rows, METADATA)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damage_is_named(stem):
+    file = stem.with_name("a.0.safetensors")
+    whole = file.read_bytes()
+    for broken, says in (
+        (whole[:-10], "cut short"),
+        (whole[:6], "not a safetensors file"),
+        (b"\xff" * 100, "not a safetensors file"),
+        (whole.replace(b"gligen-xl-shard", b"other-xl-shard!"), "this program reads"),
+    ):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=says) as error:
+            Shard(stem)
+        assert str(file) in str(error.value)
+    file.write_bytes(whole)
+    table = stem.with_name("a.0.parquet")
+    table.write_bytes(table.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"a\.0\.parquet is not a readable"):
+        Shard(stem)
+
+
+def test_folders(stem, tmp_path):
+    assert [shard.stem for shard in find_shards(tmp_path)] == [stem]
+    stem.with_name("a.0.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks a\.0\.parquet"):
+        find_shards(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        find_shards(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no shards"):
+        find_shards(tmp_path / "empty")
+
+
+def test_shards_cost_no_open_files_and_travel_light(stem):
+    shards = [Shard(stem) for _ in range(200)]
+    before = psutil.Process().num_fds()
+    for shard in shards:
+        shard.latents[0].sum()
+    assert psutil.Process().num_fds() <= before + 2
+    assert len(pickle.dumps(shards[0])) < 20_000 + shards[0]._table.nbytes

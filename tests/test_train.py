@@ -1,0 +1,381 @@
+"""The trainer on a tiny base: only the adapter changes, the loss falls, resumed equals uninterrupted."""
+
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler
+from test_shards import METADATA, latents, row
+from tiny import sdxl_pipeline
+
+from gligen_xl.adapter import is_adapter_key, load_adapter
+from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.data.shards import write_shard
+from gligen_xl.phrases import embed_phrases
+from gligen_xl.train import loop
+from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
+from gligen_xl.train.conditioning import Conditioner
+from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation, check_same_run
+from gligen_xl.train.loop import train
+from gligen_xl.train.objective import denoising_loss, timesteps_of
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    sdxl_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_shard(folder / "a", latents(40, side=8), [row(1 + k % 3) for k in range(40)], METADATA)
+    return folder
+
+
+@pytest.fixture
+def config(base, data, tmp_path):
+    return TrainConfig(
+        model=str(base), data=str(data), out=str(tmp_path / "run"), samples=48, batch_size=4, log_every=2, seed=3,
+        checkpoint_every=16, track=[], augmentation=Augmentation(slots=3), adapter=AdapterOptions(),
+        optimization=Optimization(learning_rate=1e-2, warmup_samples=8, decay_share=0.5, ema_decay=0.9),
+    )  # fmt: skip
+
+
+def final(folder):
+    """The last checkpoint's tensors and the finished adapter."""
+    tensors, state = load_checkpoint(list_checkpoints(folder)[-1])
+    return {f"{group}.{name}": value for group, of_group in tensors.items() for name, value in of_group.items()}, state
+
+
+def lines(folder, kind="train"):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "samples_per_s"} for entry in rows if entry["kind"] == kind]
+
+
+class Stop(Exception):
+    """The machine goes down."""
+
+
+def stop_at(monkeypatch, position):
+    """Makes training fail before the step at `position`; returns a function that mends it."""
+    real = loop.denoising_loss
+
+    def fail(unet, scheduler, batch, conditioning):
+        if batch.position == position:
+            raise Stop
+        return real(unet, scheduler, batch, conditioning)
+
+    monkeypatch.setattr(loop, "denoising_loss", fail)
+    return lambda: monkeypatch.setattr(loop, "denoising_loss", real)
+
+
+def test_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    mend = stop_at(monkeypatch, 40)
+    with pytest.raises(Stop):
+        train(config)
+    assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-00000016", "checkpoint-00000032"]
+    mend()
+    train(config)
+    (expected, state), (got, state_again) = final(whole.out), final(config.out)
+    assert state["position"] == state_again["position"] == 48
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    adapters = [(tmp_path / name / "adapter" / "gligen_adapter.safetensors").read_bytes() for name in ("run", "whole")]
+    assert adapters[0] == adapters[1]
+
+
+def test_only_the_adapter_changes_is_averaged_and_saved(config, base):
+    finished = train(config)
+    before, after = sdxl_pipeline(), sdxl_pipeline()
+    load_adapter(after.unet, finished)
+    weights = after.unet.state_dict()
+    for name, value in before.unet.state_dict().items():
+        assert torch.equal(weights[name], value)
+    tensors, _ = load_checkpoint(list_checkpoints(config.out)[-1])
+    assert tensors["adapter"].keys() == tensors["ema"].keys()
+    assert all(is_adapter_key(name) for name in tensors["adapter"])
+    gates = [value for name, value in tensors["ema"].items() if ".alpha_" in name]
+    assert all(value.abs() > 0 for value in gates)
+    description = json.loads((finished / "gligen_adapter.json").read_text())
+    assert description["base_model"] == str(base)
+    assert description["samples"] == 48
+    assert description["config"]["slots"] == 3
+    assert lines(finished.parent)[-1]["gate_mean"] > 0
+
+
+def test_the_base_in_memory_is_never_touched(config, monkeypatch):
+    """Also those parts of the base that are not in the adapter's file: the U-Net that was trained on itself."""
+    kept = {}
+    real = loop.load_base
+
+    def load(*args):
+        kept["pipeline"] = real(*args)
+        return kept["pipeline"]
+
+    monkeypatch.setattr(loop, "load_base", load)
+    train(config)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        now = getattr(kept["pipeline"], part).state_dict()
+        for name, value in getattr(sdxl_pipeline(), part).state_dict().items():
+            assert torch.equal(now[name], value), name
+
+
+def test_the_loss_of_a_fixed_batch_falls(config):
+    pipeline = loop.load_base(config, torch.device("cpu"))
+    loop._fresh_adapter(pipeline, config)
+    conditioner, scheduler = Conditioner(pipeline), DDPMScheduler.from_config(pipeline.scheduler.config)
+    dataset = ShardDataset(config.data, replace(config.augmentation, drop_grounding=0), seed=0)
+    batch = dataset.collate([dataset[k, k] for k in range(4)])
+    conditioning = conditioner(batch)
+    optimizer = torch.optim.AdamW([p for p in pipeline.unet.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = denoising_loss(pipeline.unet, scheduler, batch, conditioning).mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_objective_is_the_schedulers(config):
+    pipeline = loop.load_base(config, torch.device("cpu"))
+    loop._fresh_adapter(pipeline, config)
+    dataset = ShardDataset(config.data, config.augmentation, seed=0)
+    batch = dataset.collate([dataset[k, k] for k in range(4)])
+    conditioning = Conditioner(pipeline)(batch)
+    time = (batch.time * 1000).long()
+    for kind in ("epsilon", "v_prediction"):
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=kind)
+        kept = scheduler.alphas_cumprod[time].view(-1, 1, 1, 1)
+        noisy = kept.sqrt() * batch.latents + (1 - kept).sqrt() * batch.noise
+        target = batch.noise if kind == "epsilon" else kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
+        with torch.no_grad():
+            expected = (pipeline.unet(noisy, time, **conditioning).sample - target).square().mean((1, 2, 3))
+            torch.testing.assert_close(denoising_loss(pipeline.unet, scheduler, batch, conditioning), expected)
+    with pytest.raises(ValueError, match="'sample'"):
+        denoising_loss(
+            pipeline.unet, DDPMScheduler.from_config(scheduler.config, prediction_type="sample"), batch, conditioning
+        )
+
+
+def test_captions_and_phrases_are_those_of_the_pipeline(config):
+    pipeline = loop.load_base(config, torch.device("cpu"))
+    conditioner = Conditioner(pipeline, cache_size=2)
+    hidden, pooled = conditioner.captions(["grass with a ring", None])
+    expected, empty, expected_pooled, empty_pooled = pipeline.encode_prompt("grass with a ring")
+    torch.testing.assert_close(hidden[:1], expected)
+    torch.testing.assert_close(pooled[:1], expected_pooled)
+    assert torch.equal(hidden[1:], empty)  # a dropped caption is what guidance meets
+    assert torch.equal(pooled[1:], empty_pooled)
+
+
+def test_a_request_to_stop_saves_and_the_same_command_continues(config, tmp_path, monkeypatch):
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    real = loop.denoising_loss
+
+    def interrupted(unet, scheduler, batch, conditioning):
+        if batch.position == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(unet, scheduler, batch, conditioning)
+
+    monkeypatch.setattr(loop, "denoising_loss", interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert train(config).name == "checkpoint-00000024"
+    assert signal.getsignal(signal.SIGTERM) is handler
+    monkeypatch.setattr(loop, "denoising_loss", real)
+    train(config)
+    expected, got = final(whole.out)[0], final(config.out)[0]
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+def test_a_finished_run_is_finished(config):
+    first = train(config)
+    stamp = (first / "gligen_adapter.safetensors").read_bytes()
+    assert train(config) == first
+    assert (first / "gligen_adapter.safetensors").read_bytes() == stamp
+
+
+def test_another_run_in_the_same_folder_is_refused(config):
+    train(config)
+    for change, says in (
+        ({"seed": 4}, "seed 3, now it is 4"),
+        ({"optimization": replace(config.optimization, learning_rate=1.0)}, r"optimization\.learning_rate"),
+        ({"adapter": AdapterOptions(every=2)}, r"adapter\.every"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            train(replace(config, **change))
+    check_same_run(config.to_dict(), replace(config, workers=3, log_every=7))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(config):
+    train(config)
+    last = list_checkpoints(config.out)[-1]
+    (last / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"remove {last}"):
+        train(config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
+    real = loop.denoising_loss
+    monkeypatch.setattr(
+        loop, "denoising_loss", lambda u, s, batch, c: real(u, s, batch, c) * (float("nan") if batch.position else 1)
+    )
+    with pytest.raises(FloatingPointError, match="loss is nan at 8 samples"):
+        train(config)
+
+
+def test_validation_says_what_the_boxes_are_worth(config, data):
+    settings = Validation(data=str(data), every=24, loss_samples=10, pictures=2, steps=2)
+    out = train(replace(config, validation=settings)).parent
+    rows = lines(out, "validation")
+    assert [entry["samples"] for entry in rows] == [24, 48]
+    for entry in rows:
+        assert entry["grounding_gain"] == pytest.approx(1 - entry["loss"] / entry["loss_no_boxes"], abs=1e-6)
+        assert {"grounding_gain_q1", "grounding_gain_q4", "gate_mean", "gate_largest"} <= entry.keys()
+    assert sorted(path.name for path in (out / "validation").iterdir()) == ["00000024.png", "00000048.png"]
+
+
+def test_looking_changes_nothing(config, data, tmp_path):
+    settings = Validation(data=str(data), every=8, loss_samples=4, pictures=1, steps=2)
+    train(config)
+    train(replace(config, out=str(tmp_path / "looked"), validation=settings))
+    expected, got = final(config.out)[0], final(tmp_path / "looked")[0]
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+def test_training_starts_from_an_adapter(config, tmp_path):
+    first = train(config)
+    second = replace(config, out=str(tmp_path / "second"), init_adapter=str(first), samples=4, seed=8)
+    pipeline = loop.load_base(second, torch.device("cpu"))
+    loop._fresh_adapter(pipeline, second)
+    expected = sdxl_pipeline().unet
+    load_adapter(expected, first)
+    state = pipeline.unet.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in expected.state_dict().items())
+    train(second)
+
+
+def test_trackers(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(replace(config, track=["tensorboard"], samples=8))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    with pytest.raises(ValueError, match="comet_ml is not installed"):
+        train(replace(config, out=str(tmp_path / "other"), track=["comet_ml"]))
+
+
+def test_outside_the_main_thread_training_works_too(config):
+    errors = []
+
+    def run():
+        try:
+            train(replace(config, samples=4))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"samples": 3}, "less than one batch"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"data": "shapes:many"}, "shapes:COUNT"),
+        ({"data": "nowhere"}, "not a folder of shards"),
+    ],
+)
+def test_wrong_settings(config, settings, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        train(replace(config, **settings))
+    with pytest.raises(ValueError, match="learning_rate is 0"):
+        Optimization(learning_rate=0)
+
+
+def test_the_learning_rate_over_a_run():
+    options = Optimization(warmup_samples=100, decay_share=0.25)
+    rates = [options.rate(position, 1000) for position in (0, 49, 99, 500, 750, 875, 1000)]
+    assert rates == pytest.approx([0.01, 0.5, 1, 1, 1, 0.5, 0])
+    constant = Optimization(warmup_samples=0)
+    assert [constant.rate(p, 1000) for p in (0, 999)] == [1, 1]
+
+
+def test_phrases_of_a_batch_are_padded_to_its_slots_and_kept(config):
+    pipeline = loop.load_base(config, torch.device("cpu"))
+    conditioner = Conditioner(pipeline, cache_size=1)
+    dataset = ShardDataset(config.data, replace(config.augmentation, drop_grounding=0), seed=0)
+    batch = dataset.collate([dataset[k, k] for k in range(4)])
+    batch = replace(batch, phrases=[[f"a {name} ring" for name in "abc"[: len(p)]] for p in batch.phrases])
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    for _ in range(2):  # the second time some come from the cache and some do not
+        got = conditioner.phrases(batch)
+        assert got.shape == (4, 3, 40)
+        for k, phrases in enumerate(batch.phrases):
+            expected = embed_phrases(phrases, [pipeline.tokenizer, pipeline.tokenizer_2], encoders)
+            torch.testing.assert_close(got[k, : len(phrases)], expected, atol=1e-5, rtol=0)
+            assert not got[k, len(phrases) :].any()
+
+
+def test_in_mixed_precision_with_validation(config, data, request):
+    """bfloat16 stands for float16 too: base and text encoders in half, adapter and VAE in float32."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process is accelerate's rule
+    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
+    settings = Validation(data=str(data), every=24, loss_samples=8, pictures=2, steps=2)
+    out = train(replace(config, precision="bf16", validation=settings)).parent
+    assert len(lines(out, "validation")) == 2
+    tensors, _ = load_checkpoint(list_checkpoints(out)[-1])
+    assert {value.dtype for value in tensors["adapter"].values()} == {torch.float32}
+    assert any(value.abs().max() > 0 for name, value in tensors["adapter"].items() if ".alpha_" in name)
+
+
+def test_a_time_just_below_one_is_the_last_timestep():
+    scheduler = DDPMScheduler()
+    batch = type("Batch", (), {"time": torch.tensor([0.0, 0.5, 1 - 1e-9, 1.0])})
+    assert timesteps_of(scheduler, batch).tolist() == [0, 500, 999, 999]
+
+
+def test_a_checkpoint_never_holds_a_broken_adapter(config, monkeypatch):
+    """The loss breaks between two lines of the log, just before a checkpoint is due."""
+    real = loop.denoising_loss
+    monkeypatch.setattr(
+        loop, "denoising_loss", lambda u, s, b, c: real(u, s, b, c) * (float("nan") if b.position >= 28 else 1)
+    )
+    with pytest.raises(FloatingPointError, match="at 32 samples"):
+        train(replace(config, log_every=5))
+    assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-00000016"]
+
+
+def test_other_data_under_a_run_is_refused(config, tmp_path):
+    train(replace(config, samples=16))
+    write_shard(tmp_path / "more" / "a", latents(41, side=8), [row(1) for _ in range(41)], METADATA)
+    with pytest.raises(ValueError, match=r"begun on 40 samples, .* now holds 41"):
+        train(replace(config, samples=16, data=str(tmp_path / "more")))
+
+
+def test_an_adapter_to_start_from_has_to_be_of_the_form_asked_for(config, tmp_path):
+    first = train(replace(config, samples=4))
+    other = replace(config, out=str(tmp_path / "b"), init_adapter=str(first), adapter=AdapterOptions(every=2))
+    with pytest.raises(ValueError, match=r"has every 1, the run adapter\.every 2"):
+        train(other)
+
+
+def test_the_gates_may_be_held_shut(config):
+    optimization = replace(config.optimization, gate_learning_rate=0.0)
+    train(replace(config, samples=8, optimization=optimization))
+    assert lines(Path(config.out))[-1]["gate_mean"] == 0
