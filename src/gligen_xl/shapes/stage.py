@@ -1,15 +1,21 @@
-"""One stage of building the embedded model: a plain training loop that resumes from its last checkpoint."""
+"""One stage of building the embedded model: a plain training loop that resumes from its last checkpoint.
+
+Several processes (torchrun) share each batch and average their gradients. On a CPU one process a core is half as fast
+again as one process on all of them.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from ..train.checkpoint import (
@@ -43,6 +49,10 @@ def run_stage(
     Args:
         loss: (first, count) -> named losses of the samples first .. first + count; "loss" is what falls.
     """
+    process = PartialState(cpu=True)
+    share = config.batch_size // process.num_processes
+    if share * process.num_processes != config.batch_size:
+        raise ValueError(f"a batch of {config.batch_size} cannot be shared by {process.num_processes} processes")
     trained = {name: value for name, value in modules.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMA(trained, config.ema_decay)
@@ -61,10 +71,13 @@ def run_stage(
         rate = config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed((seed << 32) + position)
-        losses = loss(position, config.batch_size)
+        first = position + process.process_index * share
+        torch.manual_seed((seed << 32) + first)
+        losses = loss(first, share)
         optimizer.zero_grad()
         losses["loss"].backward()
+        if process.num_processes > 1:
+            _average_gradients(trained.values())
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         ema.update()
@@ -72,7 +85,7 @@ def run_stage(
         step += 1
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-        if step % config.log_every == 0:
+        if step % config.log_every == 0 and process.is_main_process:
             seconds = time.perf_counter() - clock
             row = {name: round(value / config.log_every, 5) for name, value in sums.items()}
             row |= {"samples": position, "samples_per_s": round(config.log_every * config.batch_size / seconds, 1)}
@@ -83,5 +96,17 @@ def run_stage(
             sums, clock = {}, time.perf_counter()
         if step % config.checkpoint_every == 0 or step == total_steps:
             tensors = {"model": modules.state_dict(), "ema": ema.average, "optimizer": optimizer_tensors(optimizer)}
-            save_checkpoint(folder, position, tensors, {"ema_steps": ema.steps, "seed": seed}, keep=1)
+            if process.is_main_process:
+                save_checkpoint(folder, position, tensors, {"ema_steps": ema.steps, "seed": seed}, keep=1)
+    process.wait_for_everyone()
     ema.copy_to_parameters()
+
+
+def _average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Over all processes, in one exchange."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

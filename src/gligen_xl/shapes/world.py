@@ -125,7 +125,7 @@ def sample_scene(seed: int, index: int, *, num_objects: int | None = None) -> Sc
 
 
 def _sample_box(rng: np.random.Generator, largest: float) -> tuple[float, float, float, float]:
-    side = rng.uniform(0.26, largest)
+    side = rng.uniform(0.30, largest)
     stretch = np.exp(rng.uniform(-0.12, 0.12))  # width over height stays within 0.79 and 1.27
     width, height = side * stretch, side / stretch
     margin = 0.02

@@ -9,7 +9,7 @@ been trained on the diffusion loss alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,7 +30,7 @@ class AttentionLosses:
 
 
 @contextmanager
-def watch_attention(unet: nn.Module, boxes: Tensor, masks: Tensor, latent_size: tuple[int, int]) -> Iterator:
+def watch_attention(unet: nn.Module, boxes: Tensor, masks: Tensor, latent_size: Sequence[int]) -> Iterator:
     """Inside the block every fuser adds its `attention_loss` to the `AttentionLosses` that the block gets.
 
     Args:
