@@ -1,5 +1,7 @@
 """Building the embedded model, in miniature: every stage, resumed after a kill, to a folder that loads."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from gligen_xl.shapes.data import encode, pictures, write_shards
 from gligen_xl.shapes.model import new_vae
 from gligen_xl.shapes.stage import StageConfig, run_stage
 from gligen_xl.shapes.text import attributes
-from gligen_xl.train.checkpoint import list_checkpoints
+from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def small(monkeypatch):
         function = getattr(stages, f"train_{name.lower()}")
         monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], config))
 
-    for name in ("VAE", "TEXT", "BASE"):
+    for name in ("VAE", "DECODER", "TEXT", "BASE", "UNET"):
         smaller(name, samples=8)
 
 
@@ -34,7 +36,7 @@ def test_every_stage_and_the_second_time_none(small, tmp_path, monkeypatch):
     assert image.size == (64, 64)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     weights = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
-    for stage in ("vae", "text", "base"):
+    for stage in ("vae", "decoder", "text", "base", "unet"):
         assert [path.name for path in list_checkpoints(tmp_path / stage)] == ["checkpoint-00000008"]
         assert len((tmp_path / stage / "log.jsonl").read_text().splitlines()) == 4
 
@@ -63,6 +65,31 @@ def test_a_stage_that_was_killed_ends_the_same(tmp_path):
         run(tmp_path / "killed", stop=6)
     resumed = run(tmp_path / "killed")
     assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_two_processes_share_a_stage(tmp_path):
+    """Each gets half of every batch; both end with the weights of one process that had all of it."""
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from gligen_xl.shapes.stage import StageConfig, run_stage\n"
+        "torch.manual_seed(0)\n"
+        "layer = torch.nn.Linear(1, 1)\n"
+        "def loss(first, count):\n"
+        "    x = torch.arange(first, first + count).float()[:, None]\n"
+        "    return {'loss': (layer(x) - 3 * x).square().mean()}\n"
+        "config = StageConfig(samples=40, batch_size=4, learning_rate=0.1, checkpoint_every=5, log_every=5)\n"
+        "run_stage(Path(sys.argv[1]), layer, config, loss, seed=3)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for ranks in (1, 2):
+        command = [*torchrun, str(ranks), script, tmp_path / str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+    (alone,), (shared,) = (list_checkpoints(tmp_path / ranks) for ranks in "12")
+    one, two = load_checkpoint(alone)[0]["model"], load_checkpoint(shared)[0]["model"]
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
 def test_shards_of_the_world(tmp_path):

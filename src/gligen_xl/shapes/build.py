@@ -1,4 +1,4 @@
-"""Make the embedded model from nothing: VAE, then shards of latents, then text encoders and U-Net.
+"""Make the embedded model from nothing: VAE, shards of latents, text encoders with the U-Net, the U-Net alone.
 
     gligen-xl shapes build --out runs/shapes
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 --no-python gligen-xl shapes build     # half as fast again
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -33,9 +33,11 @@ from .text import Attributes, TextTower, attributes
 from .world import COLOURS, SHAPES, TRAINING_SEED, generator
 
 VAE = StageConfig(samples=24_000, batch_size=8, learning_rate=2e-3)
+DECODER = StageConfig(samples=24_000, batch_size=8, learning_rate=1e-3)
+DECODER_NOISE = 0.1  # standard deviation, where latents have 1.4
 TEXT = StageConfig(samples=150_000, batch_size=128, learning_rate=2e-3, checkpoint_every=500)
 BASE = StageConfig(samples=288_000, batch_size=64, learning_rate=1e-3, ema_decay=0.999, checkpoint_every=250)
-UNET = StageConfig(samples=336_000, batch_size=64, learning_rate=7e-4, ema_decay=0.999, checkpoint_every=250)
+UNET = StageConfig(samples=224_000, batch_size=64, learning_rate=7e-4, ema_decay=0.999, checkpoint_every=250)
 
 
 def train_vae(out: Path, seed: int = 1, config: StageConfig = VAE) -> AutoencoderKL:
@@ -54,6 +56,25 @@ def train_vae(out: Path, seed: int = 1, config: StageConfig = VAE) -> Autoencode
 
     run_stage(out / "vae", vae, config, loss, seed)
     return vae
+
+
+def train_decoder(out: Path, vae: Any, seed: int = 1, config: StageConfig = DECODER) -> None:
+    """The decoder alone, on latents with a little noise, as a U-Net will leave some: edges that survive it.
+
+    The encoder stays, so latents of pictures stay what they are.
+    """
+    vae.requires_grad_(False)
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+
+    def loss(first: int, count: int) -> dict[str, Tensor]:
+        x = pictures(seed, VAE.samples + first, count).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+        latents = latents + DECODER_NOISE * torch.randn_like(latents)
+        return {"loss": F.mse_loss(vae.decode(latents).sample, x)}
+
+    run_stage(out / "decoder", decoder, config, loss, seed)
+    vae.requires_grad_(True)
 
 
 class Base(nn.Module):
@@ -92,19 +113,14 @@ def train_text(out: Path, base: Base, text: TextTower, shards: Path, seed: int =
 
 def train_base(out: Path, base: Base, text: TextTower, shards: Path, seed: int = 3, config: StageConfig = BASE) -> None:
     """U-Net and text encoders together, on the scheduler's own target; a little of the text lesson stays."""
-    dataset = ShardDataset(shards, Augmentation(drop_caption=0.0), seed)
-    order = SampleOrder(dataset.groups, config.batch_size, seed)
-    scheduler: Any = DDPMScheduler.from_config(new_scheduler().config)
-    loader = _Endless(dataset, order, config.samples)
+    denoising = _Denoising(shards, config, seed)
 
     def loss(first: int, count: int) -> dict[str, Tensor]:
-        batch = loader.batch(first)
+        batch = denoising.batch(first)
         hidden, pooled, first_pooled = text(batch.captions)
-        sizes = {"text_embeds": pooled, "time_ids": batch.size}
-        conditioning = {"encoder_hidden_states": hidden, "added_cond_kwargs": sizes}
-        denoising = denoising_loss(base.unet, scheduler, batch, conditioning).mean()
+        error = denoising.loss(base.unet, batch, hidden, pooled)
         lesson = text_loss(base, batch.captions, pooled, first_pooled)
-        return {"loss": denoising + 0.02 * lesson, "denoising": denoising, "text": lesson}
+        return {"loss": error + 0.02 * lesson, "denoising": error, "text": lesson}
 
     run_stage(out / "base", base, config, loss, seed)
 
@@ -112,57 +128,65 @@ def train_base(out: Path, base: Base, text: TextTower, shards: Path, seed: int =
 def train_unet(out: Path, base: Base, text: TextTower, shards: Path, seed: int = 4, config: StageConfig = UNET) -> None:
     """The U-Net alone, on captions as the text encoders have come to read them."""
     base.requires_grad_(False).unet.requires_grad_(True)
-    dataset = ShardDataset(shards, Augmentation(drop_caption=0.0), seed)
-    order = SampleOrder(dataset.groups, config.batch_size, seed)
-    scheduler: Any = DDPMScheduler.from_config(new_scheduler().config)
-    loader = _Endless(dataset, order, config.samples)
+    denoising = _Denoising(shards, config, seed)
 
     def loss(first: int, count: int) -> dict[str, Tensor]:
-        batch = loader.batch(first)
+        batch = denoising.batch(first)
         hidden, pooled, _ = text(batch.captions)
-        sizes = {"text_embeds": pooled, "time_ids": batch.size}
-        conditioning = {"encoder_hidden_states": hidden, "added_cond_kwargs": sizes}
-        return {"loss": denoising_loss(base.unet, scheduler, batch, conditioning).mean()}
+        return {"loss": denoising.loss(base.unet, batch, hidden, pooled)}
 
     run_stage(out / "unet", base.unet, config, loss, seed)
 
 
-class _Endless:
-    """The loader's batches one after another; the first one asked for decides where it starts."""
+class _Denoising:
+    """This process's batches of a stage, one after another, and their loss; the first one asked for is the start."""
 
-    def __init__(self, dataset: ShardDataset, order: SampleOrder, stop: int):
-        self._arguments = dataset, order, stop
+    def __init__(self, shards: Path, config: StageConfig, seed: int):
+        self._dataset = ShardDataset(shards, Augmentation(drop_caption=0.0), seed)
+        self._order = SampleOrder(self._dataset.groups, config.batch_size, seed)
+        self._stop = config.samples
+        self._scheduler: Any = DDPMScheduler.from_config(new_scheduler().config)
         self._iterator: Iterator[Batch] | None = None
 
     def batch(self, position: int) -> Batch:
         if self._iterator is None:
-            dataset, order, stop = self._arguments
             process = PartialState(cpu=True)
-            start = position // order.batch_size * order.batch_size
             share = {"rank": process.process_index, "ranks": process.num_processes}
-            self._iterator = iter(batches(dataset, order, start=start, stop=stop, **share))
+            start = position // self._order.batch_size * self._order.batch_size
+            self._iterator = iter(batches(self._dataset, self._order, start=start, stop=self._stop, **share))
         return next(self._iterator)
 
+    def loss(self, unet: UNet2DConditionModel, batch: Batch, hidden: Tensor, pooled: Tensor) -> Tensor:
+        sizes = {"text_embeds": pooled, "time_ids": batch.size}
+        conditioning = {"encoder_hidden_states": hidden, "added_cond_kwargs": sizes}
+        return denoising_loss(unet, self._scheduler, batch, conditioning).mean()
 
-def build(out: Path, *, shard_pictures: int = 50_000) -> Path:
+
+def build(out: Path, *, shard_pictures: int = 60_000) -> Path:
     """Every stage, one after another; those that are done are passed over. Returns the model's folder.
 
     Args:
-        shard_pictures: drawn and encoded once, for text encoders, U-Net and adapter.
+        shard_pictures: drawn and encoded once, for text encoders and U-Net.
     """
+    process = PartialState(cpu=True)
     vae: Any = train_vae(out)
+    train_decoder(out, vae)
     shards = out / "shards"
     latents = vae.encode(pictures(9, 0, 200).contiguous(memory_format=torch.channels_last)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    write_shards(vae, shards, shard_pictures, seed=TRAINING_SEED, captions="places")
-    tokenizer = new_tokenizer(out / "tokenizer")
+    with process.main_process_first():  # the others find them there
+        write_shards(vae, shards, shard_pictures, seed=TRAINING_SEED, captions="places")
+        tokenizer = new_tokenizer(out / "tokenizer")
     torch.manual_seed(2)
     base = Base(tokenizer)
     text = TextTower([tokenizer, tokenizer], base.encoders)
     train_text(out, base, text, shards)
     train_base(out, base, text, shards)
     tame_pooled(base, tokenizer)
-    assemble(out / "model", vae, base, tokenizer)
+    train_unet(out, base, text, shards)
+    if process.is_main_process:
+        assemble(out / "model", vae, base, tokenizer)
+    process.wait_for_everyone()
     return out / "model"
 
 
