@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionXLPipeline
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
@@ -63,7 +64,7 @@ def test_it_is_an_ordinary_pipeline_with_an_adapter_beside_it(shapes_pipeline):
 
 
 def test_the_call_of_the_readme(shapes_pipeline):
-    pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained("shapes").to("cpu")
+    pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained("shapes", torch_dtype=torch.float16).to("cpu")
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
         "An image of grass with a red circle.",
@@ -73,6 +74,7 @@ def test_the_call_of_the_readme(shapes_pipeline):
         num_inference_steps=4,
     ).images[0]
     assert image.size == (64, 64)
+    assert all(low < high for low, high in image.getextrema())  # half precision gave no NaN
 
 
 def test_the_demonstration(tmp_path):

@@ -79,7 +79,12 @@ def train(config: TrainConfig) -> Path:
         tensors, state = load_checkpoint(checkpoints[-1])
         check_same_run(state["config"], config)
 
-    accelerator = Accelerator(mixed_precision=config.precision, log_with=_trackers(config) or None, project_dir=out)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes on a CPU do not hear of each other
+        mixed_precision=config.precision,
+        log_with=_trackers(config) or None,
+        project_dir=out,
+    )
     pipeline = load_base(config, accelerator.device)
     unet = pipeline.unet
     _fresh_adapter(pipeline, config)
