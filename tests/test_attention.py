@@ -40,6 +40,15 @@ def test_the_loss_is_least_for_attention_on_target():
     assert wrong > 5
 
 
+def test_where_nothing_has_a_target_nothing_is_lost():
+    thin = torch.tensor([[[0.45, 0.45, 0.46, 0.46]]])  # its only slot is used, and no token's centre lies in it
+    logits = torch.zeros(1, 2, 16, 1, requires_grad=True)
+    loss = attention_loss(logits, thin, torch.ones(1, 1), (4, 4))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
 def test_every_fuser_is_heard_and_learns_to_look():
     unet = sdxl_unet()
     attach(unet, config_for(unet))
@@ -52,11 +61,11 @@ def test_every_fuser_is_heard_and_learns_to_look():
         with watch_attention(unet, tokens["boxes"], tokens["masks"], (8, 8)) as losses:
             watched = unet(sample, time, **kwargs).sample
         assert len(losses.terms) == len(fusers(unet))
+        assert seen or torch.equal(watched, plain)  # looking changes nothing by itself
         seen.append(losses.mean().item())
         losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.equal(watched, plain)  # gates stay shut: looking changes nothing by itself
     assert seen[-1] < 0.7 * seen[0]
     with watch_attention(unet, tokens["boxes"], tokens["masks"], (8, 8)) as losses:
         pass

@@ -9,7 +9,7 @@ import pytest
 
 from gligen_xl.data.shards import Row, Shard, find_shards, write_shard
 
-METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.5"}
+METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.18215"}
 
 
 def row(k, **changes):

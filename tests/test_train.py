@@ -9,6 +9,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +18,7 @@ from diffusers import DDPMScheduler
 from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 
-from gligen_xl.adapter import is_adapter_key, load_adapter
+from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
 from gligen_xl.data.batch import Augmentation, ShardDataset
 from gligen_xl.data.shards import write_shard
 from gligen_xl.phrases import embed_phrases
@@ -106,9 +107,9 @@ def test_only_the_adapter_changes_is_averaged_and_saved(config, base):
     for name, value in before.unet.state_dict().items():
         assert torch.equal(weights[name], value)
     tensors, _ = load_checkpoint(list_checkpoints(config.out)[-1])
-    assert tensors["adapter"].keys() == tensors["ema"].keys()
-    assert all(is_adapter_key(name) for name in tensors["adapter"])
-    gates = [value for name, value in tensors["ema"].items() if ".alpha_" in name]
+    assert tensors["weights"].keys() == tensors["gligen_adapter"].keys()
+    assert all(is_adapter_key(name) for name in tensors["weights"])
+    gates = [value for name, value in tensors["gligen_adapter"].items() if ".alpha_" in name]
     assert all(value.abs() > 0 for value in gates)
     description = json.loads((finished / "gligen_adapter.json").read_text())
     assert description["base_model"] == str(base)
@@ -236,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     monkeypatch.setattr(
         loop, "denoising_loss", lambda u, s, batch, c: real(u, s, batch, c) * (float("nan") if batch.position else 1)
     )
-    with pytest.raises(FloatingPointError, match="loss is nan at 8 samples"):
+    with pytest.raises(FloatingPointError, match="loss nan, gradient norm nan at 8 samples"):
         train(config)
 
 
@@ -294,7 +295,7 @@ def test_two_processes_equal_one(config, tmp_path):
     train(short)
     (expected, _), (got, _) = final(short.out), final(tmp_path / "two")
     assert expected.keys() == got.keys()
-    adapter = [name for name in expected if name.startswith("adapter.")]
+    adapter = [name for name in expected if name.startswith("weights.")]
     assert all(torch.allclose(expected[name], got[name], atol=2e-3) for name in adapter)
     losses = [[entry["loss"] for entry in lines(tmp_path / run)] for run in ("run", "two")]
     assert len(losses[0]) == 4
@@ -365,8 +366,8 @@ def test_in_mixed_precision_with_validation(config, data, request):
     out = train(replace(config, precision="bf16", validation=settings)).parent
     assert len(lines(out, "validation")) == 2
     tensors, _ = load_checkpoint(list_checkpoints(out)[-1])
-    assert {value.dtype for value in tensors["adapter"].values()} == {torch.float32}
-    assert any(value.abs().max() > 0 for name, value in tensors["adapter"].items() if ".alpha_" in name)
+    assert {value.dtype for value in tensors["weights"].values()} == {torch.float32}
+    assert any(value.abs().max() > 0 for name, value in tensors["weights"].items() if ".alpha_" in name)
 
 
 def test_a_time_just_below_one_is_the_last_timestep():
@@ -384,6 +385,69 @@ def test_a_checkpoint_never_holds_a_broken_adapter(config, monkeypatch):
     with pytest.raises(FloatingPointError, match="at 32 samples"):
         train(replace(config, log_every=5))
     assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-00000016"]
+
+
+def test_gradients_that_are_not_finite_stop_the_run_too(config, monkeypatch):
+    """The loss is a number, its gradient is none."""
+    real = loop.denoising_loss
+
+    def broken(unet, scheduler, batch, conditioning):
+        loss = real(unet, scheduler, batch, conditioning)
+        return loss + (loss - loss.detach()).clamp_min(0).sqrt() if batch.position >= 28 else loss
+
+    monkeypatch.setattr(loop, "denoising_loss", broken)
+    with pytest.raises(FloatingPointError, match=r"gradient norm (nan|inf) at 32 samples"):
+        train(replace(config, log_every=5))
+    assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-00000016"]
+
+
+def test_a_checkpoint_is_an_adapter(config, tmp_path):
+    """What a run has reached can be used, and another run begun from it, before it has ended."""
+    train(replace(config, samples=16))
+    (checkpoint,) = list_checkpoints(config.out)
+    pipeline = sdxl_pipeline()
+    pipeline.load_gligen_adapter(checkpoint)
+    average = load_checkpoint(checkpoint)[0]["gligen_adapter"]
+    assert all(torch.equal(value, average[name]) for name, value in adapter_state_dict(pipeline.unet).items())
+    train(replace(config, samples=4, out=str(tmp_path / "next"), init_adapter=str(checkpoint)))
+
+
+def test_gradient_checkpointing_changes_no_gradient(config, tmp_path):
+    """Also with attention supervision, which looks into the fusers that run a second time."""
+    optimization = replace(config.optimization, attention_weight=0.1)
+    runs = []
+    for name, checkpointing in (("without", False), ("with", True)):
+        out = str(tmp_path / name)
+        train(replace(config, out=out, samples=8, gradient_checkpointing=checkpointing, optimization=optimization))
+        runs.append(final(out)[0])
+    assert all(torch.allclose(value, runs[1][name], atol=1e-5) for name, value in runs[0].items())
+
+
+def test_a_run_keeps_to_its_base(config, tmp_path):
+    train(replace(config, samples=16))
+    sdxl_pipeline(seed=7).save_pretrained(config.model)
+    try:
+        with pytest.raises(ValueError, match="begun on another base"):
+            train(replace(config, samples=16))
+    finally:
+        sdxl_pipeline().save_pretrained(config.model)
+
+
+def test_latents_of_another_vae_are_refused(config, tmp_path):
+    write_shard(tmp_path / "scale" / "a", latents(4, side=8), [row(1)] * 4, {**METADATA, "scaling_factor": "0.13025"})
+    with pytest.raises(ValueError, match=r"scaled by 0\.13025, the base's VAE by 0\.18215"):
+        train(replace(config, data=str(tmp_path / "scale")))
+    sixteen = np.zeros((4, 16, 8, 8), np.float16)
+    write_shard(tmp_path / "channels" / "a", sixteen, [row(1)] * 4, METADATA)
+    with pytest.raises(ValueError, match="latents of 16 channels, the base has 4"):
+        train(replace(config, data=str(tmp_path / "channels")))
+
+
+def test_a_detector_that_does_not_know_the_phrases_says_so_at_once(config, data):
+    settings = Validation(data=str(data), pictures=2, detector="shapes")
+    with pytest.raises(ValueError, match="cannot look for"):
+        train(replace(config, validation=settings))
+    assert not (Path(config.out) / "metrics.jsonl").exists()
 
 
 def test_other_data_under_a_run_is_refused(config, tmp_path):

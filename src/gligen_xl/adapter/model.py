@@ -227,8 +227,12 @@ def save_adapter(
     with whole_file(folder / WEIGHTS_NAME) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
     about = unet.__dict__["_gligen"].about if metadata is None else metadata
-    description = {**about, "format": FORMAT, "version": VERSION, "config": config.to_dict()}
-    write_json(folder / CONFIG_NAME, description)
+    write_json(folder / CONFIG_NAME, describe_adapter(config, about))
+
+
+def describe_adapter(config: AdapterConfig, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What `gligen_adapter.json` holds."""
+    return {**about, "format": FORMAT, "version": VERSION, "config": config.to_dict()}
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Checkpoints: a folder of safetensors files and a `state.json`, there whole or not at all.
 
     runs/mine/checkpoint-00012000/
-      adapter.safetensors  ema.safetensors  optimizer.safetensors  state.json
+      gligen_adapter.safetensors  gligen_adapter.json     the average: an adapter folder, to be loaded as one
+      weights.safetensors  optimizer.safetensors  state.json
 
 The number in the name is the run's position: samples seen. Nothing in it is a pickle.
 """
@@ -26,13 +27,20 @@ _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
 def save_checkpoint(
-    root: str | Path, position: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+    root: str | Path,
+    position: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    documents: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `root/checkpoint-{position}` and remove all but the newest `keep`.
 
     Args:
         tensors: one safetensors file per entry, named by its key.
         state: what `state.json` holds beside the position and the files' checksums; must be JSON.
+        documents: further JSON files, by name.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint has to stay")
@@ -43,6 +51,8 @@ def save_checkpoint(
             file = folder / f"{name}.safetensors"
             save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
             checksums[file.name] = _checksum(file)
+        for name, document in (documents or {}).items():
+            write_json(folder / name, document)
         write_json(folder / "state.json", {**state, "position": position, "sha256": checksums})
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)

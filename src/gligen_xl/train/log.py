@@ -74,28 +74,30 @@ class RunLog:
         self.bar.update(self.config.batch_size)
         return position // self.config.batch_size % self.config.log_every == 0
 
-    def check(self, position: int) -> float:
-        """The mean loss since the last line.
+    def check(self, position: int) -> tuple[float, float]:
+        """The means of loss and gradient norm since the last line.
 
         Raises:
-            FloatingPointError: it is not finite.
+            FloatingPointError: one of them is not finite, so that the adapter is no longer either.
         """
         if not self.losses:
-            return 0.0
-        loss = self.accelerator.gather(torch.stack(self.losses).mean()[None]).mean().item()  # type: ignore[union-attr]
-        if not math.isfinite(loss):
+            return 0.0, 0.0
+        means = torch.stack([torch.stack(values).mean() for values in (self.losses, self.norms)])
+        loss, norm = self.accelerator.gather(means[None]).mean(0).tolist()  # type: ignore[union-attr]
+        # The scaler of fp16 passes over a step whose gradients overflow.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler is not None):
             raise FloatingPointError(
-                f"the loss is {loss} at {position} samples; try a lower learning rate, or bf16 in place of fp16. "
-                "The last checkpoint stands; the same command continues from it"
+                f"loss {loss}, gradient norm {norm} at {position} samples. The last checkpoint in {self.out} stands; "
+                "begin another run with init_adapter CHECKPOINT and a lower learning rate, or bf16 in place of fp16"
             )
-        return loss
+        return loss, norm
 
     def write(self, position: int, gate_mean: float) -> None:
         """The line that is due, once the loss is checked."""
-        loss = self.check(position)
+        loss, norm = self.check(position)
         row = {
             "loss": loss,
-            "grad_norm": torch.stack(self.norms).mean().item(),
+            "grad_norm": norm,
             "learning_rate": self.config.optimization.learning_rate * self.factor,
             "gate_mean": gate_mean,
             "samples_per_s": len(self.losses) * self.config.batch_size / (time.perf_counter() - self.began),
@@ -118,7 +120,8 @@ class RunLog:
 
     def _record(self, kind: str, position: int, values: dict[str, float]) -> None:
         if self.file:
-            self.file.write(json.dumps({"kind": kind, "samples": position, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self.file.write(json.dumps({"kind": kind, "samples": position, **finite}) + "\n")
             self.file.flush()
         self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=position)
 

@@ -8,16 +8,17 @@ stopped.
 
     runs/mine/config.json            the resolved configuration and library versions
     runs/mine/metrics.jsonl          one line every `log_every` steps, one every validation
-    runs/mine/checkpoint-00064000/   adapter, its average, optimizer, state
+    runs/mine/checkpoint-00064000/   the average so far, which loads as an adapter; weights, optimizer, state
     runs/mine/validation/            pictures with grounding on and off, boxes drawn
     runs/mine/adapter/               the finished adapter: the average
 """
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ..adapter import (
     AdapterConfig,
+    adapter_config,
     adapter_parameters,
     attach,
     detach,
@@ -39,13 +41,13 @@ from ..adapter import (
     load_adapter_state_dict,
     save_adapter,
 )
-from ..adapter.model import read_adapter
-from ..data.batch import Batch, ShardDataset, batches
+from ..adapter.model import CONFIG_NAME, describe_adapter, read_adapter
+from ..data.batch import ShardDataset, batches
 from ..data.order import SampleOrder
 from ..phrases import phrase_width
 from ..pipelines import StableDiffusionXLGLIGENPipeline
 from ..versions import versions
-from .attention import AttentionLosses, watch_attention
+from .attention import watch_attention
 from .checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -86,36 +88,44 @@ def train(config: TrainConfig) -> Path:
         project_dir=out,
     )
     pipeline = load_base(config, accelerator.device)
-    unet = pipeline.unet
-    _fresh_adapter(pipeline, config)
+    unet, base = pipeline.unet, fingerprint(pipeline.unet)
+    if checkpoints and state["base"] != base:
+        raise ValueError(f"the run in {out} was begun on another base than what {config.model} is now")
+    _fresh_adapter(pipeline, config, AdapterConfig.from_dict(state["adapter"]) if checkpoints else None)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     conditioner = Conditioner(pipeline)
     scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
 
-    dataset = ShardDataset(_data_folder(config.data, pipeline, out / "data"), config.augmentation, config.seed)
+    with accelerator.main_process_first():  # what it draws, the others find
+        data = _data_folder(config.data, pipeline, out / "data")
+        held_out = config.validation.data and _data_folder(
+            config.validation.data, pipeline, out / "validation-data", held_out=True
+        )
+    dataset = ShardDataset(data, config.augmentation, config.seed)
+    check_fit(dataset, pipeline)
     if checkpoints and state["groups"] != dataset.groups:
         raise ValueError(
             f"the run in {out} was begun on {sum(state['groups'])} samples, {config.data} now holds {len(dataset)}; "
-            "give back the former data, or begin another run with init_adapter"
+            f"give back the former data, or begin another run with init_adapter {checkpoints[-1]}"
         )
     order = SampleOrder(dataset.groups, config.batch_size, config.seed)
     stop = config.samples // config.batch_size * config.batch_size
     validator = None
-    if config.validation.data:
+    if held_out:
         validator = Validator(
-            config.validation,
-            _data_folder(config.validation.data, pipeline, out / "validation-data", held_out=True),
-            pipeline, conditioner, scheduler, config.augmentation, config.batch_size, config.seed,
+            config.validation, held_out, pipeline, conditioner, scheduler,
+            config.augmentation, config.batch_size, config.seed,
         )  # fmt: skip
+        check_fit(validator.dataset, pipeline)
 
     parameters = adapter_parameters(unet)
     optimizer = _optimizer(parameters, config)
     ema = EMA(parameters, config.optimization.ema_decay)
     position = state["position"]
     if checkpoints:
-        load_adapter_state_dict(unet, tensors["adapter"], source=str(checkpoints[-1]))
-        ema.load(tensors["ema"], state["ema_steps"])
+        load_adapter_state_dict(unet, tensors["weights"], source=str(checkpoints[-1]))
+        ema.load(tensors["gligen_adapter"], state["ema_steps"])
         load_optimizer_tensors(optimizer, tensors["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -126,15 +136,22 @@ def train(config: TrainConfig) -> Path:
     model, prepared = accelerator.prepare(unet, optimizer)
 
     def checkpoint() -> Path:
-        groups = {"adapter": parameters, "ema": ema.average, "optimizer": optimizer_tensors(optimizer)}
+        groups = {"gligen_adapter": ema.average, "weights": parameters, "optimizer": optimizer_tensors(optimizer)}
         state = {
+            "adapter": adapter_config(unet).to_dict(),
+            "base": base,
             "ema_steps": ema.steps,
             "groups": dataset.groups,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "config": config.to_dict(),
             "versions": versions(),
         }
-        return save_checkpoint(out, position, groups, state, keep=config.keep_checkpoints)
+        documents = {CONFIG_NAME: describe_adapter(adapter_config(unet), about())}
+        return save_checkpoint(out, position, groups, state, keep=config.keep_checkpoints, documents=documents)
+
+    def about() -> dict[str, Any]:
+        training = {"training": config.to_dict(), "versions": versions()}
+        return {"base_model": config.model, "samples": position, **training}
 
     with _stop_request() as stop_request, RunLog(accelerator, config, position) as log:
         for batch in loader:
@@ -143,10 +160,12 @@ def train(config: TrainConfig) -> Path:
                 group["lr"] = group["base_lr"] * factor
             conditioning = conditioner(batch)
             weight = config.optimization.attention(position, stop)
-            with accelerator.autocast(), _watched(unet, batch, weight) as attention:
-                loss = denoising_loss(model, scheduler, batch, conditioning).mean()
-                guided = loss + weight * attention.mean() if attention else loss
-            accelerator.backward(guided)
+            supervised = watch_attention(unet, batch.boxes, batch.mask, batch.latents.shape[-2:])
+            with supervised if weight else nullcontext() as attention:
+                with accelerator.autocast():
+                    loss = denoising_loss(model, scheduler, batch, conditioning).mean()
+                    guided = loss + weight * attention.mean() if attention else loss
+                accelerator.backward(guided)  # watched still: gradient checkpointing runs the fusers again
             norm: Any = accelerator.clip_grad_norm_(parameters.values(), config.optimization.max_grad_norm)
             prepared.step()
             prepared.zero_grad()
@@ -172,8 +191,7 @@ def train(config: TrainConfig) -> Path:
 
     finished = out / "adapter"
     if accelerator.is_main_process:
-        about = {"base_model": config.model, "samples": stop, "training": config.to_dict(), "versions": versions()}
-        save_adapter(unet, finished, state=ema.average, metadata=about)
+        save_adapter(unet, finished, state=ema.average, metadata=about())
     return finished
 
 
@@ -189,16 +207,51 @@ def load_base(config: TrainConfig, device: torch.device) -> StableDiffusionXLGLI
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval().to(device)
-    pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
+    if dtype != torch.float32:
+        pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _fresh_adapter(pipeline: StableDiffusionXLGLIGENPipeline, config: TrainConfig) -> None:
-    """Attach a new adapter in float32, initialised from the seed, or the one to start from."""
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short name for the weights of a model: of names, shapes and the first numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        first = value.flatten()[:8].float().tolist()
+        digest.update(f"{name} {tuple(value.shape)} {first}".encode())
+    return digest.hexdigest()[:12]
+
+
+def check_fit(dataset: ShardDataset, pipeline: StableDiffusionXLGLIGENPipeline) -> None:
+    """Whether latents are those of the base's VAE, as far as shape and scale tell."""
+    channels, scale = pipeline.unet.config["in_channels"], pipeline.vae.config["scaling_factor"]
+    for shard in dataset.shards:
+        if shard.latent_shape[0] != channels:
+            raise ValueError(f"{shard.stem} holds latents of {shard.latent_shape[0]} channels, the base has {channels}")
+        if abs(float(shard.metadata.get("scaling_factor", scale)) / scale - 1) > 1e-3:
+            raise ValueError(
+                f"{shard.stem} holds latents scaled by {shard.metadata['scaling_factor']}, the base's VAE by {scale}: "
+                "they come from another VAE; prepare the pictures again with that of the base"
+            )
+
+
+def _fresh_adapter(
+    pipeline: StableDiffusionXLGLIGENPipeline, config: TrainConfig, form: AdapterConfig | None = None
+) -> None:
+    """Attach an adapter in float32: of `form`, whose weights a checkpoint has; the one to start from; or a new one,
+    initialised from the seed."""
     torch.manual_seed(config.seed)
-    if config.init_adapter:
+    weights = None
+    phrase_dim = phrase_width([pipeline.text_encoder, pipeline.text_encoder_2])
+    if form is not None:
+        pass
+    elif config.init_adapter:
         form, weights, _ = read_adapter(config.init_adapter)
+        if form.phrase_dim != phrase_dim:
+            raise ValueError(
+                f"{config.init_adapter} reads phrase embeddings of width {form.phrase_dim}, the base's text encoders "
+                f"give {phrase_dim}: it is for another base model"
+            )
         for name in ("every", "grounding_logit_bias"):
             if (there := getattr(form, name)) != (here := getattr(config.adapter, name)):
                 raise ValueError(
@@ -206,10 +259,9 @@ def _fresh_adapter(pipeline: StableDiffusionXLGLIGENPipeline, config: TrainConfi
                 )
         form = replace(form, slots=config.augmentation.slots)
     else:
-        weights = None
         form = AdapterConfig(
             cross_attention_dim=pipeline.unet.config["cross_attention_dim"],
-            phrase_dim=phrase_width([pipeline.text_encoder, pipeline.text_encoder_2]),
+            phrase_dim=phrase_dim,
             slots=config.augmentation.slots,
             every=config.adapter.every,
             grounding_logit_bias=config.adapter.grounding_logit_bias,
@@ -243,7 +295,7 @@ def _data_folder(data: str, pipeline: StableDiffusionXLGLIGENPipeline, drawn: Pa
 
     if not count.isdigit() or int(count) < 1:
         raise ValueError(f"data is {data!r}; expected a folder of shards, or shapes:COUNT as shapes:50000")
-    folder = drawn / data.replace(":", "-")
+    folder = drawn / f"shapes-{count}-{fingerprint(pipeline.vae)}"
     if held_out:
         write_shards(pipeline.vae, folder, int(count), seed=VALIDATION_SEED, captions="plain")
     else:
@@ -257,16 +309,6 @@ def _data_folder(data: str, pipeline: StableDiffusionXLGLIGENPipeline, drawn: Pa
 def _crosses(position: int, every: int, step: int) -> bool:
     """Whether the step that ended at `position` passed a multiple of `every`."""
     return position // every > (position - step) // every
-
-
-@contextmanager
-def _watched(unet: torch.nn.Module, batch: Batch, weight: float) -> Iterator[AttentionLosses | None]:
-    """The attention losses of the forward pass inside the block, if they weigh anything."""
-    if weight:
-        with watch_attention(unet, batch.boxes, batch.mask, batch.latents.shape[-2:]) as losses:
-            yield losses
-    else:
-        yield None
 
 
 def _agreed(accelerator: Accelerator, came: bool) -> bool:

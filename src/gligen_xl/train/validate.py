@@ -59,20 +59,26 @@ class Validator:
         self.dataset = ShardDataset(data, whole, seed)
         layouts = (self._layout(number) for number in range(len(self.dataset)))
         self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
+        self.detector = find_detector(options.detector) if options.detector else None
+        for layout in self.layouts if self.detector else ():
+            self.detector.score(Image.new("RGB", (8, 8)), layout)  # complains about phrases now, not after hours
 
     def _layout(self, number: int) -> Layout:
         """A held-out sample as a layout, with the boxes that training would keep and the size of its picture."""
         shard, index = self.dataset.find(number)
         row, (_, height, width) = shard.row(index), shard.latent_shape
         chosen = self.dataset.augmentation.choose(row.scores)
-        return Layout(
-            prompt=row.caption,
-            phrases=[row.phrases[k] for k in chosen],
-            boxes=[row.boxes[k] for k in chosen],
-            height=height * shard.downsampling,
-            width=width * shard.downsampling,
-            id=row.image_id,
-        )
+        try:
+            return Layout(
+                prompt=row.caption,
+                phrases=[row.phrases[k] for k in chosen],
+                boxes=[row.boxes[k] for k in chosen],
+                height=height * shard.downsampling,
+                width=width * shard.downsampling,
+                id=row.image_id,
+            )
+        except ValueError as error:
+            raise ValueError(f"row {index} of shard {shard.stem}: {error}") from error
 
     def __call__(self) -> tuple[dict[str, float], Image.Image | None]:
         """Metrics by name, and a picture of the first layouts with grounding on and off."""
@@ -90,10 +96,9 @@ class Validator:
         }
         on = list(generate(self.pipeline, self.layouts, beta=1.0, **settings))
         off = list(generate(self.pipeline, self.layouts, grounded=False, **settings))
-        if self.options.detector:
-            detector = find_detector(self.options.detector)
+        if self.detector:
             for name, pictures in (("on", on), ("off", off)):
-                scores = [detector.score(p, layout) for p, layout in zip(pictures, self.layouts, strict=True)]
+                scores = [self.detector.score(p, layout) for p, layout in zip(pictures, self.layouts, strict=True)]
                 summary = summarize([score for of_picture in scores for score in of_picture])
                 del summary["objects"]
                 metrics |= {f"{name}_{key}": value for key, value in summary.items()}
