@@ -316,3 +316,20 @@ def test_fourier_features_are_those_of_the_paper_and_stay_exact_in_half_precisio
 def test_wrong_configurations(settings, says):
     with pytest.raises(ValueError, match=says):
         AdapterConfig(cross_attention_dim=8, phrase_dim=8, **settings)
+
+
+def test_a_compiled_unet_keeps_its_adapter(tmp_path):
+    """`torch.compile` wraps the U-Net; the adapter is that of the U-Net inside."""
+    unet = sdxl_unet()
+    attach(unet, config_for(unet))
+    open_gates(unet)
+    expected = run(unet)
+    compiled = torch.compile(unet, backend="eager")
+    torch.testing.assert_close(run(compiled), expected, atol=1e-5, rtol=0)
+    assert is_attached(compiled)
+    save_adapter(compiled, tmp_path)
+    with detached(compiled):
+        assert not is_attached(unet)
+        load_adapter(compiled, tmp_path)
+        torch.testing.assert_close(run(compiled), expected, atol=1e-5, rtol=0)
+        detach(compiled)

@@ -64,6 +64,14 @@ def test_a_failure_while_saving_keeps_the_former(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000064"]
 
 
+def test_what_a_kill_left_half_written_is_cleared(tmp_path):
+    half = tmp_path / ".checkpoint-00000032.12345.partial"
+    half.mkdir()
+    (half / "weights.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, 64, some(), {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000064"]
+
+
 def test_whole_files_and_folders(tmp_path):
     target = tmp_path / "deep" / "file.json"
     with whole_file(target) as partial:
@@ -78,6 +86,10 @@ def test_whole_files_and_folders(tmp_path):
         raise RuntimeError
     with whole_folder(tmp_path / "folder") as partial:
         (partial / "b").write_text("2")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]
+    (tmp_path / "folder").rename(tmp_path / ".folder.former")  # killed after the old one was moved aside
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "folder"):
+        raise RuntimeError
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "folder"]
 

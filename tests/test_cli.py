@@ -6,13 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from test_shards import METADATA, latents, row
 from tiny import open_gates, sdxl_pipeline
 
-from gligen_xl import __version__
-from gligen_xl.adapter import AdapterConfig, attach
+from gligen_xl import StableDiffusionXLGLIGENPipeline, __version__
+from gligen_xl.adapter import AdapterConfig, adapter_config, attach
 from gligen_xl.cli import COMMANDS, main
 from gligen_xl.data.shards import write_shard
 from gligen_xl.recipes import find_recipe, recipe_names
@@ -226,3 +228,43 @@ def test_settings_of_the_wrong_kind_in_a_recipe(capsys, tmp_path, setting, says)
     path = tmp_path / "mine.yaml"
     path.write_text(f"data: nowhere\nout: {tmp_path / 'run'}\n{setting}\n")
     assert says in fails(capsys, "train", path)
+
+
+def test_a_second_command_leaves_the_pictures_of_the_first(model, layouts, tmp_path, capsys):
+    command = ("generate", "--layout", layouts, "--model", model, "--out", tmp_path / "p", *FAST)
+    assert run(capsys, *command)[0] == run(capsys, *command)[0] == 0
+    names = sorted(path.name for path in (tmp_path / "p").iterdir())
+    assert names == ["0000-one_.._x.png", "0001.png", "0002-one_.._x.png", "0003.png"]
+    assert Image.open(tmp_path / "p" / "0001.png").tobytes() == Image.open(tmp_path / "p" / "0003.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--count", 3), "--count is 3; .* holds 2 layouts"),
+        (("--beta", 1, 7), "shares of the steps, 0 to 1"),
+        (("--seed", 10**20), "--seed is 1"),
+        (("--out", "FILE"), "File exists"),
+    ],
+)
+def test_evaluate_complains_before_it_generates(model, layouts, tmp_path, capsys, monkeypatch, words, says):
+    monkeypatch.setattr("gligen_xl.evaluate.run.generate", lambda *_, **__: pytest.fail("generated"))
+    (tmp_path / "file").write_text("")
+    words = [tmp_path / "file" if word == "FILE" else word for word in words]
+    out = () if "--out" in words else ("--out", tmp_path / "report")
+    assert re.search(says, fails(capsys, "evaluate", "--layouts", layouts, "--model", model, *out, *words))
+
+
+def test_shapes_pack_makes_a_folder_with_both(model, tmp_path, capsys):
+    pipeline = sdxl_pipeline()
+    attach(pipeline.unet, AdapterConfig(cross_attention_dim=40, phrase_dim=40, slots=3))
+    pipeline.save_gligen_adapter(tmp_path / "adapter")
+    words = ("shapes", "pack", "--base", model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "packed")
+    assert run(capsys, *words)[0] == 0
+    packed = StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / "packed")
+    assert adapter_config(packed.unet).slots == 3
+    assert json.loads((tmp_path / "packed" / "gligen_adapter" / "gligen_adapter.json").read_text())["base_model"]
+    weights = load_file(tmp_path / "packed" / "gligen_adapter" / "gligen_adapter.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert "no adapter" not in fails(capsys, *words[:-3], tmp_path / "nothing", "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -119,3 +119,14 @@ def test_box_iou_on_counted_pixels():
     expected = (flat[:, None] & flat).sum(-1) / (flat[:, None] | flat).sum(-1)
     np.testing.assert_allclose(box_iou(made, made), expected)
     assert box_iou(made, np.empty((0, 4))).shape == (30, 0)
+
+
+def test_prompts_may_hold_any_line_end_but_the_newline(tmp_path):
+    layouts = [Layout(prompt=f"grass{end}sand") for end in ("\u2028", "\u2029", "\x85", "\r", "\x0b", "\n")]
+    write_layouts(tmp_path / "layouts.jsonl", layouts)
+    assert read_layouts(tmp_path / "layouts.jsonl") == layouts
+
+
+def test_a_number_beyond_floats_is_refused():
+    with pytest.raises(ValueError, match="expected four numbers"):
+        Layout(phrases=["a dog"], boxes=[[0, 0, 1, 10**400]])

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import adapter_config, detached, is_attached
 from gligen_xl.demo import demo
 from gligen_xl.evaluate import evaluate_layouts, find_detector, held_out_layouts
 from gligen_xl.shapes import model_folder
+from gligen_xl.train.config import TrainConfig, Validation
+from gligen_xl.train.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +85,16 @@ def test_the_demonstration(tmp_path):
     assert "mean IoU" in said
     names = {path.name for path in Path(tmp_path).iterdir()}
     assert {"grid.png", "table.md", "layouts.jsonl", "one.png", "one-off.png"} <= names
+
+
+def test_training_on_it_measures_boxes(tmp_path):
+    """A few steps, for what a validation says; that it learns is in test_slow.py."""
+    validation = Validation(data="shapes:8", every=8, loss_samples=8, pictures=2, steps=2, detector="shapes")
+    config = TrainConfig(
+        model="shapes", data="shapes:32", out=str(tmp_path), samples=8, batch_size=8, track=[], validation=validation
+    )
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["kind"] == "validation"]
+    assert {"grounding_gain_q1", "on_mean_iou", "off_recall_50", "on_colour", "on_shape_of_found"} <= row.keys()
+    assert Image.open(tmp_path / "validation" / "00000008.png").width > 512

@@ -1,13 +1,15 @@
 """Shards: what is written is what is read; whole or not at all; damage is named."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gligen_xl.data.shards import Row, Shard, find_shards, write_shard
+from gligen_xl.data.shards import TABLE, Row, Shard, find_shards, write_shard
 
 METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.18215"}
 
@@ -105,3 +107,18 @@ def test_shards_cost_no_open_files_and_travel_light(stem):
         shard.latents[0].sum()
     assert psutil.Process().num_fds() <= before + 2
     assert len(pickle.dumps(shards[0])) < 20_000 + shards[0]._table.nbytes
+
+
+def test_a_row_that_cannot_be_trained_on_is_named(tmp_path):
+    good, pixels = row(2), replace(row(2), boxes=[(0.1, 0.1, 0.5, 0.5), (10.0, 20.0, 30.0, 40.0)])
+    with pytest.raises(ValueError, match=r"row 1 .*looks like pixels"):
+        write_shard(tmp_path / "a", latents(2), [good, pixels], METADATA)
+    with pytest.raises(ValueError, match=r"row 0 .*1 scores but 2 boxes"):
+        write_shard(tmp_path / "a", latents(2), [replace(good, scores=[0.5]), good], METADATA)
+    assert not list(tmp_path.iterdir())
+    write_shard(tmp_path / "a", latents(2), [good, good], METADATA)
+    table = pq.read_table(tmp_path / "a.parquet").to_pydict()
+    table["phrases"][1] = ["a dog"]  # somebody else's writer
+    pq.write_table(pa.table(table, schema=TABLE), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: row 1 has unlike numbers"):
+        Shard(tmp_path / "a")

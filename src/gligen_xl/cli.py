@@ -93,8 +93,8 @@ def _load(arguments: Namespace) -> StableDiffusionXLGLIGENPipeline:
     for name in ("steps", "batch_size"):
         if arguments[name] < 1:
             raise UsageError(f"--{name} is {arguments[name]}; expected at least 1")
-    if arguments.seed < 0:
-        raise UsageError(f"--seed is {arguments.seed}; expected 0 or more")
+    if not 0 <= arguments.seed < 2**62:
+        raise UsageError(f"--seed is {arguments.seed}; expected 0 to 2**62 - 1")
     _quiet_imports()
     import torch
 
@@ -191,6 +191,7 @@ def _run_generate(arguments: Namespace, layouts: list[Layout], beta: float | lis
     from .show import draw_boxes, png_metadata
 
     out = Path(arguments.out)
+    first = _first_free_number(out)
     pictures = generate(
         pipeline,
         layouts,
@@ -211,12 +212,18 @@ def _run_generate(arguments: Namespace, layouts: list[Layout], beta: float | lis
             "model": arguments.model,
             "adapter": arguments.adapter,
         }
-        name = f"{k:04d}" + (f"-{_file_name(layout.id)}" if layout.id else "")
+        name = f"{first + k:04d}" + (f"-{_file_name(layout.id)}" if layout.id else "")
         versions = [("", picture)] + ([("-boxes", draw_boxes(picture, layout))] if arguments.draw else [])
         for suffix, version in versions:
             with whole_file(out / f"{name}{suffix}.png") as partial:
                 version.save(partial, format="PNG", pnginfo=png_metadata(about))
     print(f"{len(layouts)} pictures in {out}")
+
+
+def _first_free_number(folder: Path) -> int:
+    """Pictures of an earlier command stay; numbering goes on after them."""
+    numbers = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*.png")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
 
 
 def _file_name(text: str) -> str:
@@ -261,7 +268,7 @@ def _run_train(config: Any) -> None:
 
 def _parse_evaluate(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--layouts", default="shapes", help="shapes (held-out scenes), or a JSON or JSONL file")
-    parser.add_argument("--count", type=int, default=256, help="how many of the held-out scenes")
+    parser.add_argument("--count", type=int, help="how many, the first ones; by default 256 scenes, or the whole file")
     parser.add_argument("--detector", default="shapes", help="what finds the objects: shapes")
     parser.add_argument("--beta", type=float, nargs="+", default=[1.0, 0.4], help="shares of the steps to evaluate")
     parser.add_argument("--no_controls", action="store_true", help="leave out grounding off and shuffled layouts")
@@ -277,9 +284,13 @@ def _run_evaluate(arguments: Namespace) -> None:
 
     detector = find_detector(arguments.detector)
     if arguments.layouts == "shapes":
-        layouts = held_out_layouts(arguments.count)
+        layouts = held_out_layouts(256 if arguments.count is None else arguments.count)
     else:
         layouts = read_layouts(arguments.layouts)
+        if arguments.count is not None and not 1 <= arguments.count <= len(layouts):
+            raise UsageError(f"--count is {arguments.count}; {arguments.layouts} holds {len(layouts)} layouts")
+        layouts = layouts[: arguments.count]
+    Path(arguments.out).mkdir(parents=True, exist_ok=True)  # rather found out now than after an hour
     pipeline = _load(arguments)
     report = evaluate_layouts(
         pipeline,
@@ -313,7 +324,12 @@ def _parse_shapes(parser: Parser, words: list[str]) -> tuple[str, Namespace]:
     build.add_argument("--out", default="runs/shapes", help="folder for data, checkpoints and the model")
     actions.add_subcommand("demo", demo, help="pictures with grounding on and off, and a table")
     actions.add_subcommand("draw", draw, help="scenes with their layouts")
+    pack = Parser(description="Put a base and an adapter that was trained on it into one folder, in float16.")
+    pack.add_argument("--base", default="runs/shapes/model", help="what shapes build made")
+    pack.add_argument("--adapter", default="runs/shapes-adapter/adapter", help="what train made; or a checkpoint")
+    pack.add_argument("--out", default="runs/shapes/packed", help="folder; with it, from_pretrained has both")
     actions.add_subcommand("build", build, help="train the embedded model from nothing")
+    actions.add_subcommand("pack", pack, help="a base and its adapter into one folder")
     arguments = parser.parse_args(words)
     return arguments.action, arguments[arguments.action]
 
@@ -328,6 +344,10 @@ def _run_shapes(action: str, arguments: Namespace) -> None:
         from .shapes.build import build
 
         print(build(Path(arguments.out)))
+    elif action == "pack":
+        from .shapes.build import pack
+
+        print(pack(arguments.base, arguments.adapter, Path(arguments.out)))
     else:
         _draw_scenes(arguments)
 

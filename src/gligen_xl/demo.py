@@ -16,7 +16,7 @@ LAYOUTS = [
         id="one",
         prompt="an image of grass with a red circle",
         phrases=["a red circle"],
-        boxes=[[0.1, 0.5, 0.5, 0.9]],
+        boxes=[[0.1, 0.6, 0.4, 0.9]],
     ),
     Layout(
         id="two",
@@ -34,7 +34,7 @@ LAYOUTS = [
         id="row",
         prompt="the sea with a red square, a yellow square and a pink square",
         phrases=["a red square", "a yellow square", "a pink square"],
-        boxes=[[0.03, 0.36, 0.31, 0.64], [0.36, 0.36, 0.64, 0.64], [0.69, 0.36, 0.97, 0.64]],
+        boxes=[[0.02, 0.35, 0.32, 0.65], [0.35, 0.35, 0.65, 0.65], [0.68, 0.35, 0.98, 0.65]],
     ),
     Layout(
         id="four",

@@ -30,10 +30,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """As `whole_file`, for a folder. One that stood there before is moved aside until the new one is in its place."""
+    """As `whole_file`, for a folder. One that stood there before is moved aside until the new one is in its place;
+    a kill between these two moves is mended the next time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial, former = (path.with_name(f".{path.name}{ending}") for ending in (f".{os.getpid()}.partial", ".former"))
+    if former.exists() and not path.exists():
+        former.replace(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -42,7 +45,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 _flush(file)
         if path.exists():
-            former = path.with_name(f".{path.name}.{os.getpid()}.former")
+            shutil.rmtree(former, ignore_errors=True)
             path.replace(former)
             partial.replace(path)
             shutil.rmtree(former)

@@ -153,7 +153,7 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
     return True
 
@@ -182,11 +182,10 @@ def read_layouts(path: str | Path) -> list[Layout]:
         raise ValueError(f"{path} is not a text file: {error}") from error
     try:
         whole = json.loads(text)
-        items = whole if isinstance(whole, list) else [whole]
-        entries = [(f"item {k}", item) for k, item in enumerate(items)] if isinstance(whole, list) else [("", whole)]
+        entries = [(f"item {k}", item) for k, item in enumerate(whole)] if isinstance(whole, list) else [("", whole)]
     except json.JSONDecodeError as whole_error:
         entries = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # prompts may hold other line ends
             if line.strip():
                 try:
                     entries.append((f"line {number}", json.loads(line)))

@@ -2,6 +2,7 @@
 
 from .config import AdapterConfig
 from .model import (
+    adapter_about,
     adapter_config,
     adapter_parameters,
     adapter_state_dict,
@@ -22,6 +23,7 @@ from .model import (
 
 __all__ = [
     "AdapterConfig",
+    "adapter_about",
     "adapter_config",
     "adapter_parameters",
     "adapter_state_dict",

@@ -46,6 +46,8 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"adapter settings are {values!r}; expected names and values")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown adapter settings {unknown}; this version knows {sorted(known)}")

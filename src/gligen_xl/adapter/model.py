@@ -48,15 +48,26 @@ class DetachedAdapter:
     fusers: dict[str, nn.Module]
 
 
+def _bare(unet: Any) -> Any:
+    """The U-Net itself, where `torch.compile` has put a wrapper around it."""
+    return getattr(unet, "_orig_mod", unet)
+
+
 def is_attached(unet: nn.Module) -> bool:
-    return "_gligen" in unet.__dict__
+    return "_gligen" in _bare(unet).__dict__
 
 
 def adapter_config(unet: nn.Module) -> AdapterConfig:
     """The configuration of the attached adapter."""
     if not is_attached(unet):
         raise ValueError("this U-Net carries no GLIGEN adapter; attach or load one first")
-    return unet.__dict__["_gligen"].config
+    return _bare(unet).__dict__["_gligen"].config
+
+
+def adapter_about(unet: nn.Module) -> dict[str, Any]:
+    """What the file of the attached adapter says beside its form: base model, training."""
+    adapter_config(unet)
+    return dict(_bare(unet).__dict__["_gligen"].about)
 
 
 def attach(
@@ -72,6 +83,7 @@ def attach(
         dtype: of the adapter; the U-Net's by default. Training keeps it in float32 beside a half-precision base.
         about: what is known of it; saved with it.
     """
+    unet = _bare(unet)
     if is_attached(unet):
         raise ValueError("this U-Net already carries a GLIGEN adapter; detach it first")
     if hasattr(unet, "position_net"):
@@ -109,6 +121,7 @@ def attach(
 def detach(unet: UNet2DConditionModel) -> DetachedAdapter:
     """Take the adapter off; the U-Net is what it was before. What is returned can be put back with `reattach`."""
     adapter_config(unet)
+    unet = _bare(unet)
     blocks = transformer_blocks(unet)
     carried = DetachedAdapter(
         unet.__dict__.pop("_gligen"), unet.position_net, {name: block.fuser for name, block in blocks.items()}
@@ -122,6 +135,7 @@ def detach(unet: UNet2DConditionModel) -> DetachedAdapter:
 
 def reattach(unet: UNet2DConditionModel, carried: DetachedAdapter) -> None:
     """Put the very modules back that `detach` took off."""
+    unet = _bare(unet)
     for name, block in transformer_blocks(unet).items():
         block.add_module("fuser", carried.fusers[name])
     unet.add_module("position_net", carried.position_net)
@@ -143,11 +157,11 @@ def detached(unet: UNet2DConditionModel) -> Iterator[None]:
 
 def transformer_blocks(unet: nn.Module) -> dict[str, BasicTransformerBlock]:
     """The transformer blocks of a U-Net by name, in the order in which it holds them."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, BasicTransformerBlock)}
+    return {name: module for name, module in _bare(unet).named_modules() if isinstance(module, BasicTransformerBlock)}
 
 
 def fusers(unet: nn.Module) -> dict[str, Fuser]:
-    return {name: module for name, module in unet.named_modules() if isinstance(module, Fuser)}
+    return {name: module for name, module in _bare(unet).named_modules() if isinstance(module, Fuser)}
 
 
 # State --------------------------------------------------------------------------------------------------------------
@@ -160,7 +174,7 @@ def is_adapter_key(name: str) -> bool:
 def adapter_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their names in the U-Net."""
     adapter_config(unet)
-    return {name: value for name, value in unet.named_parameters() if is_adapter_key(name)}
+    return {name: value for name, value in _bare(unet).named_parameters() if is_adapter_key(name)}
 
 
 def adapter_state_dict(unet: nn.Module) -> dict[str, Tensor]:
@@ -226,7 +240,7 @@ def save_adapter(
     }
     with whole_file(folder / WEIGHTS_NAME) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
-    about = unet.__dict__["_gligen"].about if metadata is None else metadata
+    about = adapter_about(unet) if metadata is None else metadata
     write_json(folder / CONFIG_NAME, describe_adapter(config, about))
 
 

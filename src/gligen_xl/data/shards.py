@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from ..files import whole_file
+from ..layout import validate
 
 FORMAT, VERSION = "gligen-xl-shard", "1"
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
@@ -60,6 +62,9 @@ def write_shard(stem: str | Path, latents: np.ndarray, rows: Iterable[Row], meta
     Args:
         latents: (N, C, h, w) float16, finite.
         metadata: resolution, vae, scaling_factor.
+
+    Raises:
+        ValueError: latents or a row that cannot be trained on; it names the row.
     """
     stem, rows = Path(stem), list(rows)
     if latents.ndim != 4 or latents.dtype != np.float16:
@@ -68,6 +73,13 @@ def write_shard(stem: str | Path, latents: np.ndarray, rows: Iterable[Row], meta
         raise ValueError(f"{len(latents)} latents but {len(rows)} rows; each picture needs both")
     if not np.isfinite(latents).all():
         raise ValueError(f"latents of row {int(np.argwhere(~np.isfinite(latents))[0, 0])} hold NaN or infinity")
+    for k, row in enumerate(rows):
+        try:
+            validate(row.phrases, row.boxes)
+        except ValueError as error:
+            raise ValueError(f"row {k} ({row.image_id}): {error}") from error
+        if len(row.scores) != len(row.boxes):
+            raise ValueError(f"row {k} ({row.image_id}): {len(row.scores)} scores but {len(row.boxes)} boxes")
     columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
     table = pa.table(columns, schema=TABLE)
     with whole_file(stem.with_name(stem.name + ".safetensors")) as partial:
@@ -98,6 +110,9 @@ class Shard:
         if len(table) != self._shape[0]:
             raise ValueError(f"shard {self.stem}: {self._shape[0]} latents but {len(table)} rows in the table")
         self._table = table.select(TABLE.names)
+        lengths = [pc.list_value_length(table[name]).to_numpy() for name in ("boxes", "phrases", "scores")]
+        if len(uneven := np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))):
+            raise ValueError(f"{table_file}: row {uneven[0]} has unlike numbers of boxes, phrases and scores")
 
     def __len__(self) -> int:
         return self._shape[0]

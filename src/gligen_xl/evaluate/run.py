@@ -9,6 +9,7 @@ from PIL import Image
 from ..generate import generate
 from ..layout import Layout
 from ..pipelines.grounding import GroundingMixin
+from ..pipelines.schedule import GroundingSchedule
 from ..shapes.world import HELD_OUT_SEED, sample_scene, scene_layout
 from .boxes import summarize
 from .detectors import Detector
@@ -49,6 +50,8 @@ def evaluate_layouts(
         detector.score(Image.new("RGB", (8, 8)), layout)  # complains about phrases now rather than after an hour
     if not betas:
         raise ValueError("no beta to evaluate")
+    for beta in betas:
+        GroundingSchedule.parse(beta)  # complains now, too
     watch = progress or (lambda pictures, _: pictures)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed}
 

@@ -20,11 +20,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ..adapter import adapter_about, save_adapter
 from ..data.batch import Augmentation, Batch, ShardDataset, batches
 from ..data.order import SampleOrder
 from ..data.shards import find_shards
 from ..files import whole_folder
 from ..phrases import embed_phrases
+from ..pipelines import StableDiffusionXLGLIGENPipeline
+from ..pipelines.grounding import ADAPTER_SUBFOLDER
 from ..train.objective import denoising_loss
 from .data import pictures, write_shards
 from .model import TEXT_WIDTH, new_scheduler, new_text_encoders, new_tokenizer, new_unet, new_vae
@@ -221,3 +224,14 @@ def assemble(folder: Path, vae: Any, base: Base, tokenizer: CLIPTokenizer) -> No
     pipeline = StableDiffusionXLPipeline(**parts)
     with whole_folder(folder) as partial:
         pipeline.to(torch.float16).save_pretrained(partial)
+
+
+def pack(base: str | Path, adapter: str | Path, out: Path) -> Path:
+    """A base folder and an adapter that fits it as one pipeline folder, in float16: the form of the shipped weights."""
+    pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained(base, dtype=torch.float16)
+    pipeline.load_gligen_adapter(adapter)
+    about = {**adapter_about(pipeline.unet), "base_model": "shapes"}
+    with whole_folder(out) as partial:
+        pipeline.save_pretrained(partial)
+        save_adapter(pipeline.unet, partial / ADAPTER_SUBFOLDER, dtype=torch.float16, metadata=about)
+    return out

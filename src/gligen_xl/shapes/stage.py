@@ -65,7 +65,7 @@ def run_stage(
         position = state["position"]
     total_steps = config.samples // config.batch_size
     sums: dict[str, float] = {}
-    seconds, clock = 0.0, time.perf_counter()
+    clock = time.perf_counter()
     while (step := position // config.batch_size) < total_steps:
         warm = min(1.0, (step + 1) / config.warmup_steps)
         rate = config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total_steps)))

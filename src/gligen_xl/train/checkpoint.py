@@ -44,6 +44,8 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint has to stay")
+    for left in Path(root).glob(".checkpoint-*.partial"):  # of a run that was killed while it saved
+        shutil.rmtree(left)
     target = Path(root) / f"checkpoint-{position:08d}"
     with whole_folder(target) as folder:
         checksums = {}

@@ -144,6 +144,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.samples < self.batch_size:
             raise ValueError(f"samples is {self.samples}, less than one batch of {self.batch_size}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}; expected 0 to 2**31 - 1")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; expected 0 or more")
 
