@@ -25,6 +25,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/processes.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

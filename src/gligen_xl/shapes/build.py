@@ -3,8 +3,12 @@
     gligen-xl shapes build --out runs/shapes
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 --no-python gligen-xl shapes build     # half as fast again
 
-Each stage resumes from its last checkpoint; every picture, caption and noise follows from the seed and the number of
-samples seen. The adapter comes afterwards, from the ordinary trainer (`gligen-xl train shapes`).
+Each stage resumes from its last checkpoint: pictures, captions and noise follow from the seed, the number of samples
+seen and, where there are several processes, their number. The adapter comes afterwards, from the ordinary trainer, and
+both then go into one folder, that of the shipped weights:
+
+    gligen-xl train shapes --model runs/shapes/model
+    gligen-xl shapes pack --out src/gligen_xl/shapes/weights
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from ..adapter import adapter_about, save_adapter
 from ..data.batch import Augmentation, Batch, ShardDataset, batches
 from ..data.order import SampleOrder
 from ..data.shards import find_shards
-from ..files import whole_folder
+from ..files import read_json, whole_folder, write_json
 from ..phrases import embed_phrases
 from ..pipelines import StableDiffusionXLGLIGENPipeline
 from ..pipelines.grounding import ADAPTER_SUBFOLDER
@@ -234,4 +238,7 @@ def pack(base: str | Path, adapter: str | Path, out: Path) -> Path:
     with whole_folder(out) as partial:
         pipeline.save_pretrained(partial)
         save_adapter(pipeline.unet, partial / ADAPTER_SUBFOLDER, dtype=torch.float16, metadata=about)
+        for file in partial.rglob("*.json"):  # where the base came from is a path of this machine
+            if "_name_or_path" in (settings := read_json(file)):
+                write_json(file, {name: value for name, value in settings.items() if name != "_name_or_path"})
     return out
