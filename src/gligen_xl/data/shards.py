@@ -110,7 +110,9 @@ class Shard:
         if len(table) != self._shape[0]:
             raise ValueError(f"shard {self.stem}: {self._shape[0]} latents but {len(table)} rows in the table")
         self._table = table.select(TABLE.names)
-        lengths = [pc.list_value_length(table[name]).to_numpy() for name in ("boxes", "phrases", "scores")]
+        lengths = [
+            pc.call_function("list_value_length", [table[name]]).to_numpy() for name in ("boxes", "phrases", "scores")
+        ]
         if len(uneven := np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))):
             raise ValueError(f"{table_file}: row {uneven[0]} has unlike numbers of boxes, phrases and scores")
 

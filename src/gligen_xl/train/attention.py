@@ -51,7 +51,7 @@ def watch_attention(unet: nn.Module, boxes: Tensor, masks: Tensor, latent_size: 
             fuser.attn.observer = None
 
 
-def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: tuple[int, int]) -> Tensor:
+def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: Sequence[int]) -> Tensor:
     """Cross entropy of the heads' mean attention over the grounding tokens, from its targets; a scalar.
 
     Args:
@@ -64,7 +64,7 @@ def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: tu
     return cross_entropy.sum() / rows.sum().clamp_min(1)
 
 
-def attention_targets(boxes: Tensor, masks: Tensor, latent_size: tuple[int, int], num_visual: int) -> Tensor:
+def attention_targets(boxes: Tensor, masks: Tensor, latent_size: Sequence[int], num_visual: int) -> Tensor:
     """Where each visual token should look, (B, L, N), summing to 1: the boxes that hold its centre, in equal parts,
     or the empty slots."""
     height, width = latent_size

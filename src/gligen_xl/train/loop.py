@@ -228,7 +228,7 @@ def check_fit(dataset: ShardDataset, pipeline: StableDiffusionXLGLIGENPipeline) 
     for shard in dataset.shards:
         if shard.latent_shape[0] != channels:
             raise ValueError(f"{shard.stem} holds latents of {shard.latent_shape[0]} channels, the base has {channels}")
-        if abs(float(shard.metadata.get("scaling_factor", scale)) / scale - 1) > 1e-3:
+        if abs(float(shard.metadata.get("scaling_factor") or scale) / scale - 1) > 1e-3:
             raise ValueError(
                 f"{shard.stem} holds latents scaled by {shard.metadata['scaling_factor']}, the base's VAE by {scale}: "
                 "they come from another VAE; prepare the pictures again with that of the base"

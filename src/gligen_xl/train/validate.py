@@ -60,8 +60,9 @@ class Validator:
         layouts = (self._layout(number) for number in range(len(self.dataset)))
         self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
         self.detector = find_detector(options.detector) if options.detector else None
-        for layout in self.layouts if self.detector else ():
-            self.detector.score(Image.new("RGB", (8, 8)), layout)  # complains about phrases now, not after hours
+        if self.detector:
+            for layout in self.layouts:
+                self.detector.score(Image.new("RGB", (8, 8)), layout)  # complains about phrases now, not after hours
 
     def _layout(self, number: int) -> Layout:
         """A held-out sample as a layout, with the boxes that training would keep and the size of its picture."""
