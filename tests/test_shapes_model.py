@@ -1,7 +1,7 @@
 """The claim of this project, measured: the embedded model draws things in their boxes, and without boxes it does not.
 
-The layouts are held out (no training has seen their seed) and their prompts never say where anything is. The floors
-are what the shipped adapter reaches, less a margin for rounding; what it has yet to reach is in test_slow.py.
+The layouts are held out (no training has seen their seed) and their prompts never say where anything is. What is
+reached, and how, is in docs/LOG.md.
 """
 
 import json
@@ -30,13 +30,13 @@ def metrics(shapes_pipeline):
 def test_objects_are_in_their_boxes(metrics):
     on = metrics["beta 1"]
     assert on["objects"] > 500
-    assert on["mean_iou"] >= 0.60
-    assert on["recall_50"] >= 0.70
+    assert on["mean_iou"] >= 0.65
+    assert on["recall_50"] >= 0.85
 
 
 def test_objects_have_their_colour_and_shape(metrics):
-    assert metrics["beta 1"]["colour"] >= 0.85
-    assert metrics["beta 1"]["shape_of_found"] >= 0.60
+    assert metrics["beta 1"]["colour"] >= 0.90
+    assert metrics["beta 1"]["shape_of_found"] >= 0.80
 
 
 @pytest.mark.parametrize("control", ["off", "shuffled"])

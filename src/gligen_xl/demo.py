@@ -10,6 +10,7 @@ from .evaluate import evaluate_layouts, find_detector
 from .files import whole_file
 from .layout import Layout, write_layouts
 from .pipelines import StableDiffusionXLGLIGENPipeline
+from .show import draw_boxes, grid
 
 LAYOUTS = [
     Layout(
@@ -70,17 +71,19 @@ def demo(out: str | Path, *, steps: int = 30, seed: int = 0) -> str:
         batch_size=len(LAYOUTS),
         progress=lambda pictures, name: tqdm(pictures, desc=name, total=len(LAYOUTS), unit="picture"),
     )
-    for condition, suffix in zip(report.conditions, ("", "-off"), strict=False):
+    on, off = report.conditions[:2]
+    for condition, suffix in ((on, ""), (off, "-off")):
         for layout, picture in zip(LAYOUTS, condition.pictures, strict=True):
             with whole_file(out / f"{layout.id}{suffix}.png") as partial:
                 picture.save(partial, format="PNG")
     with whole_file(out / "grid.png") as partial:
-        report.grid().save(partial, format="PNG")
+        rows = [list(map(draw_boxes, condition.pictures, LAYOUTS)) for condition in (on, off)]
+        captions = ["with grounding", "without: the same prompts and noise"]
+        grid(rows, captions=captions).save(partial, format="PNG")
     with whole_file(out / "table.md") as partial:
         partial.write_text(report.table(), encoding="utf-8")
     write_layouts(out / "layouts.jsonl", LAYOUTS)
-    metrics = report.metrics()
     return (
-        f"{report.table()}\nmean IoU of requested and drawn boxes: {metrics['beta 1']['mean_iou']:.2f} with grounding, "
-        f"{metrics['off']['mean_iou']:.2f} without\npictures in {out}, all of them in {out / 'grid.png'}"
+        f"{report.table()}\nmean IoU of requested and drawn boxes: {on.metrics['mean_iou']:.2f} with grounding, "
+        f"{off.metrics['mean_iou']:.2f} without\npictures in {out}, all of them in {out / 'grid.png'}"
     )
