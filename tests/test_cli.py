@@ -266,5 +266,5 @@ def test_shapes_pack_makes_a_folder_with_both(model, tmp_path, capsys):
     assert json.loads((tmp_path / "packed" / "gligen_adapter" / "gligen_adapter.json").read_text())["base_model"]
     weights = load_file(tmp_path / "packed" / "gligen_adapter" / "gligen_adapter.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
-    assert "no adapter" not in fails(capsys, *words[:-3], tmp_path / "nothing", "--out", tmp_path / "other")
+    assert "no adapter folder" in fails(capsys, *words[:-3], tmp_path / "nothing", "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()

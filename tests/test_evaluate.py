@@ -47,8 +47,8 @@ def test_metrics_by_hand():
 
 
 def test_the_detector_scores_right_and_wrong_pictures():
-    scene, other = sample_scene(0, 1, num_objects=3), sample_scene(0, 2, num_objects=3)
-    layout = scene_layout(scene)
+    scene, other = sample_scene(0, 4, num_objects=3), sample_scene(0, 2, num_objects=3)
+    layout = scene_layout(scene)  # of objects that do not cover one another
     right = ShapesDetector().score(draw(scene), layout)
     assert all(score.iou > 0.8 and all(score.attributes.values()) for score in right)
     assert summarize(ShapesDetector().score(draw(other), layout))["success"] < 1
