@@ -262,9 +262,10 @@ def test_a_folder_in_the_published_form_loads_and_its_code_does_not_run(tmp_path
     assert attach_form.slots == 30
 
 
-def test_a_missing_folder_says_so():
-    with pytest.raises((OSError, ValueError), match="nowhere"):
-        StableDiffusionXLGLIGENPipeline.from_pretrained("./nowhere")
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "far/off/nowhere"])
+def test_a_missing_folder_says_so(name):
+    with pytest.raises(FileNotFoundError, match=f"no pipeline folder {name}; expected a folder, a Hub repository"):
+        StableDiffusionXLGLIGENPipeline.from_pretrained(name)
 
 
 def test_detached_adapters_of_other_models_can_be_put_on(tmp_path):

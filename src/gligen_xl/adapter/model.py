@@ -303,12 +303,16 @@ def load_adapter(
     return config
 
 
+def names_repository(source: str | Path) -> bool:
+    """Whether `source` reads as a Hub repository, owner/name, and not as a path."""
+    return isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
 def adapter_folder(source: str | Path, *, subfolder: str | None = None, **hub: Any) -> Path:
     """The local folder of an adapter, fetched from the Hub where `source` names a repository there."""
     root = Path(source)
     if not root.is_dir():
-        looks_like_repository = isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/"))
-        if not looks_like_repository:
+        if not names_repository(source):
             raise FileNotFoundError(f"no adapter folder {source}; expected a folder or a Hub repository (owner/name)")
         prefix = f"{subfolder}/" if subfolder else ""
         root = Path(snapshot_download(str(source), allow_patterns=[prefix + CONFIG_NAME, prefix + WEIGHTS_NAME], **hub))

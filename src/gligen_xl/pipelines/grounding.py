@@ -32,7 +32,7 @@ from ..adapter import (
     save_adapter,
     set_adapter_scale,
 )
-from ..adapter.model import CONFIG_NAME, WEIGHTS_NAME
+from ..adapter.model import CONFIG_NAME, WEIGHTS_NAME, names_repository
 from ..files import read_json, write_json
 from ..layout import validate
 from ..phrases import embed_phrases, phrase_width
@@ -310,6 +310,10 @@ def _local_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
         return model_folder()
     if (folder := Path(name)).is_dir():
         return folder
+    if not names_repository(name):
+        raise FileNotFoundError(
+            f"no pipeline folder {name}; expected a folder, a Hub repository (owner/name), or shapes (embedded)"
+        )
     hub = {
         key: kwargs.pop(key)
         for key in ("revision", "cache_dir", "token", "local_files_only", "force_download")
