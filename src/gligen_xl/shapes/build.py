@@ -1,7 +1,7 @@
 """Make the embedded model from nothing: VAE, shards of latents, text encoders with the U-Net, the U-Net alone.
 
     gligen-xl shapes build --out runs/shapes
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 --no-python gligen-xl shapes build     # half as fast again
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 --no-python gligen-xl shapes build     # faster: docs/LOG.md
 
 Each stage resumes from its last checkpoint: pictures, captions and noise follow from the seed, the number of samples
 seen and, where there are several processes, their number. The adapter comes afterwards, from the ordinary trainer, and

@@ -1,7 +1,7 @@
 """One stage of building the embedded model: a plain training loop that resumes from its last checkpoint.
 
-Several processes (torchrun) share each batch and average their gradients. On a CPU one process a core is half as fast
-again as one process on all of them.
+Several processes (torchrun) share each batch and average their gradients. On a CPU one process a core is faster than
+one process on all of them (`benchmarks/processes.py`).
 """
 
 from __future__ import annotations
