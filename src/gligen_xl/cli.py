@@ -358,10 +358,11 @@ def _draw_scenes(arguments: Namespace) -> None:
 
     if arguments.count < 1:
         raise UsageError(f"--count is {arguments.count}; expected at least 1")
-    out, layouts = Path(arguments.out), []
+    out, seed, layouts = Path(arguments.out), arguments.seed, []
+    if seed < 0:
+        raise UsageError(f"--seed is {seed}; expected 0 or more")
     for index in range(arguments.count):
-        scene = sample_scene(arguments.seed, index)
-        layouts.append(scene_layout(scene, seed=arguments.seed, index=index))
+        layouts.append(scene_layout(scene := sample_scene(seed, index), seed=seed, index=index))
         with whole_file(out / f"{layouts[-1].id}.png") as partial:
             draw(scene).save(partial, format="PNG")
     write_layouts(out / "layouts.jsonl", layouts)
