@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from gligen_xl import StableDiffusionXLGLIGENPipeline
-from gligen_xl.adapter import adapter_parameters
+from gligen_xl import StableDiffusionGLIGENPipeline, StableDiffusionXLGLIGENPipeline
+from gligen_xl.adapter import AdapterConfig, adapter_parameters, attach
+from gligen_xl.phrases import phrase_width
 from gligen_xl.shapes.model import new_tokenizer
 
 PHRASE_DIM = 24 + 16
@@ -78,18 +79,9 @@ def text_config(width: int, projection: int) -> CLIPTextConfig:
 
 def sdxl_pipeline(seed: int = 0) -> StableDiffusionXLGLIGENPipeline:
     unet = sdxl_unet(seed)
-    torch.manual_seed(seed + 1)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        force_upcast=False,
-    )
+    vae = sdxl_vae(seed + 1)
     pipeline = StableDiffusionXLGLIGENPipeline(
-        vae=vae.eval(),
+        vae=vae,
         text_encoder=CLIPTextModel(text_config(24, 24)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(text_config(16, 16)).eval(),
         tokenizer=tokenizer(),
@@ -109,3 +101,43 @@ def open_gates(unet: UNet2DConditionModel, seed: int = 5) -> None:
     for name, value in adapter_parameters(unet).items():
         scale = 1.0 if ".alpha_" in name else 0.2
         value.copy_(torch.randn(value.shape, generator=generator) * scale)
+
+
+def sdxl_vae(seed: int = 1) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        force_upcast=False,
+    ).eval()
+
+
+def sd_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionGLIGENPipeline:
+    """Stable Diffusion 1.x: one text encoder, its hidden states are the U-Net's text."""
+    model = sd15_unet(seed, **unet)
+    vae = sdxl_vae(seed + 1)
+    pipeline = StableDiffusionGLIGENPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config(24, 24)).eval(),
+        tokenizer=tokenizer(),
+        unet=model,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def grounded(pipeline: Any, slots: int = 4) -> Any:
+    """The same pipeline with an adapter of random weights, gates wide open."""
+    encoders = pipeline._text_parts()[1]
+    width = pipeline.unet.config.cross_attention_dim
+    attach(pipeline.unet, AdapterConfig(cross_attention_dim=width, phrase_dim=phrase_width(encoders), slots=slots))
+    open_gates(pipeline.unet)
+    return pipeline

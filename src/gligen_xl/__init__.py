@@ -11,16 +11,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter import AdapterConfig
     from .layout import Layout
-    from .pipelines import StableDiffusionXLGLIGENPipeline
+    from .pipelines import (
+        StableDiffusionGLIGENInpaintPipeline,
+        StableDiffusionGLIGENPipeline,
+        StableDiffusionXLGLIGENControlNetImg2ImgPipeline,
+        StableDiffusionXLGLIGENControlNetPipeline,
+        StableDiffusionXLGLIGENImg2ImgPipeline,
+        StableDiffusionXLGLIGENInpaintPipeline,
+        StableDiffusionXLGLIGENPipeline,
+    )
 
 __version__ = "0.1.0"
 
-_HOMES = {"AdapterConfig": ".adapter", "Layout": ".layout", "StableDiffusionXLGLIGENPipeline": ".pipelines"}
+__all__ = [
+    "AdapterConfig",
+    "Layout",
+    "StableDiffusionGLIGENInpaintPipeline",
+    "StableDiffusionGLIGENPipeline",
+    "StableDiffusionXLGLIGENControlNetImg2ImgPipeline",
+    "StableDiffusionXLGLIGENControlNetPipeline",
+    "StableDiffusionXLGLIGENImg2ImgPipeline",
+    "StableDiffusionXLGLIGENInpaintPipeline",
+    "StableDiffusionXLGLIGENPipeline",
+    "__version__",
+]
 
-__all__ = ["AdapterConfig", "Layout", "StableDiffusionXLGLIGENPipeline", "__version__"]
+_HOMES = {"AdapterConfig": ".adapter", "Layout": ".layout"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name], __name__), name)
+    if name in __all__:
+        return getattr(import_module(_HOMES.get(name, ".pipelines"), __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

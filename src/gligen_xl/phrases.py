@@ -7,7 +7,8 @@ projected `text_embeds`. Stable Diffusion 1.x / 2.x: the one encoder's `pooler_o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +29,14 @@ def embed_phrases(
     tokenizers: Sequence[CLIPTokenizer],
     text_encoders: Sequence[PreTrainedModel],
     device: torch.device | None = None,
+    *,
+    expand: Callable[[list[str], CLIPTokenizer], list[str]] | None = None,
 ) -> Tensor:
     """One embedding a phrase, (len(phrases), width), in the encoders' dtype.
 
-    Runs on `device`, by default that of the encoders; offloaded ones have none of their own.
+    Args:
+        device: to run on, by default that of the encoders; offloaded ones have none of their own.
+        expand: writes out what a tokenizer knows under a name of its own (textual inversion).
 
     Each distinct phrase is encoded once, padded to the longest of them: CLIP's attention is causal, so what follows
     the end-of-text token cannot change the pooled output, and 77 columns of padding would be ten times the work.
@@ -42,12 +47,19 @@ def embed_phrases(
     parts = []
     for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
         limit = tokenizer.model_max_length
-        tokens = tokenizer(distinct, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        for phrase, length in zip(distinct, tokens.attention_mask.sum(1).tolist(), strict=True):
+        texts = expand(distinct, tokenizer) if expand is not None else distinct
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        for phrase, length in zip(texts, tokens.attention_mask.sum(1).tolist(), strict=True):
             if length == limit and len(tokenizer(phrase).input_ids) > limit:
                 warnings.warn(f"the phrase {phrase!r} is longer than {limit} tokens; its end is ignored", stacklevel=2)
-        output = encoder(tokens.input_ids.to(device or encoder.device))
-        parts.append(output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output)
+        ids = tokens.input_ids.to(device or encoder.device)
+        hidden = encoder(ids).last_hidden_state
+        # The pooled output is that of the first end-of-text token. Encoders whose settings are old look for the
+        # highest token in its place, which is another one once textual inversion has added some.
+        ends = (ids == tokenizer.eos_token_id).int().argmax(dim=-1)
+        pooled = hidden[torch.arange(len(ids), device=hidden.device), ends]
+        projection: Any = getattr(encoder, "text_projection", None)
+        parts.append(pooled if projection is None else projection(pooled))
     rows = torch.cat(parts, dim=-1)
     place = {phrase: k for k, phrase in enumerate(distinct)}
     return rows[[place[phrase] for phrase in phrases]]

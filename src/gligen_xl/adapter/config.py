@@ -20,6 +20,7 @@ class AdapterConfig:
         grounding_logit_bias: added to the logits of the grounding tokens in the fusers' attention. A fresh fuser
             spreads its attention over thousands of visual tokens; a bias gives grounding a real share from the start.
             0 is the published form.
+        inpaint: it brings a first convolution that also reads what is to be kept (GLIGEN's inpainting models).
     """
 
     cross_attention_dim: int
@@ -27,6 +28,7 @@ class AdapterConfig:
     slots: int = 30
     every: int = 1
     grounding_logit_bias: float = 0.0
+    inpaint: bool = False
 
     def __post_init__(self) -> None:
         for name in ("cross_attention_dim", "phrase_dim", "slots", "every"):
@@ -35,6 +37,8 @@ class AdapterConfig:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer")
         if not isinstance(self.grounding_logit_bias, int | float) or not abs(self.grounding_logit_bias) < 100:
             raise ValueError(f"grounding_logit_bias is {self.grounding_logit_bias!r}; expected a moderate number")
+        if not isinstance(self.inpaint, bool):
+            raise ValueError(f"inpaint is {self.inpaint!r}; expected true or false")
 
     @property
     def published_form(self) -> bool:

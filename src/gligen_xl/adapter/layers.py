@@ -1,4 +1,5 @@
-"""The two layers of GLIGEN: the fuser (gated self-attention) and the position net (grounding tokens).
+"""The layers of GLIGEN: the fuser (gated self-attention), the position net (grounding tokens), and the first
+convolution of its inpainting models.
 
 Weight names are those of diffusers' gated U-Net, so files pass both ways. The fuser's attention is a class of its own:
 code that walks a U-Net for diffusers' attention (IP-Adapter, LoRA, attention processors) does not meet it.
@@ -116,6 +117,38 @@ class PositionNet(nn.Module):
         phrase = torch.where(used, positive_embeddings.to(dtype), self.null_positive_feature)
         position = torch.where(used, fourier_features(boxes).to(dtype), self.null_position_feature)
         return self.linears(torch.cat([phrase, position], dim=-1))
+
+
+class InpaintConv(nn.Conv2d):
+    """The first convolution of GLIGEN's inpainting models (section 4.3): it also reads what is to be kept.
+
+    Its input channels are the noisy latents (4), the latents of the picture where it is kept (4), and 1 where it is
+    kept, 0 in the boxes. The U-Net still takes 4: the others are put into `kept` before it runs.
+
+    Args:
+        former: the convolution that it stands in for. One of 4 channels serves while `kept` is None, as GLIGEN does
+            when grounding is off; otherwise these steps see a picture of which nothing is kept.
+    """
+
+    CHANNELS = 9
+
+    def __init__(self, former: nn.Conv2d):
+        super().__init__(self.CHANNELS, former.out_channels, former.kernel_size, padding=former.padding)  # type: ignore[arg-type]
+        self.plain = former if former.in_channels != self.CHANNELS else None
+        self.kept: Tensor | None = None  # (B, 5, h, w); repeated for the halves of classifier-free guidance
+        with torch.no_grad():  # as GLIGEN begins: what the new channels say counts nothing yet
+            self.weight.zero_()[:, : former.in_channels].copy_(former.weight)
+            if self.bias is not None and former.bias is not None:
+                self.bias.copy_(former.bias)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """(B or 2B, 4, h, w) -> (B or 2B, out_channels, h, w)."""
+        if self.kept is None:
+            if self.plain is not None:
+                return self.plain(input)
+            return self._conv_forward(input, self.weight[:, : input.shape[1]], self.bias)
+        kept = self.kept.to(input).repeat(len(input) // len(self.kept), 1, 1, 1)
+        return super().forward(torch.cat([input, kept], dim=1))
 
 
 def fourier_features(boxes: Tensor) -> Tensor:

@@ -1,5 +1,22 @@
 """Pipelines with grounding: a mixin over diffusers' own."""
 
-from .sdxl import StableDiffusionXLGLIGENPipeline
+from .grounding import GroundingMixin
+from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
+from .sdxl import (
+    StableDiffusionXLGLIGENControlNetImg2ImgPipeline,
+    StableDiffusionXLGLIGENControlNetPipeline,
+    StableDiffusionXLGLIGENImg2ImgPipeline,
+    StableDiffusionXLGLIGENInpaintPipeline,
+    StableDiffusionXLGLIGENPipeline,
+)
 
-__all__ = ["StableDiffusionXLGLIGENPipeline"]
+__all__ = [
+    "GroundingMixin",
+    "StableDiffusionGLIGENInpaintPipeline",
+    "StableDiffusionGLIGENPipeline",
+    "StableDiffusionXLGLIGENControlNetImg2ImgPipeline",
+    "StableDiffusionXLGLIGENControlNetPipeline",
+    "StableDiffusionXLGLIGENImg2ImgPipeline",
+    "StableDiffusionXLGLIGENInpaintPipeline",
+    "StableDiffusionXLGLIGENPipeline",
+]

@@ -2,43 +2,32 @@
 
 Nothing of diffusers' sampling loop is repeated here. At every step the loop reads the pipeline's property
 `cross_attention_kwargs`; the mixin overrides it and adds the grounding tokens where they are due. A callback at the
-end of each step counts the steps.
+end of each step counts the steps, and keeps the outside of the boxes when inpainting.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from huggingface_hub import snapshot_download
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..adapter import (
-    AdapterConfig,
-    adapter_config,
-    adopt_gated,
-    detach,
-    detached,
-    is_attached,
-    load_adapter,
-    reattach,
-    save_adapter,
-    set_adapter_scale,
-)
-from ..adapter.model import CONFIG_NAME, WEIGHTS_NAME, names_repository
-from ..files import read_json, write_json
-from ..layout import validate
-from ..phrases import embed_phrases, phrase_width
-from .schedule import GroundingSchedule
+from ..adapter import adapter_config, fade_adapter, inpaint_conv, is_attached
+from ..layout import Layout, validate
+from ..phrases import embed_phrases
+from .inpaint import KeptPicture, encode_pictures, fit_pictures, mask_outside
+from .loading import AdapterLoaderMixin
+from .schedule import GroundingSchedule, step_of
 
-ADAPTER_SUBFOLDER = "gligen_adapter"
+PictureLayout = tuple[tuple[str, ...], tuple]  # phrases and boxes of one picture
 
 
 @dataclass
@@ -47,22 +36,24 @@ class _Grounding:
 
     tokens: dict[str, Tensor]
     schedule: GroundingSchedule
-    step: int = 0
+    kept: KeptPicture | None = None
+    evaluation: int = 0  # of the U-Net; some schedulers ask it several times a step
 
 
-class GroundingMixin(DiffusionPipeline):
-    """Put before a diffusers text-to-image class to give it phrases in boxes."""
+class GroundingMixin(AdapterLoaderMixin):
+    """Put before a diffusers class of Stable Diffusion (XL) to give it phrases in boxes."""
 
     _grounding: _Grounding | None = None
-    _gligen_scale: float = 1.0
 
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        *,
+        *args: Any,
         gligen_phrases: Sequence[str] | Sequence[Sequence[str]] | None = None,
         gligen_boxes: Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]] | None = None,
+        gligen_layouts: Layout | Sequence[Layout] | None = None,
         gligen_scheduled_sampling_beta: float | Sequence[float] = 0.3,
+        gligen_inpaint_image: Any = None,
         strict: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -72,43 +63,76 @@ class GroundingMixin(DiffusionPipeline):
             prompt: as for diffusers, whose every other argument is accepted too.
             gligen_phrases: what stands in each box. One list serves all pictures; a list of lists gives one to each
                 prompt, or to each picture (prompts x num_images_per_prompt).
-            gligen_boxes: nested like the phrases; a box is (x0, y0, x1, y1), 0-1, (0, 0) at the top left.
+            gligen_boxes: nested like the phrases; a box is (x0, y0, x1, y1), 0-1, (0, 0) at the top left. It means the
+                same place at any width and height.
+            gligen_layouts: in place of both, a `Layout` for all, or a list of them. Their prompts serve where no prompt
+                is given; sizes, seeds and negative prompts are the call's.
             gligen_scheduled_sampling_beta: share of the steps that are grounded, from the first on; or the shares
-                (on, decay, off), the gates fading linearly in the second.
+                (on, decay, off), the gates fading linearly in the second. Of the steps that run: with a strength or
+                `denoising_end`, of those.
+            gligen_inpaint_image: a PIL picture, or one for each; cropped at the centre to the shape of the result. What
+                lies outside the boxes stays as in it. For text-to-image; pipelines that start from a picture have
+                their own ways.
             strict: more boxes than the adapter has slots are an error; otherwise the first are kept, with a warning.
 
         Raises:
             ValueError: a layout that cannot be drawn, or boxes without an adapter. Nothing has run by then.
         """
+        call = _bound(super().__call__, prompt, args, kwargs)  # type: ignore[misc]
         schedule = GroundingSchedule.parse(gligen_scheduled_sampling_beta)
-        layouts = self._layouts(prompt, gligen_phrases, gligen_boxes, kwargs, strict)
-        if not any(phrases for phrases, _ in layouts):
-            return super().__call__(prompt, **kwargs)  # type: ignore[misc]
-        with self._grounded(self._grounding_tokens(layouts), schedule):
-            return super().__call__(prompt, **self._counting(kwargs))  # type: ignore[misc]
+        if gligen_layouts is not None:
+            if gligen_phrases is not None or gligen_boxes is not None:
+                raise ValueError(
+                    "gligen_layouts stands in place of gligen_phrases and gligen_boxes; give one of the two"
+                )
+            prompts, gligen_phrases, gligen_boxes = _taken_apart(gligen_layouts)
+            if call.get("prompt") is None and call.get("prompt_embeds") is None:
+                call["prompt"] = prompts
+        layouts = self._layouts(call, gligen_phrases, gligen_boxes, strict)
+        grounded = any(phrases for phrases, _ in layouts)
+        if gligen_inpaint_image is not None:
+            self._check_inpainting(call, layouts)
+        if not grounded:
+            return super().__call__(**call)  # type: ignore[misc]
+        grounding = _Grounding(self._grounding_tokens(call, layouts), schedule)
+        if gligen_inpaint_image is not None:
+            grounding.kept = self._kept_picture(call, layouts, gligen_inpaint_image)
+            call["latents"] = grounding.kept.noise
+        with self._grounded(grounding):
+            return super().__call__(**self._counting(call))  # type: ignore[misc]
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
         """diffusers' own, with the grounding tokens while they are on. Read by the sampling loop at every step."""
         own: dict[str, Any] | None = super().cross_attention_kwargs  # type: ignore[misc]
-        steps = getattr(self, "_num_timesteps", None)  # not there before the first loop of the first call
-        if (grounding := self._grounding) is None or not steps:
+        if (grounding := self._grounding) is None or not (evaluations := self._num_evaluations()):
             return own
-        scale = grounding.schedule.scale(grounding.step, steps)
+        step, steps = (step_of(self.scheduler, k) for k in (grounding.evaluation, evaluations - 1))
+        scale = grounding.schedule.scale(step, steps + 1)
+        if (conv := inpaint_conv(self.unet)) is not None and grounding.kept is not None:
+            conv.kept = grounding.kept.channels() if scale or conv.plain is None else None
         if not scale:
             return own
         if grounding.schedule.decay:
-            set_adapter_scale(self.unet, self._gligen_scale * scale)
+            fade_adapter(self.unet, scale)
         tokens = grounding.tokens
         if self.do_classifier_free_guidance:  # the negative half stands first, with every slot empty
             tokens = {name: torch.cat([torch.zeros_like(value), value]) for name, value in tokens.items()}
         return {**(own or {}), "gligen": tokens}
 
+    def _num_evaluations(self) -> int:
+        """How often the loop of this call asks the U-Net; 0 before the first call has come to its loop."""
+        number = getattr(self, "_num_timesteps", 0)
+        end = getattr(self, "denoising_end", None)
+        if isinstance(end, float) and 0 < end < 1:  # the ControlNet pipeline counts before it cuts
+            whole = self.scheduler.config.num_train_timesteps
+            cutoff = round(whole - end * whole)
+            number = min(number, int((self.scheduler.timesteps >= cutoff).sum()))
+        return number
+
     # Layouts ----------------------------------------------------------------------------------------------------
 
-    def _layouts(
-        self, prompt: Any, phrases: Any, boxes: Any, kwargs: dict[str, Any], strict: bool
-    ) -> list[tuple[tuple[str, ...], tuple]]:
+    def _layouts(self, call: dict[str, Any], phrases: Any, boxes: Any, strict: bool) -> list[PictureLayout]:
         """Checked phrases and boxes of every picture of the call, in diffusers' order."""
         if (phrases is None) != (boxes is None):
             given, lacking = (
@@ -117,28 +141,7 @@ class GroundingMixin(DiffusionPipeline):
             raise ValueError(f"{given} without {lacking}; give both, one box a phrase")
         if phrases is None:
             return []
-        phrases, boxes = _plain(phrases), _plain(boxes)
-        embeds = kwargs.get("prompt_embeds")
-        num_prompts = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, list | tuple) else 1
-        per_prompt = kwargs.get("num_images_per_prompt") or 1
-        num_pictures = num_prompts * per_prompt
-        if _is_nested(phrases):
-            if not _is_nested(boxes, depth=3):
-                raise ValueError(
-                    "gligen_phrases is a list of lists; gligen_boxes must nest alike, a list of boxes each"
-                )
-            if len(phrases) != len(boxes):
-                raise ValueError(f"gligen_phrases are for {len(phrases)} pictures, gligen_boxes for {len(boxes)}")
-            if len(phrases) not in (num_prompts, num_pictures):
-                raise ValueError(
-                    f"{len(phrases)} layouts for {num_prompts} prompts x {per_prompt} pictures; expected one layout "
-                    f"for all, {num_prompts} (one a prompt) or {num_pictures} (one a picture)"
-                )
-            layouts = [_validated(p, b, f"layout {k}: ") for k, (p, b) in enumerate(zip(phrases, boxes, strict=True))]
-            repeats = num_pictures // len(layouts)
-            layouts = [layout for layout in layouts for _ in range(repeats)]
-        else:
-            layouts = [_validated(phrases, boxes, "")] * num_pictures
+        layouts = _one_a_picture(_plain(phrases), _plain(boxes), *_numbers_of_pictures(call))
         if not any(phrases for phrases, _ in layouts):
             return layouts
         if not is_attached(self.unet):
@@ -146,7 +149,9 @@ class GroundingMixin(DiffusionPipeline):
                 "gligen_boxes were given, but the U-Net carries no GLIGEN adapter; "
                 "call pipeline.load_gligen_adapter(folder_or_repository) first"
             )
-        slots = adapter_config(self.unet).slots
+        config = adapter_config(self.unet)
+        self._check_phrase_width(config, "the adapter")
+        slots = config.slots
         if (most := max(len(phrases) for phrases, _ in layouts)) > slots:
             message = f"a layout has {most} objects, the adapter {slots} slots"
             if strict:
@@ -156,25 +161,21 @@ class GroundingMixin(DiffusionPipeline):
         return layouts
 
     @torch.no_grad()
-    def _grounding_tokens(self, layouts: list[tuple[tuple[str, ...], tuple]]) -> dict[str, Tensor]:
+    def _grounding_tokens(self, call: dict[str, Any], layouts: list[PictureLayout]) -> dict[str, Tensor]:
         """The position net's inputs for B pictures with N slots each.
 
         Returns:
             boxes (B, N, 4) float32, masks (B, N), positive_embeddings (B, N, phrase_dim).
         """
         config, device = adapter_config(self.unet), self._execution_device
-        encoders = [
-            (self.tokenizer, self.text_encoder),
-            (getattr(self, "tokenizer_2", None), getattr(self, "text_encoder_2", None)),
-        ]
-        tokenizers, text_encoders = zip(*[pair for pair in encoders if pair[1] is not None], strict=True)
-        if (width := phrase_width(text_encoders)) != config.phrase_dim:
-            raise ValueError(
-                f"the adapter reads phrase embeddings of width {config.phrase_dim}, these text encoders give {width}: "
-                "it was trained on another base model"
-            )
+        tokenizers, text_encoders = self._text_parts()
+        if not text_encoders:
+            raise ValueError("phrases need the text encoders, and this pipeline was loaded without them")
         wanted = [phrase for phrases, _ in layouts for phrase in phrases]
-        embeddings = embed_phrases(wanted, tokenizers, text_encoders, device)
+        with _lora_scaled(text_encoders, (call.get("cross_attention_kwargs") or {}).get("scale")):
+            embeddings = embed_phrases(
+                wanted, tokenizers, text_encoders, device, expand=getattr(self, "maybe_convert_prompt", None)
+            )
         tokens = {
             "boxes": torch.zeros(len(layouts), config.slots, 4, device=device),
             "masks": torch.zeros(len(layouts), config.slots, device=device),
@@ -191,140 +192,127 @@ class GroundingMixin(DiffusionPipeline):
                 first += n
         return tokens
 
+    # Inpainting -------------------------------------------------------------------------------------------------
+
+    def _check_inpainting(self, call: dict[str, Any], layouts: list[PictureLayout]) -> None:
+        arguments = inspect.signature(super().__call__).parameters  # type: ignore[misc]
+        if "strength" in arguments:
+            raise ValueError(
+                f"gligen_inpaint_image is for text-to-image; {type(self).__name__} starts from its own image"
+            )
+        if "image" in arguments and not (call.get("height") and call.get("width")):
+            raise ValueError("gligen_inpaint_image beside a control image needs height and width")
+        if not all(phrases for phrases, _ in layouts) or not layouts:
+            raise ValueError("gligen_inpaint_image keeps what lies outside the boxes; every picture needs one or more")
+
+    def _kept_picture(self, call: dict[str, Any], layouts: list[PictureLayout], image: Any) -> KeptPicture:
+        device, factor = self._execution_device, self.vae_scale_factor
+        usual = self.unet.config.sample_size
+        usual = (usual, usual) if isinstance(usual, int) else usual
+        height, width = (call.get("height") or usual[0] * factor, call.get("width") or usual[1] * factor)
+        if height % 8 or width % 8:
+            raise ValueError(f"height and width are {height} and {width}; expected multiples of 8")
+        pictures = fit_pictures(image, len(layouts), height, width)
+        latents = encode_pictures(self, pictures, device).to(self.unet.dtype)
+        if (noise := call.get("latents")) is None:
+            shape = (len(layouts), *latents.shape[1:])
+            noise = randn_tensor(shape, generator=call.get("generator"), device=device, dtype=self.unet.dtype)
+        mask = mask_outside([boxes for _, boxes in layouts], *latents.shape[2:]).to(latents)
+        return KeptPicture(latents, noise.to(device), mask)
+
     # The schedule -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _grounded(self, tokens: dict[str, Tensor], schedule: GroundingSchedule) -> Iterator[None]:
-        self._grounding = _Grounding(tokens, schedule)
+    def _grounded(self, grounding: _Grounding) -> Iterator[None]:
+        self._grounding = grounding
         try:
             yield
         finally:
             self._grounding = None
-            if schedule.decay:
-                set_adapter_scale(self.unet, self._gligen_scale)
+            if grounding.schedule.decay:
+                fade_adapter(self.unet, 1.0)
+            if (conv := inpaint_conv(self.unet)) is not None:
+                conv.kept = None
 
-    def _counting(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments with a callback that counts steps and then runs the user's."""
-        users: Callable | None = kwargs.get("callback_on_step_end")
-
-        def count(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            assert self._grounding is not None
-            self._grounding.step = step + 1
-            return users(pipeline, step, timestep, tensors) if users is not None else {}
-
-        kwargs = {**kwargs, "callback_on_step_end": count}
+    def _counting(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments with a callback that counts steps, keeps what is kept, and then runs the user's."""
+        users: Callable | None = call.get("callback_on_step_end")
+        wanted: list[str] = ["latents"] if users is not None else []
         if isinstance(users, PipelineCallback | MultiPipelineCallbacks):
-            kwargs["callback_on_step_end_tensor_inputs"] = users.tensor_inputs
-        elif users is None:
-            kwargs["callback_on_step_end_tensor_inputs"] = []
-        return kwargs
+            wanted = users.tensor_inputs
+        elif users is not None and call.get("callback_on_step_end_tensor_inputs") is not None:
+            wanted = call["callback_on_step_end_tensor_inputs"]
+        grounding = self._grounding
+        assert grounding is not None
+        kept = grounding.kept
 
-    # The adapter ------------------------------------------------------------------------------------------------
+        def count(pipeline: Any, evaluation: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            grounding.evaluation = evaluation + 1
+            changed = {}
+            if kept is not None:
+                changed["latents"] = tensors["latents"] = kept.blend(tensors["latents"], self.scheduler, evaluation)
+            if users is not None:
+                changed |= users(pipeline, evaluation, timestep, {name: tensors[name] for name in wanted})
+            return changed
 
-    def load_gligen_adapter(self, source: str | Path, *, subfolder: str | None = None, **hub: Any) -> AdapterConfig:
-        """Attach the adapter of a folder or Hub repository, in place of one that is there.
-
-        Args:
-            subfolder: where in the folder or repository it lies.
-            hub: revision, cache_dir, token, local_files_only.
-        """
-        former = detach(self.unet) if is_attached(self.unet) else None
-        try:
-            config = load_adapter(self.unet, source, subfolder=subfolder, **hub)
-        except BaseException:
-            if former is not None:
-                reattach(self.unet, former)
-            raise
-        self._gligen_scale = 1.0
-        return config
-
-    def save_gligen_adapter(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter alone, to be loaded onto any model of this base family."""
-        save_adapter(self.unet, folder, dtype=dtype)
-
-    def unload_gligen_adapter(self) -> None:
-        """Take the adapter off; the pipeline is the plain one again."""
-        detach(self.unet)
-
-    def set_gligen_adapter_scale(self, scale: float) -> None:
-        """Multiply the adapter's gates: 1 as trained, 0 off."""
-        set_adapter_scale(self.unet, scale)
-        self._gligen_scale = float(scale)
-
-    # Folders ----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):  # type: ignore[override]
-        """Load a pipeline folder or Hub repository, with its adapter where it has one.
-
-        Understood are an ordinary pipeline, one with an adapter in the subfolder `gligen_adapter`, one whose U-Net was
-        saved with `attention_type="gated"` (as `jiuntian/gligen-xl-1024`), and the name "shapes", the embedded model.
-        Code that lies in a repository is never run.
-
-        Args:
-            kwargs: those of diffusers' `from_pretrained`; `dtype` (or `torch_dtype`) is float32 by default.
-        """
-        if kwargs.pop("trust_remote_code", False):
-            warnings.warn("trust_remote_code is ignored: code of a repository is never run", stacklevel=2)
-        # One type for all parts: left to itself, transformers keeps the files' type and diffusers does not.
-        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or torch.float32)
-        folder = _local_folder(pretrained_model_name_or_path, kwargs)
-        pipeline = super().from_pretrained(str(folder), **kwargs)
-        if (folder / ADAPTER_SUBFOLDER / WEIGHTS_NAME).is_file():
-            load_adapter(pipeline.unet, folder, subfolder=ADAPTER_SUBFOLDER)
-        elif pipeline.unet.config.attention_type == "gated":
-            adopt_gated(pipeline.unet)
-        return pipeline
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """diffusers' own; a class named together with a file of the repository is read as the class alone."""
-        loaded = super().load_config(*args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][-1]
-        return loaded
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the plain pipeline, which diffusers loads too, and the adapter in its subfolder beside it."""
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError("push_to_hub would leave the adapter behind; save, then upload the whole folder")
-        with detached(self.unet):
-            super().save_pretrained(save_directory, **kwargs)
-        index = Path(save_directory) / "model_index.json"
-        plain = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
-        write_json(index, {**read_json(index), "_class_name": plain.__name__})
-        adapter = Path(save_directory) / ADAPTER_SUBFOLDER
-        if is_attached(self.unet):
-            save_adapter(self.unet, adapter)
-        else:  # one that a former pipeline left there is not this one's
-            for name in (WEIGHTS_NAME, CONFIG_NAME):
-                (adapter / name).unlink(missing_ok=True)
+        inputs = list(dict.fromkeys([*wanted, *(["latents"] if kept is not None else [])]))
+        return {**call, "callback_on_step_end": count, "callback_on_step_end_tensor_inputs": inputs}
 
 
-def _local_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
-    """The pipeline's folder on this machine; what is fetched from the Hub holds no code."""
-    if str(name) == "shapes":
-        from ..shapes.model import model_folder
+# The call's arguments -----------------------------------------------------------------------------------------------
 
-        return model_folder()
-    if (folder := Path(name)).is_dir():
-        return folder
-    if not names_repository(name):
-        raise FileNotFoundError(
-            f"no pipeline folder {name}; expected a folder, a Hub repository (owner/name), or shapes (embedded)"
+
+def _bound(method: Callable, prompt: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, as diffusers' own call would take them; what it does not know is its TypeError."""
+    signature = inspect.signature(method)
+    given = ([prompt] if prompt is not None or args else []) + list(args)
+    call = signature.bind_partial(*given, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # diffusers' own, for arguments of former versions
+            call |= call.pop(name, {})
+    return call
+
+
+def _taken_apart(layouts: Layout | Sequence[Layout]) -> tuple[Any, Any, Any]:
+    """Prompts, phrases and boxes of one layout or of a list."""
+    if isinstance(layouts, Layout):
+        return layouts.prompt, list(layouts.phrases), [list(box) for box in layouts.boxes]
+    if not isinstance(layouts, list | tuple) or not layouts or not all(isinstance(one, Layout) for one in layouts):
+        raise ValueError(f"gligen_layouts is {layouts!r:.80}; expected a Layout or a list of them")
+    return (
+        [layout.prompt for layout in layouts],
+        [list(layout.phrases) for layout in layouts],
+        [[list(box) for box in layout.boxes] for layout in layouts],
+    )
+
+
+def _numbers_of_pictures(call: dict[str, Any]) -> tuple[int, int]:
+    """Prompts of the call, and pictures for each."""
+    prompt, embeds = call.get("prompt"), call.get("prompt_embeds")
+    number = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, list | tuple) else 1
+    return number, call.get("num_images_per_prompt") or 1
+
+
+def _one_a_picture(phrases: Any, boxes: Any, num_prompts: int, per_prompt: int) -> list[PictureLayout]:
+    """Checked layouts for every picture, of one for all, one a prompt, or one a picture."""
+    num_pictures = num_prompts * per_prompt
+    if not _is_nested(phrases):
+        return [_validated(phrases, boxes, "")] * num_pictures
+    if not _is_nested(boxes, depth=3):
+        raise ValueError("gligen_phrases is a list of lists; gligen_boxes must nest alike, a list of boxes each")
+    if len(phrases) != len(boxes):
+        raise ValueError(f"gligen_phrases are for {len(phrases)} pictures, gligen_boxes for {len(boxes)}")
+    if len(phrases) not in (num_prompts, num_pictures):
+        raise ValueError(
+            f"{len(phrases)} layouts for {num_prompts} prompts x {per_prompt} pictures; expected one layout "
+            f"for all, {num_prompts} (one a prompt) or {num_pictures} (one a picture)"
         )
-    hub = {
-        key: kwargs.pop(key)
-        for key in ("revision", "cache_dir", "token", "local_files_only", "force_download")
-        if key in kwargs
-    }
-    wanted = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
-    variants = [] if kwargs.get("variant") else ["*.fp16.*", "*.bf16.*", "*.non_ema.*"]
-    return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=variants, **hub))
+    layouts = [_validated(p, b, f"layout {k}: ") for k, (p, b) in enumerate(zip(phrases, boxes, strict=True))]
+    repeats = num_pictures // len(layouts)
+    return [layout for layout in layouts for _ in range(repeats)]
 
 
-def _validated(phrases: Any, boxes: Any, where: str) -> tuple[tuple[str, ...], tuple]:
+def _validated(phrases: Any, boxes: Any, where: str) -> PictureLayout:
     try:
         return validate(phrases, boxes)
     except ValueError as error:
@@ -348,3 +336,16 @@ def _is_nested(value: Any, depth: int = 2) -> bool:
     if not inner:
         return len(value) > 0
     return all(_is_nested(item, depth - 1) for item in inner)
+
+
+@contextmanager
+def _lora_scaled(text_encoders: list[Any], scale: float | None) -> Iterator[None]:
+    """The text encoders' LoRAs at the scale that diffusers gives them while it encodes the prompt."""
+    scaled = [encoder for encoder in text_encoders if scale is not None and hasattr(encoder, "peft_config")]
+    for encoder in scaled:
+        scale_lora_layers(encoder, scale)
+    try:
+        yield
+    finally:
+        for encoder in scaled:
+            unscale_lora_layers(encoder, scale)

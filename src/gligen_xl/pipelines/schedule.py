@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers import PNDMScheduler
+
 
 @dataclass(frozen=True)
 class GroundingSchedule:
@@ -40,3 +42,16 @@ class GroundingSchedule:
         if step < num_on + num_decay:
             return 1 - (step - num_on + 1) / num_decay
         return 0.0
+
+
+def step_of(scheduler: Any, evaluation: int) -> int:
+    """The denoising step that the U-Net's `evaluation` (from 0) belongs to.
+
+    Some schedulers ask it several times a step: Heun's and the two KDPM2 twice, but once in the last; PNDM twice in its
+    first step, or, where it begins with Runge-Kutta steps, four times in each of the first three.
+    """
+    if isinstance(scheduler, PNDMScheduler):
+        if scheduler.config["skip_prk_steps"]:
+            return max(evaluation - 1, 0)
+        return evaluation // 4 if evaluation < 12 else evaluation - 9
+    return evaluation // getattr(scheduler, "order", 1)

@@ -1,6 +1,13 @@
-"""The pipelines for Stable Diffusion XL."""
+"""The pipelines for Stable Diffusion XL. All arguments of diffusers' own keep their meaning; `GroundingMixin.__call__`
+says what is added."""
 
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from .grounding import GroundingMixin
 
@@ -12,6 +19,22 @@ class StableDiffusionXLGLIGENPipeline(GroundingMixin, StableDiffusionXLPipeline)
     >>> image = pipeline(
     ...     "grass with a red circle", gligen_phrases=["a red circle"], gligen_boxes=[[0.1, 0.6, 0.4, 0.9]]
     ... ).images[0]
-
-    All arguments of `diffusers.StableDiffusionXLPipeline` keep their meaning; `GroundingMixin` says what is added.
     """
+
+
+class StableDiffusionXLGLIGENImg2ImgPipeline(GroundingMixin, StableDiffusionXLImg2ImgPipeline):  # type: ignore[override]
+    """Image-to-image with SDXL, each phrase in its box; also the second half of a split run (`denoising_start`)."""
+
+
+class StableDiffusionXLGLIGENInpaintPipeline(GroundingMixin, StableDiffusionXLInpaintPipeline):  # type: ignore[override]
+    """Inpainting under a mask with SDXL or an SDXL inpainting model, each phrase in its box."""
+
+
+class StableDiffusionXLGLIGENControlNetPipeline(GroundingMixin, StableDiffusionXLControlNetPipeline):  # type: ignore[override]
+    """Text-to-image with SDXL and ControlNets, each phrase in its box."""
+
+
+class StableDiffusionXLGLIGENControlNetImg2ImgPipeline(  # type: ignore[override]
+    GroundingMixin, StableDiffusionXLControlNetImg2ImgPipeline
+):
+    """Image-to-image with SDXL and ControlNets, each phrase in its box."""

@@ -31,7 +31,7 @@ from ..data.shards import find_shards
 from ..files import read_json, whole_folder, write_json
 from ..phrases import embed_phrases
 from ..pipelines import StableDiffusionXLGLIGENPipeline
-from ..pipelines.grounding import ADAPTER_SUBFOLDER
+from ..pipelines.loading import ADAPTER_SUBFOLDER
 from ..train.objective import denoising_loss
 from .data import pictures, write_shards
 from .model import TEXT_WIDTH, new_scheduler, new_text_encoders, new_tokenizer, new_unet, new_vae

@@ -41,7 +41,7 @@ from ..adapter import (
     load_adapter_state_dict,
     save_adapter,
 )
-from ..adapter.model import CONFIG_NAME, describe_adapter, read_adapter
+from ..adapter.store import CONFIG_NAME, describe_adapter, read_adapter
 from ..data.batch import ShardDataset, batches
 from ..data.order import SampleOrder
 from ..phrases import phrase_width

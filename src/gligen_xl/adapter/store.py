@@ -1,0 +1,161 @@
+"""Adapters on disk and on the Hub: a folder with `gligen_adapter.safetensors` and `gligen_adapter.json`.
+
+save_adapter(unet, "mine")
+load_adapter(other_unet, "mine")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..files import read_json, whole_file, write_json
+from ..hub import local_folder
+from .config import AdapterConfig
+from .model import adapter_about, adapter_config, adapter_state_dict, attach
+
+WEIGHTS_NAME, CONFIG_NAME = "gligen_adapter.safetensors", "gligen_adapter.json"
+FORMAT, VERSION = "gligen-xl-adapter", 1
+
+
+def save_adapter(
+    unet: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the attached adapter; nothing of the base.
+
+    Args:
+        dtype: to save in; as it is by default.
+        variant: put into the weights' name, as fp16: several can stand side by side.
+        metadata: anything JSON about base model and training; by default what the adapter was loaded with.
+        state: weights to save in place of the attached ones, as their average.
+    """
+    about = adapter_about(unet) if metadata is None else metadata
+    write_adapter(folder, adapter_config(unet), state or adapter_state_dict(unet), about, dtype=dtype, variant=variant)
+
+
+def write_adapter(
+    folder: str | Path,
+    config: AdapterConfig,
+    state: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+) -> None:
+    """Write weights and description as an adapter folder.
+
+    Raises:
+        ValueError: `dtype` cannot hold the weights (float16 ends at 65504).
+    """
+    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype}; an adapter is saved in torch.float32, torch.bfloat16 or torch.float16")
+    folder, tensors = Path(folder), {}
+    for name, value in state.items():
+        tensors[name] = value.to("cpu", dtype or value.dtype).contiguous()
+        if not tensors[name].isfinite().all() and value.isfinite().all():
+            raise ValueError(
+                f"{name} reaches {float(value.abs().max()):g}, too much for {dtype}; save in another dtype"
+            )
+    with whole_file(folder / weights_name(variant)) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    write_json(folder / CONFIG_NAME, describe_adapter(config, about))
+
+
+def weights_name(variant: str | None = None) -> str:
+    if variant is None:
+        return WEIGHTS_NAME
+    stem, ending = WEIGHTS_NAME.split(".")
+    return f"{stem}.{variant}.{ending}"
+
+
+def describe_adapter(config: AdapterConfig, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What `gligen_adapter.json` holds."""
+    return {**about, "format": FORMAT, "version": VERSION, "config": config.to_dict()}
+
+
+def read_adapter(
+    folder: str | Path, weights: str = WEIGHTS_NAME
+) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
+    """Configuration and weights of an adapter folder, and what else its description says.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is damaged, or not of this format.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_NAME, weights):
+        if not (folder / name).is_file():
+            there = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+            hint = f"; there are {', '.join(there[:8])}" if there else ""
+            raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {name}{hint}")
+    description = read_json(folder / CONFIG_NAME)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG_NAME} does not describe an adapter (its format is not {FORMAT!r})")
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is version {description.get('version')}; this program reads {VERSION}"
+        )
+    try:
+        config = AdapterConfig.from_dict(description.get("config", {}))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+    try:
+        state = load_file(folder / weights)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / weights} is damaged or not a safetensors file: {error}") from error
+    about = {name: value for name, value in description.items() if name not in ("format", "version", "config")}
+    return config, state, about
+
+
+def load_adapter(
+    unet: UNet2DConditionModel,
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    variant: str | None = None,
+    **hub: Any,
+) -> AdapterConfig:
+    """Attach the adapter of a folder or Hub repository. On any error the U-Net is left as it was.
+
+    Args:
+        subfolder: where in the folder or repository the adapter lies.
+        weight_name: of the weights' file, where it is not `gligen_adapter.safetensors`.
+        variant: as fp16, for `gligen_adapter.fp16.safetensors`.
+        hub: revision, cache_dir, token, local_files_only, force_download, for repositories.
+    """
+    weights = weight_name or weights_name(variant)
+    config, state, about = read_adapter(adapter_folder(source, subfolder=subfolder, weights=weights, **hub), weights)
+    if unet.device.type == "meta":
+        raise ValueError(
+            "the U-Net's weights are not in memory (sequential offload?); load the adapter before enabling it"
+        )
+    attach(unet, config, about=about, state=state, source=str(source))
+    return config
+
+
+def adapter_folder(
+    source: str | Path, *, subfolder: str | None = None, weights: str = WEIGHTS_NAME, **hub: Any
+) -> Path:
+    """The local folder of an adapter, fetched from the Hub where `source` names a repository there."""
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is a file; an adapter is a folder. One in another project's form becomes one by: "
+            f"gligen-xl convert {source} --out FOLDER"
+        )
+    prefix = f"{subfolder}/" if subfolder else ""
+    root = local_folder(source, "adapter", [prefix + CONFIG_NAME, prefix + weights], **hub)
+    return root / subfolder if subfolder else root

@@ -1,0 +1,99 @@
+"""Inpainting in boxes (GLIGEN, section 4.3): what lies outside of them stays that of a given picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..layout import Box
+
+
+@dataclass
+class KeptPicture:
+    """A picture of which the outside of the boxes is kept.
+
+    Args:
+        latents: of the picture, (1 or B, 4, h, w), scaled. noise: what the sampling starts from, (B, 4, h, w).
+        mask: (B, 1, h, w), 1 where the picture is kept, 0 in the boxes.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def blend(self, sampled: Tensor, scheduler: Any, evaluation: int) -> Tensor:
+        """The latents after the U-Net's `evaluation`, with the kept part put in at their noise level."""
+        kept = self.latents
+        if evaluation + 1 < len(scheduler.timesteps):
+            level = scheduler.timesteps[evaluation + 1 : evaluation + 2]
+            kept = scheduler.add_noise(kept.expand_as(self.noise), self.noise, level)
+        return torch.where(self.mask.bool(), kept.to(sampled.dtype), sampled)
+
+    def channels(self) -> Tensor:
+        """(B, 5, h, w): what the first convolution of GLIGEN's inpainting models reads beside the noisy latents."""
+        return torch.cat([self.latents * self.mask, self.mask], dim=1)
+
+
+def mask_outside(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Tensor:
+    """Boxes of B pictures -> (B, 1, height, width): 0 wherever a box reaches into a cell of the grid, elsewhere 1."""
+    mask = torch.ones(len(boxes), 1, height, width)
+    for k, of_picture in enumerate(boxes):
+        for x0, y0, x1, y1 in of_picture:
+            rows = slice(_floor(y0 * height), _ceil(y1 * height))
+            mask[k, 0, rows, _floor(x0 * width) : _ceil(x1 * width)] = 0
+    return mask
+
+
+def _floor(value: float) -> int:
+    return int(np.floor(value + 1e-6))
+
+
+def _ceil(value: float) -> int:
+    return int(np.ceil(value - 1e-6))
+
+
+def fit_pictures(image: Any, number: int, height: int, width: int) -> list[Image.Image]:
+    """One picture for all, or `number` of them, cropped at the centre to the wanted shape and resized.
+
+    Raises:
+        ValueError: not a picture, or another number of them.
+    """
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    if len(images) not in (1, number):
+        raise ValueError(f"gligen_inpaint_image holds {len(images)} pictures; expected one for all, or {number}")
+    fitted = []
+    for picture in images:
+        if not isinstance(picture, Image.Image):
+            raise ValueError(
+                f"gligen_inpaint_image is a {type(picture).__name__}; expected a PIL picture, or a list of them"
+            )
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+        fitted.append(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
+    return fitted
+
+
+@torch.no_grad()
+def encode_pictures(pipeline: Any, pictures: list[Image.Image], device: torch.device) -> Tensor:
+    """Scaled latents, (B, 4, h, w), the mean of the posterior; in float32 where the VAE overflows in float16."""
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(pictures)
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode()
+    finally:
+        if upcast:
+            vae.to(dtype)
+    mean, spread = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and spread is not None:
+        mean, spread = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, spread))
+        return (latents - mean) * vae.config.scaling_factor / spread
+    return latents * vae.config.scaling_factor

@@ -1,0 +1,236 @@
+"""Pipelines and their adapters in folders and on the Hub; the part of the mixin that is not about one call."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import create_repo, upload_folder
+
+from ..adapter import (
+    AdapterConfig,
+    adapter_config,
+    adopt_gated,
+    detach,
+    detached,
+    is_attached,
+    is_gated,
+    load_adapter,
+    reattach,
+    save_adapter,
+    set_adapter_scale,
+    set_slots,
+)
+from ..adapter.store import CONFIG_NAME, weights_name
+from ..files import read_json, write_json
+from ..hub import OPTIONS, local_folder
+from ..phrases import phrase_width
+
+ADAPTER_SUBFOLDER = "gligen_adapter"
+INDEX_NAME = "model_index.json"
+SLOTS_SETTING = "gligen_slots"  # in the index of an exported pipeline; its gated U-Net's own file cannot say it
+
+
+class AdapterLoaderMixin(DiffusionPipeline):
+    """A diffusers pipeline whose U-Net may carry a GLIGEN adapter."""
+
+    def register_modules(self, **modules: Any) -> None:
+        """diffusers' own. An adapter that diffusers built into the U-Net becomes ours, whichever way it came in."""
+        super().register_modules(**modules)
+        unet: Any = modules.get("unet")
+        if hasattr(unet, "config") and is_gated(unet):
+            # Nine channels are GLIGEN's own inpainting form, unless the pipeline itself knows what to put into them.
+            adopt_gated(unet, inpaint=unet.config["in_channels"] == 9 and "Inpaint" not in type(self).__name__)
+
+    # The adapter ------------------------------------------------------------------------------------------------
+
+    def load_gligen_adapter(
+        self,
+        source: str | Path,
+        *,
+        subfolder: str | None = None,
+        weight_name: str | None = None,
+        variant: str | None = None,
+        **hub: Any,
+    ) -> AdapterConfig:
+        """Attach the adapter of a folder or Hub repository, in place of one that is there, which stays on any error.
+
+        Args:
+            subfolder: where in the folder or repository it lies.
+            weight_name: of the weights' file, where it is not `gligen_adapter.safetensors`.
+            variant: as fp16, for `gligen_adapter.fp16.safetensors`.
+            hub: revision, cache_dir, token, local_files_only, force_download.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is damaged, or for another base: which tensor does not fit.
+        """
+        former = detach(self.unet) if is_attached(self.unet) else None
+        try:
+            config = load_adapter(
+                self.unet, source, subfolder=subfolder, weight_name=weight_name, variant=variant, **hub
+            )
+            try:
+                self._check_phrase_width(config, str(source))
+            except BaseException:
+                detach(self.unet)
+                raise
+        except BaseException:
+            if former is not None:
+                reattach(self.unet, former)
+            raise
+        return config
+
+    def save_gligen_adapter(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Write the adapter alone, as safetensors, to be loaded onto any model of this base family.
+
+        Args:
+            dtype: to save in, torch.float32, torch.bfloat16 or torch.float16; as it is by default.
+            variant: put into the weights' name, as fp16.
+            push_to_hub: upload the folder, to `repo_id` or a repository of the folder's name.
+            hub: repo_id, private, token, commit_message, create_pr, revision.
+        """
+        if hub and not push_to_hub:
+            raise TypeError(f"{sorted(hub)} are for push_to_hub=True")
+        save_adapter(self.unet, folder, dtype=dtype, variant=variant)
+        if push_to_hub:
+            _upload(folder, hub.pop("repo_id", Path(folder).name), "Upload a GLIGEN adapter", **hub)
+
+    def unload_gligen_adapter(self) -> None:
+        """Take the adapter off; the pipeline is the plain one again."""
+        detach(self.unet)
+
+    def set_gligen_adapter_scale(self, scale: float) -> None:
+        """Multiply the adapter's gates: 1 as trained, 0 off."""
+        set_adapter_scale(self.unet, scale)
+
+    def _text_parts(self) -> tuple[list[Any], list[Any]]:
+        """The tokenizers and text encoders that are there."""
+        pairs = [
+            (getattr(self, f"tokenizer{number}", None), getattr(self, f"text_encoder{number}", None))
+            for number in ("", "_2")
+        ]
+        there = [pair for pair in pairs if pair[1] is not None]
+        return [tokenizer for tokenizer, _ in there], [encoder for _, encoder in there]
+
+    def _check_phrase_width(self, config: AdapterConfig, source: str) -> None:
+        encoders = self._text_parts()[1]
+        if encoders and (width := phrase_width(encoders)) != config.phrase_dim:
+            raise ValueError(
+                f"{source} reads phrase embeddings of width {config.phrase_dim}, these text encoders give {width}: "
+                "it was trained on another base model"
+            )
+
+    # Folders ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):  # type: ignore[override]
+        """Load a pipeline folder or Hub repository, with its adapter where it has one.
+
+        Understood are an ordinary pipeline, one with an adapter in the subfolder `gligen_adapter`, one whose U-Net was
+        saved with `attention_type="gated"` (as `jiuntian/gligen-xl-1024`), and the name "shapes", the embedded model.
+        Code that lies in a repository is never run.
+
+        Args:
+            kwargs: those of diffusers' `from_pretrained`; `dtype` (or `torch_dtype`) is float32 by default.
+        """
+        if kwargs.pop("trust_remote_code", False):
+            warnings.warn("trust_remote_code is ignored: code of a repository is never run", stacklevel=2)
+        # One type for all parts: left to itself, transformers keeps the files' type and diffusers does not.
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or torch.float32)
+        folder = _pipeline_folder(pretrained_model_name_or_path, kwargs)
+        pipeline = super().from_pretrained(str(folder), **kwargs)
+        adapter = folder / ADAPTER_SUBFOLDER
+        if (adapter / CONFIG_NAME).is_file() and not is_attached(pipeline.unet):
+            variant = kwargs.get("variant")
+            has_variant = variant and (adapter / weights_name(variant)).is_file()
+            pipeline.load_gligen_adapter(adapter, variant=variant if has_variant else None)
+        elif is_attached(pipeline.unet) and (folder / INDEX_NAME).is_file() and "unet" not in kwargs:
+            index = read_json(folder / INDEX_NAME)
+            set_slots(pipeline.unet, index.get(SLOTS_SETTING, adapter_config(pipeline.unet).slots))
+        return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):  # type: ignore[override]
+        """diffusers' own: a pipeline of this class over the parts of another, which keep their type."""
+        if kwargs.get("torch_dtype") is None:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' own; a class named together with a file of the repository is read as the class alone."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][-1]
+        config.pop(SLOTS_SETTING, None)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the plain pipeline, which diffusers loads too, and the adapter in its subfolder beside it.
+
+        Args:
+            kwargs: those of diffusers' `save_pretrained`. With push_to_hub=True the whole folder is uploaded.
+        """
+        push, hub = kwargs.pop("push_to_hub", False), {}
+        if push:
+            names = ("repo_id", "private", "token", "commit_message", "create_pr", "revision")
+            hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        with detached(self.unet):
+            super().save_pretrained(save_directory, **kwargs)
+        index = Path(save_directory) / INDEX_NAME
+        plain = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
+        write_json(index, {**read_json(index), "_class_name": plain.__name__})
+        adapter = Path(save_directory) / ADAPTER_SUBFOLDER
+        if is_attached(self.unet):
+            save_adapter(self.unet, adapter, variant=kwargs.get("variant"))
+        else:  # one that a former pipeline left there is not this one's
+            for path in [adapter / CONFIG_NAME, *adapter.glob("gligen_adapter*.safetensors")]:
+                path.unlink(missing_ok=True)
+        if push:
+            _upload(save_directory, hub.pop("repo_id", Path(save_directory).name), "Upload a pipeline", **hub)
+
+    def push_to_hub(self, repo_id: str, *, safe_serialization: bool = True, variant: str | None = None, **hub: Any):  # type: ignore[override]
+        """Upload the plain pipeline and the adapter beside it, as `save_pretrained` writes them.
+
+        Args:
+            hub: private, token, commit_message, create_pr, revision.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            return _upload(folder, repo_id, "Upload a pipeline", **hub)
+
+
+def _pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
+    """The pipeline's folder on this machine; what is fetched from the Hub holds no code."""
+    if str(name) == "shapes":
+        from ..shapes.model import model_folder
+
+        return model_folder()
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file; a checkpoint in one file is loaded with from_single_file")
+    hub = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
+    folder = local_folder(name, "pipeline", variant=kwargs.get("variant"), **hub)
+    if not (folder / INDEX_NAME).is_file():
+        raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_NAME}")
+    return folder
+
+
+def _upload(folder: str | Path, repo_id: str, message: str, *, private: bool | None = None, **options: Any) -> Any:
+    """The contents of a folder into a Hub repository, which is made where there is none."""
+    token = options.pop("token", None)
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    message = options.pop("commit_message", None) or message
+    return upload_folder(repo_id=repo_id, folder_path=str(folder), token=token, commit_message=message, **options)
