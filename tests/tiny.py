@@ -77,6 +77,12 @@ def text_config(width: int, projection: int) -> CLIPTextConfig:
     )
 
 
+def new_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+
+
 def sdxl_pipeline(seed: int = 0) -> StableDiffusionXLGLIGENPipeline:
     unet = sdxl_unet(seed)
     vae = sdxl_vae(seed + 1)
@@ -87,7 +93,7 @@ def sdxl_pipeline(seed: int = 0) -> StableDiffusionXLGLIGENPipeline:
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
         unet=unet,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=new_scheduler(),
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -125,7 +131,7 @@ def sd_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionGLIGENPipeline:
         text_encoder=CLIPTextModel(text_config(24, 24)).eval(),
         tokenizer=tokenizer(),
         unet=model,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,0 +1,214 @@
+"""Other projects' weights become adapters: gated U-Nets of diffusers, and GLIGEN's own files.
+
+Understood are folders of diffusers (a pipeline, or its U-Net) with safetensors, sharded or not, or pickled weights;
+single files, safetensors or pickled, with diffusers' names or those of the original latent diffusion code, the adapter
+alone or among everything else; and adapter folders of this library. Pickles are read by torch's restricted reader,
+which builds tensors and runs nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..files import read_json
+from ..hub import local_folder, names_repository, pipeline_files
+from .config import AdapterConfig
+from .layers import Fuser, InpaintConv, PositionNet
+from .store import CONFIG_NAME, read_adapter
+
+LAYERS_PER_BLOCK = 2  # of SD 1.x, 2.x and SDXL; the original code numbers its blocks through
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+WANTED = re.compile(
+    r"(?!first_stage_model|cond_stage_model)(?:.*\.)?"
+    r"(?:position_net\.|conv_in\.|input_blocks\.0\.0\.|\w+_blocks?\..*\.fuser\.)"
+)
+STARTS = re.compile(
+    r"(?:^|\.)((?:position_net|conv_in|down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)\..*)"
+)
+
+
+def read_published(
+    source: str | Path, *, slots: int | None = None, variant: str | None = None, **hub: Any
+) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
+    """Configuration, weights with diffusers' names, and what is known of an adapter in any form.
+
+    Args:
+        source: a file, a folder, or a Hub repository.
+        slots: grounding tokens a picture; by default as the source says, else 30.
+        variant: as fp16, of the files to read.
+        hub: revision, cache_dir, token, local_files_only.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no adapter in it, or one that is damaged, incomplete, or of another kind.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = _folder(source, variant, hub)
+        if (path / CONFIG_NAME).is_file():
+            config, state, about = read_adapter(path)
+            changed = {} if slots is None else {"slots": slots}
+            return AdapterConfig.from_dict(config.to_dict() | changed), state, about
+    found = _renamed(_read(path, variant), str(source))
+    index = _index(path)
+    if found.get("conv_in.weight", torch.empty(0, 0)).shape[1] != InpaintConv.CHANNELS or "Inpaint" in str(index):
+        found = {name: value for name, value in found.items() if not name.startswith("conv_in.")}
+    config = _configuration(found, str(source), slots or index.get("gligen_slots", 30))
+    about = {"converted_from": path.name if path.exists() and not names_repository(source) else str(source)}
+    about["base_family"] = FAMILIES.get(config.cross_attention_dim, "unknown")
+    return config, found, about
+
+
+# Which files --------------------------------------------------------------------------------------------------------
+
+
+def _folder(source: str | Path, variant: str | None, hub: dict[str, Any]) -> Path:
+    """A local folder that holds the weights; of a repository only the U-Net is fetched."""
+    wanted = None
+    if not Path(source).is_dir() and names_repository(source) and not hub.get("local_files_only"):
+        files = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
+        inner = [name for name in pipeline_files(files, variant) if name.startswith("unet/")]
+        own = [name for name in files if "/" not in name and re.search(r"\.(safetensors|bin|pth?|ckpt)$", name)]
+        wanted = ["model_index.json", CONFIG_NAME, *(inner or own)]
+    return local_folder(source, "adapter", wanted, **hub)
+
+
+def _index(path: Path) -> dict[str, Any]:
+    """The pipeline's index, of its folder or of one in it."""
+    for folder in (path, path.parent):
+        if (file := folder / "model_index.json").is_file():
+            return read_json(file)
+    return {}
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a U-Net folder that hold its weights; safetensors rather than pickles, one variant."""
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    files = [f"unet/{path.name}" for path in folder.iterdir()]
+    chosen = [name.removeprefix("unet/") for name in pipeline_files(files, variant)]
+    chosen = [name for name in chosen if not name.endswith(".json")]
+    if not chosen:  # only a variant is there: it will do
+        chosen = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if not chosen:
+        raise FileNotFoundError(
+            f"{folder} holds no weights; expected a pipeline folder with unet/, a U-Net folder, or an adapter folder"
+        )
+    return [folder / name for name in sorted(chosen)]
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, variant: str | None) -> dict[str, Tensor]:
+    """Every tensor that an adapter may want, by its name in the files."""
+    tensors: dict[str, Tensor] = {}
+    for file in [path] if path.is_file() else _weight_files(path, variant):
+        tensors |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    return tensors
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys() if WANTED.match(name)}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{file} asks for more than tensors, or is damaged; nothing of it ran: {reason}"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is damaged or not a checkpoint of torch: {error}") from error
+    for inner in ("state_dict", "model", "unet"):  # GLIGEN's trainer saves {"model", "autoencoder", ...}
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(inner), Mapping):
+            loaded = loaded[inner]
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{file} holds a {type(loaded).__name__}; expected names and tensors")
+    return {
+        name: value
+        for name, value in loaded.items()
+        if isinstance(name, str) and isinstance(value, Tensor) and WANTED.match(name)
+    }
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+def _renamed(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """By diffusers' names, without what stands before them."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        new = diffusers_name(name)
+        if new in renamed:
+            raise ValueError(f"{source} holds {new} twice, the second time as {name}; give the file of one model")
+        renamed[new] = value
+    return renamed
+
+
+def diffusers_name(name: str) -> str:
+    """`model.diffusion_model.input_blocks.1.1.transformer_blocks.0.fuser.linear.weight` ->
+    `down_blocks.0.attentions.0.transformer_blocks.0.fuser.linear.weight`; diffusers' own names stay."""
+    found = STARTS.search(name)
+    name = found[1] if found else name
+    if match := re.fullmatch(r"input_blocks\.0\.0\.(weight|bias)", name):
+        return f"conv_in.{match[1]}"
+    if match := re.fullmatch(r"middle_block\.1\.(.*)", name):
+        return f"mid_block.attentions.0.{match[1]}"
+    if match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.1\.(.*)", name):
+        number = int(match[2]) - (match[1] == "input")  # the input's first block is the convolution
+        level, layer = divmod(number, LAYERS_PER_BLOCK + 1)
+        return f"{'down' if match[1] == 'input' else 'up'}_blocks.{level}.attentions.{layer}.{match[3]}"
+    return name
+
+
+# What it is ---------------------------------------------------------------------------------------------------------
+
+
+def _configuration(state: Mapping[str, Tensor], source: str, slots: int) -> AdapterConfig:
+    """The form that the tensors have, once they are known to be whole."""
+    blocks = sorted({name.split(".fuser.")[0] for name in state if ".fuser." in name})
+    net = {name for name in state if name.startswith("position_net.")}
+    if not blocks or not net:
+        lacking = "fusers (names with .fuser.)" if not blocks else "position net (position_net.)"
+        raise ValueError(f"{source} holds no GLIGEN adapter: it has no {lacking}")
+    expected = {f"position_net.{name}" for name in _names(PositionNet(8, 8))}
+    if net != expected:
+        strange = sorted(net - expected)
+        kind = f"; {strange[0]} is of another kind of grounding, and only text in boxes is supported" if strange else ""
+        raise ValueError(f"{source} has another position net: it lacks {sorted(expected - net)[:3]}{kind}")
+    width = state["position_net.linears.4.weight"].shape[0]
+    for block in blocks:
+        for name in _names(Fuser(8, 2, 8)):
+            if (full := f"{block}.fuser.{name}") not in state:
+                raise ValueError(f"{source} is not whole: {full} is missing")
+        if (got := state[f"{block}.fuser.linear.weight"].shape[1]) != width:
+            raise ValueError(f"{source} does not fit itself: {block}.fuser reads tokens of width {got}, not {width}")
+    for name, value in state.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"{source}: {name} holds values that are no finite numbers ({value.dtype})")
+    return AdapterConfig(
+        cross_attention_dim=width,
+        phrase_dim=len(state["position_net.null_positive_feature"]),
+        slots=slots,
+        inpaint="conv_in.weight" in state,
+    )
+
+
+def _names(module: nn.Module) -> Iterable[str]:
+    return [name for name, _ in module.named_parameters()]
