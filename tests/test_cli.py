@@ -158,7 +158,7 @@ def test_train_without_such_a_recipe(capsys, tmp_path):
 
 
 def test_every_recipe_is_a_configuration():
-    from gligen_xl.cli import Parser
+    from gligen_xl.commands.common import Parser
 
     for name in recipe_names():
         (config,) = COMMANDS["train"].parse(Parser(prog="gligen-xl train"), [name])

@@ -31,7 +31,8 @@ def generate(
     Args:
         beta: the call argument `gligen_scheduled_sampling_beta`.
         grounded: without, phrases and boxes are left out and only the prompt remains.
-        settings: further arguments of the pipeline's call, as num_inference_steps and guidance_scale.
+        settings: further arguments of the pipeline's call, as num_inference_steps, guidance_scale, image. A picture
+            to start from is resized to the layout's width and height, where it has them.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
@@ -43,24 +44,41 @@ def generate(
 
     for (width, height, plain, _), group in groupby(enumerate(layouts), key=alike):
         members = list(group)
+        sized = _sized(settings, width, height)
         for first in range(0, len(members), batch_size):
             part = members[first : first + batch_size]
-            grounding = {}
+            grounding: dict[str, Any] = {}
             if grounded:
                 grounding["gligen_phrases"] = [list(layout.phrases) for _, layout in part]
                 grounding["gligen_boxes"] = [list(layout.boxes) for _, layout in part]
             yield from pipeline(
                 [layout.prompt for _, layout in part],
                 negative_prompt=None if plain else [layout.negative_prompt for _, layout in part],
-                width=width,
-                height=height,
                 gligen_scheduled_sampling_beta=beta,
                 generator=[torch.Generator().manual_seed(picture_seed(layout, seed, k)) for k, layout in part],
                 **grounding,
-                **settings,
+                **sized,
             ).images
 
 
 def picture_seed(layout: Layout, seed: int, number: int) -> int:
     """The seed of picture `number` of a row that starts at `seed`; a layout's own goes before."""
     return seed + number if layout.seed is None else layout.seed
+
+
+def _sized(settings: dict[str, Any], width: int | None, height: int | None) -> dict[str, Any]:
+    """The call's settings at a layout's size. What starts from a picture has the picture's, resized where asked."""
+    size = {name: value for name, value in (("width", width), ("height", height)) if value is not None}
+    if "strength" not in settings:
+        return settings | size
+    pictures = {name: settings[name] for name in ("image", "mask_image", "control_image") if name in settings}
+    sized = settings | {name: _resized(picture, width, height) for name, picture in pictures.items()}
+    if "mask_image" in settings:  # only inpainting does not look at its picture
+        sized |= {name: getattr(sized["image"], name) // 8 * 8 for name in ("width", "height")}
+    return sized
+
+
+def _resized(picture: Any, width: int | None, height: int | None) -> Any:
+    if isinstance(picture, list):
+        return [_resized(one, width, height) for one in picture]
+    return picture.resize((width or picture.width, height or picture.height))

@@ -47,6 +47,8 @@ def export_pipeline(pipeline: AdapterLoaderMixin, folder: str | Path, **saving: 
         raise ValueError("the adapter's scale is not 1, which no file can say; set_gligen_adapter_scale(1) first")
     if getattr(pipeline.unet, "peft_config", None):
         raise ValueError("a LoRA lies on the U-Net; fuse_lora() and unload_lora_weights() first, or unload it")
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise ValueError(f"{folder} is not empty; export into a new folder")
     with whole_folder(folder) as partial, _native(pipeline.unet):
         DiffusionPipeline.save_pretrained(pipeline, partial, **saving)
         index = read_json(partial / INDEX_NAME)

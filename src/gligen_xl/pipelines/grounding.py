@@ -28,6 +28,7 @@ from .loading import AdapterLoaderMixin
 from .schedule import GroundingSchedule, step_of
 
 PictureLayout = tuple[tuple[str, ...], tuple]  # phrases and boxes of one picture
+FORMER_ARGUMENTS = ("callback", "callback_steps")  # of former versions, which diffusers still reads
 
 
 @dataclass
@@ -147,7 +148,7 @@ class GroundingMixin(AdapterLoaderMixin):
         if not is_attached(self.unet):
             raise ValueError(
                 "gligen_boxes were given, but the U-Net carries no GLIGEN adapter; "
-                "call pipeline.load_gligen_adapter(folder_or_repository) first"
+                "call pipeline.load_gligen_adapter(folder_or_repository) first (--adapter on the command line)"
             )
         config = adapter_config(self.unet)
         self._check_phrase_width(config, "the adapter")
@@ -263,13 +264,16 @@ class GroundingMixin(AdapterLoaderMixin):
 
 
 def _bound(method: Callable, prompt: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, as diffusers' own call would take them; what it does not know is its TypeError."""
+    """Arguments by name, as diffusers' own call would take them; what it does not know is a TypeError."""
     signature = inspect.signature(method)
     given = ([prompt] if prompt is not None or args else []) + list(args)
     call = signature.bind_partial(*given, **kwargs).arguments
     for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # diffusers' own, for arguments of former versions
-            call |= call.pop(name, {})
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # diffusers' own ignores in silence what it does not know
+            further = call.pop(name, {})
+            if unknown := sorted(set(further) - set(FORMER_ARGUMENTS)):
+                raise TypeError(f"unknown arguments {unknown}; this pipeline takes {', '.join(signature.parameters)}")
+            call |= further
     return call
 
 

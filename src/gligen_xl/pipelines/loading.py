@@ -149,7 +149,7 @@ class AdapterLoaderMixin(DiffusionPipeline):
             warnings.warn("trust_remote_code is ignored: code of a repository is never run", stacklevel=2)
         # One type for all parts: left to itself, transformers keeps the files' type and diffusers does not.
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or torch.float32)
-        folder = _pipeline_folder(pretrained_model_name_or_path, kwargs)
+        folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
         pipeline = super().from_pretrained(str(folder), **kwargs)
         adapter = folder / ADAPTER_SUBFOLDER
         if (adapter / CONFIG_NAME).is_file() and not is_attached(pipeline.unet):
@@ -213,7 +213,7 @@ class AdapterLoaderMixin(DiffusionPipeline):
             return _upload(folder, repo_id, "Upload a pipeline", **hub)
 
 
-def _pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
+def pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
     """The pipeline's folder on this machine; what is fetched from the Hub holds no code."""
     if str(name) == "shapes":
         from ..shapes.model import model_folder

@@ -1,0 +1,69 @@
+"""gligen-xl shapes"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from ..files import whole_file
+from .common import Parser, UsageError, quiet_imports
+
+HELP = "The embedded tiny world: demo, drawing, building its model."
+
+
+def parse(parser: Parser, words: list[str]) -> tuple[str, Namespace]:
+    actions = parser.add_subcommands(dest="action", required=True)
+    demo = Parser(description="Generate a handful of layouts with grounding on and off, and say how well it went.")
+    demo.add_argument("--out", default="demo", help="folder for pictures, grid.png and table.md")
+    draw = Parser(description="Draw scenes of the world, with their layouts.")
+    draw.add_argument("--count", type=int, default=16, help="how many")
+    draw.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    draw.add_argument("--out", default="scenes", help="folder for pictures and layouts.jsonl")
+    build = Parser(description="Train the embedded model from nothing (hours). The same command continues.")
+    build.add_argument("--out", default="runs/shapes", help="folder for data, checkpoints and the model")
+    actions.add_subcommand("demo", demo, help="pictures with grounding on and off, and a table")
+    actions.add_subcommand("draw", draw, help="scenes with their layouts")
+    pack = Parser(description="Put a base and an adapter that was trained on it into one folder, in float16.")
+    pack.add_argument("--base", default="runs/shapes/model", help="what shapes build made")
+    pack.add_argument("--adapter", default="runs/shapes-adapter/adapter", help="what train made; or a checkpoint")
+    pack.add_argument("--out", default="runs/shapes/packed", help="folder; with it, from_pretrained has both")
+    actions.add_subcommand("build", build, help="train the embedded model from nothing")
+    actions.add_subcommand("pack", pack, help="a base and its adapter into one folder")
+    arguments = parser.parse_args(words)
+    return arguments.action, arguments[arguments.action]
+
+
+def run(action: str, arguments: Namespace) -> None:
+    quiet_imports()
+    if action == "demo":
+        from ..demo import demo
+
+        print(demo(arguments.out))
+    elif action == "build":
+        from ..shapes.build import build
+
+        print(build(Path(arguments.out)))
+    elif action == "pack":
+        from ..shapes.build import pack
+
+        print(pack(arguments.base, arguments.adapter, Path(arguments.out)))
+    else:
+        _draw_scenes(arguments)
+
+
+def _draw_scenes(arguments: Namespace) -> None:
+    from ..layout import write_layouts
+    from ..shapes.world import draw, sample_scene, scene_layout
+
+    if arguments.count < 1:
+        raise UsageError(f"--count is {arguments.count}; expected at least 1")
+    out, seed, layouts = Path(arguments.out), arguments.seed, []
+    if seed < 0:
+        raise UsageError(f"--seed is {seed}; expected 0 or more")
+    for index in range(arguments.count):
+        layouts.append(scene_layout(scene := sample_scene(seed, index), seed=seed, index=index))
+        with whole_file(out / f"{layouts[-1].id}.png") as partial:
+            draw(scene).save(partial, format="PNG")
+    write_layouts(out / "layouts.jsonl", layouts)
+    print(f"{len(layouts)} scenes in {out}")

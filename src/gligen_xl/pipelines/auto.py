@@ -1,0 +1,89 @@
+"""Which of the pipelines fits: Stable Diffusion or SDXL, from noise or a picture, with a ControlNet or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from safetensors import SafetensorError, safe_open
+
+from ..files import read_json
+from .grounding import GroundingMixin
+from .loading import INDEX_NAME, pipeline_folder
+from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
+from .sdxl import (
+    StableDiffusionXLGLIGENControlNetImg2ImgPipeline,
+    StableDiffusionXLGLIGENControlNetPipeline,
+    StableDiffusionXLGLIGENImg2ImgPipeline,
+    StableDiffusionXLGLIGENInpaintPipeline,
+    StableDiffusionXLGLIGENPipeline,
+)
+
+CLASSES: dict[tuple[str, bool, str], type[GroundingMixin]] = {
+    # family, with ControlNet, starting from
+    ("xl", False, "noise"): StableDiffusionXLGLIGENPipeline,
+    ("xl", False, "image"): StableDiffusionXLGLIGENImg2ImgPipeline,
+    ("xl", False, "mask"): StableDiffusionXLGLIGENInpaintPipeline,
+    ("xl", True, "noise"): StableDiffusionXLGLIGENControlNetPipeline,
+    ("xl", True, "image"): StableDiffusionXLGLIGENControlNetImg2ImgPipeline,
+    ("sd", False, "noise"): StableDiffusionGLIGENPipeline,
+    ("sd", False, "mask"): StableDiffusionGLIGENInpaintPipeline,
+}
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    start: str = "noise",
+    controlnets: Sequence[str] = (),
+    config: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **loading: Any,
+) -> GroundingMixin:
+    """Load a model of either family as the pipeline that fits.
+
+    Args:
+        model: pipeline folder, Hub repository, "shapes", or a checkpoint in one file.
+        start: noise (text-to-image), image (image-to-image) or mask (inpainting under a mask).
+        controlnets: folders or repositories of ControlNets.
+        config: for a checkpoint in one file, a pipeline folder or repository with the same settings; without it
+            diffusers fetches those of the base model.
+        loading: of `from_pretrained`, as variant.
+
+    Raises:
+        ValueError: there is no such pipeline.
+    """
+    single = Path(model).is_file()
+    if config is not None and not single:
+        raise ValueError(f"config is for a checkpoint in one file, and {model} is none")
+    folder = Path(model) if single else pipeline_folder(model, loading)
+    kind = ("xl" if _is_xl(folder) else "sd", bool(controlnets), start)
+    if kind not in CLASSES:
+        wish = {"noise": "text-to-image", "image": "image-to-image", "mask": "inpainting"}[start]
+        name = "SDXL" if kind[0] == "xl" else "Stable Diffusion 1.x / 2.x"
+        raise ValueError(f"there is no pipeline for {name} with {wish}{' and a ControlNet' if controlnets else ''}")
+    parts: dict[str, Any] = {}
+    if controlnets:
+        nets = [ControlNetModel.from_pretrained(name, torch_dtype=dtype) for name in controlnets]
+        parts["controlnet"] = nets[0] if len(nets) == 1 else nets
+    if single:
+        settings = {"config": config} if config else {}
+        return CLASSES[kind].from_single_file(str(folder), torch_dtype=dtype, **settings, **parts, **loading)  # type: ignore[attr-defined]
+    return CLASSES[kind].from_pretrained(folder, dtype=dtype, **parts, **loading)
+
+
+def _is_xl(model: Path) -> bool:
+    """SDXL has two text encoders; in a checkpoint in one file they are called conditioner."""
+    if model.is_dir():
+        index = read_json(model / INDEX_NAME)
+        return (index.get("text_encoder_2") or [None])[0] is not None
+    if model.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(model, "pt") as opened:
+            return any(name.startswith("conditioner.") for name in opened.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{model} is damaged or not a safetensors file: {error}") from error
