@@ -73,10 +73,10 @@ def test_loras_controlnets_and_schedulers_change_the_picture(capsys, model, lora
     controlled, about, _ = made(capsys, tmp_path / "control", *size, *control)
     assert about["controlnet"] == [str(controlnet)]
     weak, _, _ = made(capsys, tmp_path / "weak", *size, *control, "--control_scale", 0)
-    euler, _, _ = made(capsys, tmp_path / "euler", *size, "--scheduler", "EulerDiscreteScheduler")
+    euler, _, _ = made(capsys, tmp_path / "euler", *size, "--scheduler", "EulerAncestralDiscreteScheduler")
     off, _, _ = made(capsys, tmp_path / "off", *size, "--adapter_scale", 0)
-    for other in (with_lora, controlled, euler, off):
-        assert abs(other - plain).max() > 1
+    for name, other in {"lora": with_lora, "control": controlled, "euler": euler, "off": off}.items():
+        assert abs(other - plain).max() > 1, name
     assert abs(without - plain).max() <= 1
     assert abs(weak - plain).max() <= 1
 

@@ -96,7 +96,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     files = [f"unet/{path.name}" for path in folder.iterdir()]
     chosen = [name.removeprefix("unet/") for name in pipeline_files(files, variant)]
-    chosen = [name for name in chosen if not name.endswith(".json")]
+    chosen = [name for name in chosen if name.endswith((".safetensors", ".bin"))]
     if not chosen:  # only a variant is there: it will do
         chosen = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     if not chosen:
@@ -129,10 +129,9 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{file} asks for more than tensors, or is damaged; nothing of it ran: {reason}"
-        ) from error
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words go on to advise loading it all the same
+        what = f"asks for {asked[1]}, and not only for tensors" if asked else "is damaged, or asks for more than tensors"
+        raise ValueError(f"{file} {what}; nothing of it ran") from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{file} is damaged or not a checkpoint of torch: {error}") from error
     for inner in ("state_dict", "model", "unet"):  # GLIGEN's trainer saves {"model", "autoencoder", ...}
