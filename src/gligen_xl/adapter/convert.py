@@ -130,8 +130,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words go on to advise loading it all the same
-        what = f"asks for {asked[1]}, and not only for tensors" if asked else "is damaged, or asks for more than tensors"
-        raise ValueError(f"{file} {what}; nothing of it ran") from error
+        what = f"asks for {asked[1]}, and not only" if asked else "is damaged, or asks not only"
+        raise ValueError(f"{file} {what} for tensors; nothing of it ran") from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{file} is damaged or not a checkpoint of torch: {error}") from error
     for inner in ("state_dict", "model", "unet"):  # GLIGEN's trainer saves {"model", "autoencoder", ...}

@@ -10,7 +10,7 @@ The U-Net's class and weights are never touched: its forward pass calls `positio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +102,8 @@ def attach(
         made = _new_modules(unet, config)
     if state is not None:
         _check_fit({name: value for name, value, _ in _tensors(made)}, state, source)
+        if device.type != "meta" and (empty := [name for name, value in state.items() if value.is_meta]):
+            raise ValueError(f"{source} has no values for {len(empty)} tensors, as {empty[0]}: its files lack them")
         for name, value, assign in _tensors(made):
             assign(nn.Parameter(state[name].to(device, dtype), requires_grad=value.requires_grad))
     for module in made.values():
@@ -114,7 +116,7 @@ def attach(
     former = {name: unet.config[name] for name in changed}
     unet.__dict__["_gligen"] = _Attachment(config, dict(about or {}), former, unet.conv_in)
     _put(unet, made)
-    unet.register_to_config(**changed)
+    _set_config(unet, changed)
 
 
 def _changed_settings(config: AdapterConfig) -> dict[str, Any]:
@@ -125,6 +127,15 @@ def _changed_settings(config: AdapterConfig) -> dict[str, Any]:
     if config.inpaint:
         settings["in_channels"] = 4  # what pipelines make latents of
     return settings
+
+
+def _set_config(unet: UNet2DConditionModel, settings: Mapping[str, Any]) -> None:
+    """Change settings of the U-Net. What is set beside them stays, as the sign that an IP-Adapter is loaded."""
+    beside = {name: value for name, value in vars(unet.config).items() if name in unet.config}
+    unet.register_to_config(**settings)
+    for name, value in beside.items():
+        if name not in settings:
+            setattr(unet.config, name, value)
 
 
 def _new_modules(unet: UNet2DConditionModel, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -163,7 +174,7 @@ def detach(unet: UNet2DConditionModel) -> DetachedAdapter:
         modules["conv_in"] = unet.conv_in
         unet.conv_in = attachment.former_conv
     del unet.__dict__["_gligen"]
-    unet.register_to_config(**attachment.former_config)
+    _set_config(unet, attachment.former_config)
     return DetachedAdapter(attachment, modules)
 
 
@@ -172,7 +183,7 @@ def reattach(unet: UNet2DConditionModel, carried: DetachedAdapter) -> None:
     unet, attachment = _bare(unet), carried.attachment
     _put(unet, carried.modules)
     unet.__dict__["_gligen"] = attachment
-    unet.register_to_config(**_changed_settings(attachment.config))
+    _set_config(unet, _changed_settings(attachment.config))
 
 
 @contextmanager
@@ -201,6 +212,18 @@ def inpaint_conv(unet: nn.Module) -> InpaintConv | None:
     return conv if isinstance(conv, InpaintConv) else None
 
 
+def lora_targets(unet: nn.Module, suffixes: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")) -> list[str]:
+    """Full names of the base's layers that end so, for peft's `target_modules`: training leaves the adapter alone.
+
+    >>> unet.add_adapter(LoraConfig(r=16, target_modules=lora_targets(unet)))
+
+    The bare suffixes would put LoRAs on the fusers' attention too.
+    """
+    endings = tuple(f".{suffix}" for suffix in suffixes)
+    names = (name for name, _ in _bare(unet).named_modules())
+    return [name for name in names if name.endswith(endings) and not is_adapter_key(name)]
+
+
 # State --------------------------------------------------------------------------------------------------------------
 
 
@@ -212,11 +235,14 @@ def is_adapter_key(name: str) -> bool:
 def adapter_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their names in the U-Net. LoRAs that lie over them are not part of it."""
     conv = ("conv_in.weight", "conv_in.bias") if adapter_config(unet).inpaint else ()
-    return {
+    there = dict(_bare(unet).named_parameters())
+    covered = tuple({name.split("base_layer.")[0] for name in there if ".base_layer." in name})  # by peft
+    bare = {
         name.replace(".base_layer.", "."): value
-        for name, value in _bare(unet).named_parameters()
-        if (is_adapter_key(name) and ".lora_" not in name) or name in conv
+        for name, value in there.items()
+        if ".base_layer." in name or not name.startswith(covered)
     }
+    return {name: value for name, value in bare.items() if is_adapter_key(name) or name in conv}
 
 
 def adapter_state_dict(unet: nn.Module) -> dict[str, Tensor]:
@@ -234,20 +260,30 @@ def load_adapter_state_dict(unet: nn.Module, state: Mapping[str, Tensor], *, sou
 
 def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
     for name in sorted(expected.keys() & state.keys()):
+        if is_quantised(state[name]):
+            raise ValueError(
+                f"{source} holds {name} as {kind_of(state[name])}; expected floating-point weights, not quantised "
+                "ones. A base is quantised without them by modules_to_not_convert=['fuser', 'position_net']"
+            )
         if expected[name].shape != state[name].shape:
             raise ValueError(
                 f"{source} does not fit this U-Net: {name} is {tuple(state[name].shape)}, "
                 f"expected {tuple(expected[name].shape)}; it is for another base model"
-            )
-        if not state[name].is_floating_point():
-            raise ValueError(
-                f"{source} holds {name} as {state[name].dtype}; expected floating-point weights, not quantised ones"
             )
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         parts = [f"lacks {len(missing)} tensors, as {missing[0]}"] if missing else []
         parts += [f"has {len(unknown)} that the U-Net does not, as {unknown[0]}"] if unknown else []
         raise ValueError(f"{source} does not fit this U-Net: it {' and '.join(parts)}; it is for another base model")
+
+
+def is_quantised(value: Tensor) -> bool:
+    """Whether a weight is no plain floating-point tensor: torchao and bitsandbytes have classes of their own."""
+    return type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point()
+
+
+def kind_of(value: Tensor) -> str:
+    return f"{type(value).__name__} of {value.dtype}"
 
 
 def gate_values(unet: nn.Module) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..files import read_json, whole_file, write_json
 from ..hub import local_folder
 from .config import AdapterConfig
-from .model import adapter_about, adapter_config, adapter_state_dict, attach
+from .model import adapter_about, adapter_config, adapter_state_dict, attach, is_quantised, kind_of
 
 WEIGHTS_NAME, CONFIG_NAME = "gligen_adapter.safetensors", "gligen_adapter.json"
 FORMAT, VERSION = "gligen-xl-adapter", 1
@@ -58,16 +59,22 @@ def write_adapter(
     """Write weights and description as an adapter folder.
 
     Raises:
-        ValueError: `dtype` cannot hold the weights (float16 ends at 65504).
+        ValueError: `dtype` cannot hold the weights (float16 ends at 65504); they are quantised, or not in memory.
     """
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype}; an adapter is saved in torch.float32, torch.bfloat16 or torch.float16")
     folder, tensors = Path(folder), {}
     for name, value in state.items():
-        tensors[name] = value.to("cpu", dtype or value.dtype).contiguous()
-        if not tensors[name].isfinite().all() and value.isfinite().all():
+        if value.is_meta:
+            raise ValueError(f"{name} is not in memory (sequential offload?); save the adapter before enabling it")
+        if is_quantised(value):
+            raise ValueError(f"{name} is {kind_of(value)}; an adapter is saved from floating-point weights")
+        # One byte is how layerwise casting stores weights; bfloat16 holds the same values.
+        own = torch.bfloat16 if value.itemsize == 1 else value.dtype
+        tensors[name] = value.to("cpu", dtype or own).contiguous()
+        if not tensors[name].isfinite().all() and value.double().isfinite().all():
             raise ValueError(
-                f"{name} reaches {float(value.abs().max()):g}, too much for {dtype}; save in another dtype"
+                f"{name} reaches {float(value.float().abs().max()):g}, too much for {dtype}; save in another dtype"
             )
     with whole_file(folder / weights_name(variant)) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -144,6 +151,7 @@ def load_adapter(
             "the U-Net's weights are not in memory (sequential offload?); load the adapter before enabling it"
         )
     attach(unet, config, about=about, state=state, source=str(source))
+    _maybe_remove_and_reapply_group_offloading(unet)  # where it is on, it must learn of the new layers
     return config
 
 
