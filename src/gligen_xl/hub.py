@@ -47,7 +47,7 @@ def pipeline_files(files: list[str], variant: str | None) -> list[str]:
     chosen = [name for name in files if name == "model_index.json"]
     folders: dict[str, list[PurePosixPath]] = {}
     for path in map(PurePosixPath, files):
-        if len(path.parts) == 2 and not path.name.startswith("."):
+        if len(path.parts) == 2 and not any(part.startswith(".") for part in path.parts):
             folders.setdefault(path.parts[0], []).append(path)
     for paths in folders.values():
         weights = [path for path in paths if _is_weights(path)]
@@ -65,6 +65,8 @@ def pipeline_files(files: list[str], variant: str | None) -> list[str]:
 
 def _is_weights(path: PurePosixPath) -> bool:
     """Also the index of sharded weights, `x.safetensors.index.json`."""
+    if path.name.startswith("openvino_"):  # .bin too, but another program's
+        return False
     return path.suffix in WEIGHTS or any(f"{suffix}.index" in path.name for suffix in WEIGHTS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -90,6 +91,9 @@ def _best_device() -> str:
 def quiet_imports() -> None:
     """Keep the libraries' notes about what is not installed off the terminal; warnings and errors still come."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Where torchao is installed, it reports each kernel that it has not got.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def watched(items: Iterable[Any], name: str, total: int) -> tqdm[Any]:

@@ -18,6 +18,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor
 
 from ..adapter import adapter_config, fade_adapter, inpaint_conv, is_attached
@@ -91,13 +92,14 @@ class GroundingMixin(AdapterLoaderMixin):
                 call["prompt"] = prompts
         layouts = self._layouts(call, gligen_phrases, gligen_boxes, strict)
         grounded = any(phrases for phrases, _ in layouts)
+        pictures = None
         if gligen_inpaint_image is not None:
-            self._check_inpainting(call, layouts)
+            pictures = self._pictures_to_keep(call, layouts, gligen_inpaint_image)
         if not grounded:
             return super().__call__(**call)  # type: ignore[misc]
         grounding = _Grounding(self._grounding_tokens(call, layouts), schedule)
-        if gligen_inpaint_image is not None:
-            grounding.kept = self._kept_picture(call, layouts, gligen_inpaint_image)
+        if pictures is not None:
+            grounding.kept = self._kept_picture(call, layouts, pictures)
             call["latents"] = grounding.kept.noise
         with self._grounded(grounding):
             return super().__call__(**self._counting(call))  # type: ignore[misc]
@@ -195,7 +197,8 @@ class GroundingMixin(AdapterLoaderMixin):
 
     # Inpainting -------------------------------------------------------------------------------------------------
 
-    def _check_inpainting(self, call: dict[str, Any], layouts: list[PictureLayout]) -> None:
+    def _pictures_to_keep(self, call: dict[str, Any], layouts: list[PictureLayout], image: Any) -> list[Image.Image]:
+        """Of the size of the result, one for all or one for each; nothing has run yet."""
         arguments = inspect.signature(super().__call__).parameters  # type: ignore[misc]
         if "strength" in arguments:
             raise ValueError(
@@ -205,15 +208,21 @@ class GroundingMixin(AdapterLoaderMixin):
             raise ValueError("gligen_inpaint_image beside a control image needs height and width")
         if not all(phrases for phrases, _ in layouts) or not layouts:
             raise ValueError("gligen_inpaint_image keeps what lies outside the boxes; every picture needs one or more")
-
-    def _kept_picture(self, call: dict[str, Any], layouts: list[PictureLayout], image: Any) -> KeptPicture:
-        device, factor = self._execution_device, self.vae_scale_factor
+        generators = call.get("generator")
+        if isinstance(generators, list) and len(generators) != len(layouts):
+            raise ValueError(f"{len(generators)} generators for {len(layouts)} pictures; expected one for each")
         usual = self.unet.config.sample_size
         usual = (usual, usual) if isinstance(usual, int) else usual
-        height, width = (call.get("height") or usual[0] * factor, call.get("width") or usual[1] * factor)
+        sizes = zip((call.get("height"), call.get("width")), usual, strict=True)
+        height, width = (given or cells * self.vae_scale_factor for given, cells in sizes)
         if height % 8 or width % 8:
             raise ValueError(f"height and width are {height} and {width}; expected multiples of 8")
-        pictures = fit_pictures(image, len(layouts), height, width)
+        return fit_pictures(image, len(layouts), height, width)
+
+    def _kept_picture(
+        self, call: dict[str, Any], layouts: list[PictureLayout], pictures: list[Image.Image]
+    ) -> KeptPicture:
+        device = self._execution_device
         latents = encode_pictures(self, pictures, device).to(self.unet.dtype)
         if (noise := call.get("latents")) is None:
             shape = (len(layouts), *latents.shape[1:])

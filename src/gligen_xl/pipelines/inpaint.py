@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..layout import Box
+from .schedule import step_of
 
 
 @dataclass
@@ -31,6 +32,9 @@ class KeptPicture:
         """The latents after the U-Net's `evaluation`, with the kept part put in at their noise level."""
         kept = self.latents
         if evaluation + 1 < len(scheduler.timesteps):
+            within_step = step_of(scheduler, evaluation + 1) == step_of(scheduler, evaluation)
+            if within_step and hasattr(scheduler, "sigmas_interpol"):
+                return sampled  # the two KDPM2 stop within a step at a level that their add_noise does not know
             level = scheduler.timesteps[evaluation + 1 : evaluation + 2]
             kept = scheduler.add_noise(kept.expand_as(self.noise), self.noise, level)
         return torch.where(self.mask.bool(), kept.to(sampled.dtype), sampled)

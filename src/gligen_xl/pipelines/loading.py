@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import create_repo, upload_folder
+from safetensors import SafetensorError, safe_open
 
 from ..adapter import (
     AdapterConfig,
@@ -32,6 +34,7 @@ from ..phrases import phrase_width
 
 ADAPTER_SUBFOLDER = "gligen_adapter"
 INDEX_NAME = "model_index.json"
+_parts_stay: ContextVar[bool] = ContextVar("parts_stay", default=False)  # while from_pipe makes a pipeline of them
 SLOTS_SETTING = "gligen_slots"  # in the index of an exported pipeline; its gated U-Net's own file cannot say it
 
 
@@ -150,7 +153,11 @@ class AdapterLoaderMixin(DiffusionPipeline):
         # One type for all parts: left to itself, transformers keeps the files' type and diffusers does not.
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or torch.float32)
         folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
-        pipeline = super().from_pretrained(str(folder), **kwargs)
+        try:
+            pipeline = super().from_pretrained(str(folder), **kwargs)
+        except SafetensorError as error:  # transformers does not say of which file
+            damaged = ", ".join(map(str, filter(_is_damaged, sorted(folder.rglob("*.safetensors"))))) or folder
+            raise ValueError(f"{damaged}: damaged or not a safetensors file: {error}") from error
         adapter = folder / ADAPTER_SUBFOLDER
         if (adapter / CONFIG_NAME).is_file() and not is_attached(pipeline.unet):
             variant = kwargs.get("variant")
@@ -163,10 +170,20 @@ class AdapterLoaderMixin(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):  # type: ignore[override]
-        """diffusers' own: a pipeline of this class over the parts of another, which keep their type."""
-        if kwargs.get("torch_dtype") is None:
-            kwargs.setdefault("dtype", pipeline.dtype)
-        return super().from_pipe(pipeline, **kwargs)
+        """diffusers' own: a pipeline of this class over the parts of another, adapter included.
+
+        The parts keep their types, which may differ; diffusers casts all of them to one, unless `dtype` says so here.
+        """
+        former_name = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or former_name
+        token = _parts_stay.set(dtype is None)
+        try:
+            return super().from_pipe(pipeline, dtype=dtype, **kwargs)
+        finally:
+            _parts_stay.reset(token)
+
+    def to(self, *args: Any, **kwargs: Any):
+        return self if _parts_stay.get() else super().to(*args, **kwargs)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -226,6 +243,14 @@ def pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
     if not (folder / INDEX_NAME).is_file():
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_NAME}")
     return folder
+
+
+def _is_damaged(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return False
+    except SafetensorError:
+        return True
 
 
 def _upload(folder: str | Path, repo_id: str, message: str, *, private: bool | None = None, **options: Any) -> Any:

@@ -1,0 +1,109 @@
+"""Models with random weights for the benchmarks: time and memory do not depend on what the weights are."""
+
+import resource
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from gligen_xl.shapes.model import new_tokenizer
+
+# The published configurations (stabilityai/stable-diffusion-xl-base-1.0).
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.13025,
+    "sample_size": 1024,
+    "force_upcast": False,
+}
+SDXL_TEXT = (
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+)
+# The same forms at about a tenth of the width: proportions of SDXL that a laptop runs.
+SMALL_UNET = SDXL_UNET | {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 512),
+    "transformer_layers_per_block": (1, 2, 6),
+    "attention_head_dim": (2, 4, 8),
+    "cross_attention_dim": 640,
+    "projection_class_embeddings_input_dim": 384 + 6 * 256,
+}
+SMALL_VAE = SDXL_VAE | {"block_out_channels": (32, 32, 64, 64), "sample_size": 256}
+SMALL_TEXT = (
+    {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4},
+    {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
+)
+
+
+def random_weights(make, dtype: torch.dtype) -> nn.Module:
+    """A module of `make()`, its weights small and random, made in the type itself: no second copy in float32."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if value.is_floating_point():
+            value.data.normal_(0, 0.02, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                value.data.fill_(1)
+        elif "position_ids" in name:
+            value.data.copy_(torch.arange(value.shape[-1])[None])
+    return module.eval()
+
+
+def parts(
+    unet: dict,
+    vae: dict,
+    text: tuple[dict, dict],
+    dtype: torch.dtype,
+    *,
+    unet_dtype: torch.dtype | None = None,
+    **unet_options,
+) -> dict:
+    """Components of an SDXL pipeline."""
+    with TemporaryDirectory() as folder:
+        tokenizer = new_tokenizer(Path(folder))
+    common = {
+        "vocab_size": 49408,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    first, second = (CLIPTextConfig(**one, projection_dim=one["hidden_size"], **common) for one in text)
+    return {
+        "vae": random_weights(lambda: AutoencoderKL(**vae), dtype),
+        "text_encoder": random_weights(lambda: CLIPTextModel(first), dtype),
+        "text_encoder_2": random_weights(lambda: CLIPTextModelWithProjection(second), dtype),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "unet": random_weights(lambda: UNet2DConditionModel(**unet, **unet_options), unet_dtype or dtype),
+        "scheduler": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+    }
+
+
+def peak_memory() -> float:
+    """GiB that this process has held at most."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
