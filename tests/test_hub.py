@@ -126,6 +126,17 @@ gligen_adapter/gligen_adapter.fp16.safetensors
 """)
 
 
+def test_former_versions_beside_the_parts_of_a_pipeline_stay_there(hub, tmp_path):
+    """SDXL's own repository holds `vae_1_0/` beside `vae/`."""
+    grounded(sdxl_pipeline()).save_pretrained(tmp_path / "repository")
+    shutil.copytree(tmp_path / "repository" / "vae", tmp_path / "repository" / "vae_1_0")
+    hub.serve(tmp_path / "repository")
+    StableDiffusionXLGLIGENPipeline.from_pretrained("someone/gligen-xl")
+    assert not [name for name in hub.asked["files"] if name.startswith("vae_1_0/")]
+    assert "vae/config.json" in hub.asked["files"]
+    assert "gligen_adapter/gligen_adapter.json" in hub.asked["files"]
+
+
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_shards_come_with_their_index_and_parts_without_a_variant_as_they_are(variant):
     chosen = chosen_weights(SHARDED, variant)

@@ -129,6 +129,9 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
+PIL_PICTURE = Image.new("RGB", (16, 16), "grey")
+
+
 def draw(pipeline, call, prompt="a picture of grass", seed=3, **kwargs):
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     settings["generator"] = torch.Generator().manual_seed(seed)
@@ -372,6 +375,15 @@ def test_an_unknown_argument_stops_before_a_model_runs(kind, unknown, monkeypatc
     refuse_to_run(ours, monkeypatch)
     with pytest.raises(TypeError, match=next(iter(unknown))):
         draw(ours, kind.call, **unknown, **LAYOUT)
+
+
+@pytest.mark.parametrize("kind", [MASK, SD_MASK], ids=["xl", "sd"])
+def test_a_crop_that_boxes_do_not_know_of_is_refused(kind, monkeypatch):
+    ours = kind.make_ours()
+    refuse_to_run(ours, monkeypatch)
+    call = kind.call | {"image": PIL_PICTURE, "mask_image": PIL_PICTURE, "output_type": "pil", "padding_mask_crop": 4}
+    with pytest.raises(ValueError, match="crop it yourself"):
+        draw(ours, call, **LAYOUT)
 
 
 @every_kind

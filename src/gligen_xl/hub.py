@@ -7,6 +7,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
+from .files import read_json
+
+INDEX, ADAPTER = "model_index.json", "gligen_adapter"  # of a pipeline: what names its parts, and one it does not name
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 TEXTS = (".json", ".txt", ".model")
 WEIGHTS = (".safetensors", ".bin")
@@ -33,8 +36,10 @@ def local_folder(source: str | Path, what: str, wanted: list[str] | None = None,
     if not names_repository(source):
         raise FileNotFoundError(f"no {what} folder {source}; expected a folder or a Hub repository (owner/name)")
     if wanted is None and not hub.get("local_files_only"):
-        api = HfApi(token=hub.get("token"))
-        wanted = pipeline_files(api.list_repo_files(str(source), revision=hub.get("revision")), variant)
+        files = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
+        index = Path(snapshot_download(str(source), allow_patterns=[INDEX], **hub)) / INDEX
+        parts = {*read_json(index), ADAPTER} if index.is_file() else set()  # there may be former versions beside them
+        wanted = pipeline_files([name for name in files if name == INDEX or name.split("/")[0] in parts], variant)
     return Path(snapshot_download(str(source), allow_patterns=wanted, **hub))
 
 
@@ -44,7 +49,7 @@ def pipeline_files(files: list[str], variant: str | None) -> list[str]:
     In each component's folder: settings and vocabularies; of the weights those of `variant` where there are any, else
     the plain ones, and safetensors rather than pickles.
     """
-    chosen = [name for name in files if name == "model_index.json"]
+    chosen = [name for name in files if name == INDEX]
     folders: dict[str, list[PurePosixPath]] = {}
     for path in map(PurePosixPath, files):
         if len(path.parts) == 2 and not any(part.startswith(".") for part in path.parts):

@@ -92,6 +92,10 @@ class GroundingMixin(AdapterLoaderMixin):
                 call["prompt"] = prompts
         layouts = self._layouts(call, gligen_phrases, gligen_boxes, strict)
         grounded = any(phrases for phrases, _ in layouts)
+        if grounded and call.get("padding_mask_crop") is not None:
+            raise ValueError(
+                "padding_mask_crop shows the model another picture than the boxes are of; crop it yourself"
+            )
         pictures = None
         if gligen_inpaint_image is not None:
             pictures = self._pictures_to_keep(call, layouts, gligen_inpaint_image)

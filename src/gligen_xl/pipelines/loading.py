@@ -29,11 +29,11 @@ from ..adapter import (
 )
 from ..adapter.store import CONFIG_NAME, weights_name
 from ..files import read_json, write_json
+from ..hub import ADAPTER as ADAPTER_SUBFOLDER
+from ..hub import INDEX as INDEX_NAME
 from ..hub import OPTIONS, local_folder
 from ..phrases import phrase_width
 
-ADAPTER_SUBFOLDER = "gligen_adapter"
-INDEX_NAME = "model_index.json"
 _parts_stay: ContextVar[bool] = ContextVar("parts_stay", default=False)  # while from_pipe makes a pipeline of them
 SLOTS_SETTING = "gligen_slots"  # in the index of an exported pipeline; its gated U-Net's own file cannot say it
 
