@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench bench-real-size clean
 
 demo: $(READY)
 	$(BIN)/gligen-xl shapes demo --out demo
@@ -26,6 +26,10 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/processes.py
+	$(BIN)/python benchmarks/native.py
+
+bench-real-size: $(READY)
+	$(BIN)/python benchmarks/real_size.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

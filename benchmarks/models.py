@@ -40,12 +40,12 @@ SDXL_TEXT = (
     {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
 )
-# The same forms at about a tenth of the width: proportions of SDXL that a laptop runs.
+# The same forms at about a third of the width: proportions of SDXL that a laptop runs.
 SMALL_UNET = SDXL_UNET | {
     "sample_size": 32,
-    "block_out_channels": (128, 256, 512),
+    "block_out_channels": (96, 192, 384),
     "transformer_layers_per_block": (1, 2, 6),
-    "attention_head_dim": (2, 4, 8),
+    "attention_head_dim": (3, 6, 12),
     "cross_attention_dim": 640,
     "projection_class_embeddings_input_dim": 384 + 6 * 256,
 }

@@ -139,6 +139,7 @@ def test_wrong_input_is_one_line(capsys, model, picture, lora, controlnet, tmp_p
     (tmp_path / "broken.bin").write_bytes(b"\x80\x04nonsense")
     (tmp_path / "broken.safetensors").write_bytes(b"1234567890")
     (tmp_path / "full").mkdir()
+    sdxl_pipeline().save_pretrained(tmp_path / "plain")
     (tmp_path / "full" / "mine.txt").write_text("mine")
     generate = ("generate", "--model", model, *ONE)
     for words, says in [
@@ -152,14 +153,17 @@ def test_wrong_input_is_one_line(capsys, model, picture, lora, controlnet, tmp_p
         ((*generate, "--lora", f"{lora}=much"), "the scale of --lora"),
         ((*generate, "--adapter_scale", "nan"), "adapter_scale"),
         ((*generate, "--adapter", tmp_path / "broken.bin"), "gligen-xl convert"),
-        (("generate", "--model", tmp_path / "broken.safetensors", *ONE), "damaged or not a safetensors file"),
+        (("generate", "--model", tmp_path / "broken.safetensors", *ONE), "damaged or not a checkpoint"),
         (("generate", "--model", model, "--config", model, *ONE), "config is for a checkpoint in one file"),
         (("generate", "--model", tmp_path / "full", *ONE), "has no model_index.json"),
         (("convert", tmp_path / "broken.bin", "--out", tmp_path / "x"), "damaged"),
         (("convert", tmp_path / "nothing", "--out", tmp_path / "x"), "expected a folder or a Hub repository"),
         (("convert", tmp_path / "full", "--out", tmp_path / "x"), "holds no weights"),
-        (("convert", model, "--out", tmp_path / "x"), "holds no GLIGEN adapter"),
-        (("export", "--model", model, "--out", tmp_path / "full"), "is not empty"),
+        (("convert", tmp_path / "plain", "--out", tmp_path / "x"), "holds no GLIGEN adapter"),
+        (("convert", model, "--out", f"{model}/gligen_adapter"), "holds an adapter already"),
+        (("generate", "--model", lora, "--config", tmp_path / "plain", *ONE), "is no whole checkpoint"),
+        ((*generate, "--strength", 0.5), "--strength is of --image"),
+        (("export", "--model", model, "--out", tmp_path / "full"), "not empty"),
         (("export", "--model", tmp_path / "nothing", "--out", tmp_path / "x"), "no pipeline folder"),
     ]:
         line = fails(capsys, *words)

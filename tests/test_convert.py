@@ -4,6 +4,8 @@ import io
 import json
 import pickle
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -149,6 +151,43 @@ def test_nothing_of_a_pickle_is_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_settings_of_gligens_trainer_are_read_as_nothing(tmp_path, monkeypatch):
+    """It saved objects of omegaconf beside the weights; no such library is needed, and none is asked."""
+    made = types.ModuleType("omegaconf.dictconfig")
+
+    class DictConfig:
+        def __init__(self, content):
+            self.content = content
+
+    DictConfig.__module__, DictConfig.__qualname__ = "omegaconf.dictconfig", "DictConfig"
+    made.DictConfig = DictConfig
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", made)
+    state = adapter_state_dict(grounded_unet())
+    whole = {original_name(name): value.clone() for name, value in state.items()}
+    torch.save({"model": whole, "config_dict": {"_content": DictConfig({"a": 1})}}, tmp_path / "gligen.bin")
+    monkeypatch.delitem(sys.modules, "omegaconf.dictconfig")
+    same(read_published(tmp_path / "gligen.bin")[1], state)
+
+
+def test_a_pipeline_folder_of_ours_gives_the_adapter_beside_it(tmp_path):
+    pipeline = grounded(sdxl_pipeline(), slots=5)
+    pipeline.save_pretrained(tmp_path)
+    config, state, _ = read_published(tmp_path)
+    same(state, adapter_state_dict(pipeline.unet))
+    assert config.slots == 5
+    with pytest.raises(ValueError, match="slots is 0"):
+        read_published(tmp_path, slots=0)
+
+
+def test_files_that_hold_the_same_are_not_mixed(tmp_path):
+    state = adapter_state_dict(grounded_unet())
+    for name in ("first", "second"):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="in more than one file"):
+        read_published(tmp_path)
+
+
 def test_what_holds_no_adapter_is_refused_by_name(tmp_path):
     state = adapter_state_dict(grounded_unet())
 
@@ -199,7 +238,7 @@ def test_of_a_repository_only_the_unet_is_fetched(tmp_path, monkeypatch):
         asked.update(repo=repo, files=allow_patterns, **options)
         return str(tmp_path)
 
-    monkeypatch.setattr("gligen_xl.adapter.convert.HfApi.list_repo_files", lambda *_, **__: files)
+    monkeypatch.setattr("gligen_xl.hub.HfApi.list_repo_files", lambda *_, **__: files)
     monkeypatch.setattr("gligen_xl.hub.snapshot_download", fetch)
     _, state, about = read_published("someone/gligen-xl", revision="main")
     same(state, adapter_state_dict(pipeline.unet))

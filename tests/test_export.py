@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from tiny import grounded, open_gates, sd_pipeline, sdxl_pipeline
 
 from gligen_xl import StableDiffusionGLIGENPipeline, StableDiffusionXLGLIGENPipeline
@@ -143,6 +144,25 @@ def test_an_inpainting_adapter_becomes_a_folder_of_diffusers_own_class(tmp_path)
     assert not list(tmp_path.glob("*.py"))
     loaded = StableDiffusionGLIGENPipeline.from_pretrained(tmp_path, safety_checker=None)
     assert adapter_config(loaded.unet).inpaint
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers is going to leave its GLIGEN pipelines
+def test_diffusers_own_class_inpaints_with_an_exported_inpainting_adapter(tmp_path):
+    pipeline = sd_pipeline()
+    attach(pipeline.unet, AdapterConfig(cross_attention_dim=24, phrase_dim=24, inpaint=True))
+    open_gates(pipeline.unet)
+    export_pipeline(pipeline, tmp_path)
+    theirs = diffusers.StableDiffusionGLIGENPipeline.from_pretrained(tmp_path, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    picture = Image.new("RGB", (16, 16), "green")
+    got = theirs("grass", num_inference_steps=2, output_type="np", gligen_inpaint_image=picture, **LAYOUT).images
+    assert got.shape == (1, 16, 16, 3)
+    for slots, make in ((5, sd_pipeline), (30, sdxl_pipeline)):
+        pipeline = make()
+        width = pipeline.unet.config.cross_attention_dim
+        attach(pipeline.unet, AdapterConfig(cross_attention_dim=width, phrase_dim=width, slots=slots, inpaint=True))
+        with pytest.raises(ValueError, match=r"SD 1\.x and 2\.x with 30 slots alone"):
+            export_pipeline(pipeline, tmp_path / "no")
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_no_folder(tmp_path):

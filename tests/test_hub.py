@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,9 @@ from gligen_xl.adapter import (
     fusers,
     is_attached,
 )
+from gligen_xl.adapter.convert import read_published
 from gligen_xl.hub import pipeline_files
+from gligen_xl.pipelines.export import export_pipeline
 
 LAYOUT = {
     "gligen_phrases": ["a red circle", "a blue star"],
@@ -246,14 +249,79 @@ def test_a_variant_of_a_repository(hub, tmp_path):
     assert "variant" not in hub.asked
 
 
-def test_without_a_network_nothing_is_listed(hub, tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path):
+    """A cache as huggingface_hub keeps it, with a model that was fetched once, its README left out."""
+    pipeline = grounded(sdxl_pipeline())
+    root = tmp_path / "cache" / "models--someone--gligen-xl"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    pipeline.save_pretrained(root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    return pipeline, {"cache_dir": str(tmp_path / "cache")}
+
+
+@pytest.mark.parametrize("asked_for", [{"local_files_only": True}, {}])
+def test_what_was_fetched_before_loads_without_a_network(cache, asked_for):
+    pipeline, options = cache  # the tests run with HF_HUB_OFFLINE
+    loaded = StableDiffusionXLGLIGENPipeline.from_pretrained("someone/gligen-xl", **options, **asked_for)
+    assert draws_the_same(loaded, pipeline)
+    pipeline.unload_gligen_adapter()
+    pipeline.load_gligen_adapter("someone/gligen-xl", subfolder="gligen_adapter", **options, **asked_for)
+    assert draws_the_same(loaded, pipeline)
+    config, _, _ = read_published("someone/gligen-xl", **options, **asked_for)
+    assert config.slots == adapter_config(pipeline.unet).slots
+
+
+def test_a_name_that_is_neither_folder_nor_repository_says_both():
+    with pytest.raises(FileNotFoundError, match="no pipeline folder runs/modell, and no such repository was reached"):
+        StableDiffusionXLGLIGENPipeline.from_pretrained("runs/modell")
+
+
+def test_a_part_that_is_given_is_not_fetched(hub, tmp_path):
     pipeline = grounded(sdxl_pipeline())
     pipeline.save_pretrained(tmp_path / "repository")
     hub.serve(tmp_path / "repository")
-    monkeypatch.setattr("gligen_xl.hub.HfApi.list_repo_files", lambda *_, **__: pytest.fail("the Hub was asked"))
-    loaded = StableDiffusionXLGLIGENPipeline.from_pretrained("someone/gligen-xl", local_files_only=True)
-    assert draws_the_same(loaded, pipeline)
-    assert hub.asked["local_files_only"] is True
+    StableDiffusionXLGLIGENPipeline.from_pretrained("someone/gligen-xl", vae=pipeline.vae)
+    assert not [name for name in hub.asked["files"] if name.startswith("vae/")]
+
+
+def test_a_pipeline_without_a_unet_encodes_prompts_and_is_saved(tmp_path):
+    grounded(sdxl_pipeline()).save_pretrained(tmp_path / "whole")
+    encoder = StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / "whole", unet=None)
+    assert len(encoder.encode_prompt("grass")) == 4
+
+
+def test_only_the_adapter_of_a_folder_is_uploaded(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("gligen_xl.pipelines.loading.create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr("gligen_xl.pipelines.loading.upload_folder", lambda **options: asked.update(options))
+    (tmp_path / "secrets.txt").write_text("mine")
+    grounded(sdxl_pipeline()).save_gligen_adapter(tmp_path, push_to_hub=True, repo_id="someone/adapter", variant="fp16")
+    assert asked["allow_patterns"] == ["gligen_adapter.json", "gligen_adapter.fp16.safetensors"]
+
+
+def test_one_description_does_not_come_to_describe_another_adapters_weights(tmp_path):
+    grounded(sdxl_pipeline(), slots=4).save_gligen_adapter(tmp_path)
+    grounded(sdxl_pipeline(), slots=4).save_gligen_adapter(tmp_path, variant="fp16", dtype=torch.float16)
+    with pytest.raises(ValueError, match="of an adapter of another form"):
+        grounded(sdxl_pipeline(), slots=6).save_gligen_adapter(tmp_path, variant="bf16")
+
+
+def test_a_lone_variant_is_found_without_being_named(tmp_path):
+    pipeline = grounded(sdxl_pipeline())
+    pipeline.save_gligen_adapter(tmp_path, variant="fp16")
+    other = sdxl_pipeline()
+    other.load_gligen_adapter(tmp_path)
+    assert draws_the_same(other, pipeline)
+
+
+def test_gligens_nine_channels_are_not_given_to_an_inpainting_pipeline(tmp_path):
+    pipeline = sd_pipeline()
+    attach(pipeline.unet, AdapterConfig(cross_attention_dim=24, phrase_dim=24, inpaint=True))
+    export_pipeline(pipeline, tmp_path / "gligen")
+    with pytest.raises(ValueError, match="load it with StableDiffusionGLIGENPipeline and give gligen_inpaint_image"):
+        StableDiffusionGLIGENInpaintPipeline.from_pretrained(tmp_path / "gligen", safety_checker=None)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = Parser(prog=f"gligen-xl {name}", description=command.HELP, default_env=False)
         command.run(*command.parse(parser, words[1:]))
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:  # the last is torch's, as for memory
         if os.environ.get(TRACEBACK):
             raise
         text = " ".join(str(error).split())

@@ -32,7 +32,7 @@ def generate(
         beta: the call argument `gligen_scheduled_sampling_beta`.
         grounded: without, phrases and boxes are left out and only the prompt remains.
         settings: further arguments of the pipeline's call, as num_inference_steps, guidance_scale, image. A picture
-            to start from is resized to the layout's width and height, where it has them.
+            is one for all the layouts; one to start from is resized to a layout's width and height, where it has them.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from .files import read_json
-
-INDEX, ADAPTER = "model_index.json", "gligen_adapter"  # of a pipeline: what names its parts, and one it does not name
+INDEX_NAME = "model_index.json"  # of a pipeline: names its parts
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 TEXTS = (".json", ".txt", ".model")
 WEIGHTS = (".safetensors", ".bin")
@@ -20,27 +19,39 @@ def names_repository(source: str | Path) -> bool:
     return isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
-def local_folder(source: str | Path, what: str, wanted: list[str] | None = None, **hub: Any) -> Path:
-    """The folder `source`, or a snapshot of the repository that it names.
+def local_folder(
+    source: str | Path, what: str, choose: Callable[[list[str], Path], list[str]] | list[str], **hub: Any
+) -> Path:
+    """The folder `source`, or a snapshot of the repository that it names. Without a network, what was fetched before.
 
     Args:
         what: for the error, as "pipeline".
-        wanted: files or patterns to fetch; without them those of a pipeline, of `variant` where there is one.
-        hub: variant, and those of `OPTIONS`.
+        choose: the files to fetch; or a function of the repository's files, and of the folder where its index lies by
+            then, that gives them.
+        hub: those of `OPTIONS`.
+
+    Raises:
+        FileNotFoundError: there is neither.
     """
-    variant = hub.pop("variant", None)
     if unknown := sorted(set(hub) - set(OPTIONS)):
         raise TypeError(f"unknown arguments {unknown}; a repository is fetched with {', '.join(OPTIONS)}")
     if (folder := Path(source).expanduser()).is_dir():
         return folder
     if not names_repository(source):
         raise FileNotFoundError(f"no {what} folder {source}; expected a folder or a Hub repository (owner/name)")
-    if wanted is None and not hub.get("local_files_only"):
+    first = choose if isinstance(choose, list) else [INDEX_NAME]
+    try:
+        root = Path(snapshot_download(str(source), allow_patterns=first, **hub))
+    except Exception as error:  # of the network, of the Hub, of the cache: each library has its own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"no {what} folder {source}, and no such repository was reached: {reason}") from error
+    if isinstance(choose, list) or hub.get("local_files_only"):
+        return root
+    try:
         files = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
-        index = Path(snapshot_download(str(source), allow_patterns=[INDEX], **hub)) / INDEX
-        parts = {*read_json(index), ADAPTER} if index.is_file() else set()  # there may be former versions beside them
-        wanted = pipeline_files([name for name in files if name == INDEX or name.split("/")[0] in parts], variant)
-    return Path(snapshot_download(str(source), allow_patterns=wanted, **hub))
+    except Exception:  # no network, but the index came from the cache: then so does the rest
+        return root
+    return Path(snapshot_download(str(source), allow_patterns=choose(files, root), **hub))
 
 
 def pipeline_files(files: list[str], variant: str | None) -> list[str]:
@@ -49,7 +60,7 @@ def pipeline_files(files: list[str], variant: str | None) -> list[str]:
     In each component's folder: settings and vocabularies; of the weights those of `variant` where there are any, else
     the plain ones, and safetensors rather than pickles.
     """
-    chosen = [name for name in files if name == INDEX]
+    chosen = [name for name in files if name == INDEX_NAME]
     folders: dict[str, list[PurePosixPath]] = {}
     for path in map(PurePosixPath, files):
         if len(path.parts) == 2 and not any(part.startswith(".") for part in path.parts):

@@ -53,13 +53,24 @@ def embed_phrases(
             if length == limit and len(tokenizer(phrase).input_ids) > limit:
                 warnings.warn(f"the phrase {phrase!r} is longer than {limit} tokens; its end is ignored", stacklevel=2)
         ids = tokens.input_ids.to(device or encoder.device)
-        hidden = encoder(ids).last_hidden_state
-        # The pooled output is that of the first end-of-text token. Encoders whose settings are old look for the
-        # highest token in its place, which is another one once textual inversion has added some.
-        ends = (ids == tokenizer.eos_token_id).int().argmax(dim=-1)
-        pooled = hidden[torch.arange(len(ids), device=hidden.device), ends]
-        projection: Any = getattr(encoder, "text_projection", None)
-        parts.append(pooled if projection is None else projection(pooled))
+        output = encoder(ids)
+        if encoder.config.eos_token_id == 2 and bool((ids > tokenizer.eos_token_id).any()):
+            parts.append(_pooled_at_end(encoder, output.last_hidden_state, ids, tokenizer.eos_token_id))
+        else:
+            parts.append(output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output)
     rows = torch.cat(parts, dim=-1)
     place = {phrase: k for k, phrase in enumerate(distinct)}
     return rows[[place[phrase] for phrase in phrases]]
+
+
+def _pooled_at_end(encoder: PreTrainedModel, hidden: Tensor, ids: Tensor, end: Any) -> Tensor:
+    """The pooled output at the first end-of-text token.
+
+    Encoders with settings as old as SDXL's look for the highest token in its place, which is another one once textual
+    inversion has added some.
+    """
+    pooled = hidden[torch.arange(len(ids), device=hidden.device), (ids == end).int().argmax(dim=-1)]
+    projection: Any = getattr(encoder, "text_projection", None)
+    if projection is None:
+        return pooled
+    return torch.nn.functional.linear(pooled, projection.weight.to(pooled.device))  # it may wait in main memory

@@ -12,22 +12,22 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import read_json
-from ..hub import local_folder, names_repository, pipeline_files
+from ..hub import INDEX_NAME, local_folder, pipeline_files
 from .config import AdapterConfig
 from .layers import Fuser, InpaintConv, PositionNet
-from .store import CONFIG_NAME, read_adapter
+from .store import CONFIG_NAME, only_weights, read_adapter, weights_name
 
 LAYERS_PER_BLOCK = 2  # of SD 1.x, 2.x and SDXL; the original code numbers its blocks through
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 WANTED = re.compile(
     r"(?!first_stage_model|cond_stage_model)(?:.*\.)?"
     r"(?:position_net\.|conv_in\.|input_blocks\.0\.0\.|\w+_blocks?\..*\.fuser\.)"
@@ -54,17 +54,19 @@ def read_published(
     """
     path = Path(source)
     if not path.is_file():
-        path = _folder(source, variant, hub)
-        if (path / CONFIG_NAME).is_file():
-            config, state, about = read_adapter(path)
-            changed = {} if slots is None else {"slots": slots}
-            return AdapterConfig.from_dict(config.to_dict() | changed), state, about
+        path = local_folder(source, "adapter", lambda files, _: _files_to_fetch(files, variant), **hub)
+        for folder in (path, path / "gligen_adapter"):
+            if (folder / CONFIG_NAME).is_file():
+                config, state, about = read_adapter(folder, weights_name(variant) if variant else only_weights(folder))
+                changed = {} if slots is None else {"slots": slots}
+                return AdapterConfig.from_dict(config.to_dict() | changed), state, about
     found = _renamed(_read(path, variant), str(source))
     index = _index(path)
-    if found.get("conv_in.weight", torch.empty(0, 0)).shape[1] != InpaintConv.CHANNELS or "Inpaint" in str(index):
+    ordinary = "Inpaint" in str(index.get("_class_name"))  # its first convolution is that of another kind of inpainting
+    if ordinary or found.get("conv_in.weight", torch.empty(0, 0)).shape[1] != InpaintConv.CHANNELS:
         found = {name: value for name, value in found.items() if not name.startswith("conv_in.")}
-    config = _configuration(found, str(source), slots or index.get("gligen_slots", 30))
-    about = {"converted_from": path.name if path.exists() and not names_repository(source) else str(source)}
+    config = _configuration(found, str(source), index.get("gligen_slots", 30) if slots is None else slots)
+    about = {"converted_from": path.name if Path(source).exists() else str(source)}
     about["base_family"] = FAMILIES.get(config.cross_attention_dim, "unknown")
     return config, found, about
 
@@ -72,21 +74,18 @@ def read_published(
 # Which files --------------------------------------------------------------------------------------------------------
 
 
-def _folder(source: str | Path, variant: str | None, hub: dict[str, Any]) -> Path:
-    """A local folder that holds the weights; of a repository only the U-Net is fetched."""
-    wanted = None
-    if not Path(source).is_dir() and names_repository(source) and not hub.get("local_files_only"):
-        files = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
-        inner = [name for name in pipeline_files(files, variant) if name.startswith("unet/")]
-        own = [name for name in files if "/" not in name and re.search(r"\.(safetensors|bin|pth?|ckpt)$", name)]
-        wanted = ["model_index.json", CONFIG_NAME, *(inner or own)]
-    return local_folder(source, "adapter", wanted, **hub)
+def _files_to_fetch(files: list[str], variant: str | None) -> list[str]:
+    """Of a repository: an adapter, or else the U-Net, or else the weights that lie there alone."""
+    adapter = [name for name in files if PurePosixPath(name).name.startswith("gligen_adapter")]
+    unet = [name for name in pipeline_files(files, variant) if name.startswith("unet/")]
+    alone = [name for name in files if "/" not in name and name.endswith(ENDINGS)]
+    return [INDEX_NAME, *(adapter or unet or alone)]
 
 
 def _index(path: Path) -> dict[str, Any]:
     """The pipeline's index, of its folder or of one in it."""
     for folder in (path, path.parent):
-        if (file := folder / "model_index.json").is_file():
+        if (file := folder / INDEX_NAME).is_file():
             return read_json(file)
     return {}
 
@@ -96,9 +95,9 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     files = [f"unet/{path.name}" for path in folder.iterdir()]
     chosen = [name.removeprefix("unet/") for name in pipeline_files(files, variant)]
-    chosen = [name for name in chosen if name.endswith((".safetensors", ".bin"))]
-    if not chosen:  # only a variant is there: it will do
-        chosen = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    chosen = [name for name in chosen if name.endswith(ENDINGS)]
+    if not chosen:  # no plain one: a variant will do, or a file of torch by another name
+        chosen = sorted(path.name for path in folder.iterdir() if path.name.endswith(ENDINGS))
     if not chosen:
         raise FileNotFoundError(
             f"{folder} holds no weights; expected a pipeline folder with unet/, a U-Net folder, or an adapter folder"
@@ -113,7 +112,10 @@ def _read(path: Path, variant: str | None) -> dict[str, Tensor]:
     """Every tensor that an adapter may want, by its name in the files."""
     tensors: dict[str, Tensor] = {}
     for file in [path] if path.is_file() else _weight_files(path, variant):
-        tensors |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        read = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        if twice := sorted(tensors.keys() & read.keys()):
+            raise ValueError(f"{path} holds {twice[0]} in more than one file; name the variant, or the file itself")
+        tensors |= read
     return tensors
 
 
@@ -127,7 +129,8 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with torch.serialization.safe_globals(_settings_in(file)):
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words go on to advise loading it all the same
         what = f"asks for {asked[1]}, and not only" if asked else "is damaged, or asks not only"
@@ -144,6 +147,25 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         for name, value in loaded.items()
         if isinstance(name, str) and isinstance(value, Tensor) and WANTED.match(name)
     }
+
+
+class _Ignored:
+    """Stands in a checkpoint where settings of its training lie: it takes whatever it is given, and does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _settings_in(file: Path) -> list[Any]:
+    """GLIGEN's trainer saved its settings, objects of omegaconf, beside the weights; they are read as nothing."""
+    if not zipfile.is_zipfile(file):
+        return []
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    settings = ("omegaconf.", "typing.Any", "argparse.Namespace")
+    return [(_Ignored, name) for name in names if name.startswith(settings)]
 
 
 # Names --------------------------------------------------------------------------------------------------------------

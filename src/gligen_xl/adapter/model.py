@@ -46,8 +46,8 @@ def _bare(unet: Any) -> Any:
     return getattr(unet, "_orig_mod", unet)
 
 
-def is_attached(unet: nn.Module) -> bool:
-    return "_gligen" in _bare(unet).__dict__
+def is_attached(unet: nn.Module | None) -> bool:
+    return "_gligen" in getattr(_bare(unet), "__dict__", {})
 
 
 def _attachment(unet: nn.Module) -> _Attachment:
@@ -92,8 +92,8 @@ def attach(
     width = unet.config["cross_attention_dim"]
     if width != config.cross_attention_dim:
         raise ValueError(
-            f"{source} is for a cross-attention width of {config.cross_attention_dim}, the U-Net has {width}: "
-            "it is for another base model (SDXL 2048, SD 1.x 768, SD 2.x 1024)"
+            f"{source} is for a cross-attention width of {config.cross_attention_dim}, the U-Net has {width} "
+            "(position_net.linears.4.weight): it is for another base model (SDXL 2048, SD 1.x 768, SD 2.x 1024)"
         )
     # Where the base has bits to compute with, so has the adapter; a U-Net on "meta" gets an adapter on "meta".
     device, dtype = unet.device, dtype or unet.dtype
@@ -172,7 +172,7 @@ def detach(unet: UNet2DConditionModel) -> DetachedAdapter:
     del unet.position_net
     if attachment.config.inpaint:
         modules["conv_in"] = unet.conv_in
-        unet.conv_in = attachment.former_conv
+        unet.conv_in = attachment.former_conv.to(unet.conv_in.weight)  # it may have been moved in the meantime
     del unet.__dict__["_gligen"]
     _set_config(unet, attachment.former_config)
     return DetachedAdapter(attachment, modules)
@@ -312,7 +312,7 @@ def fade_adapter(unet: nn.Module, factor: float) -> None:
 # Diffusers' own form ------------------------------------------------------------------------------------------------
 
 
-def is_gated(unet: nn.Module) -> bool:
+def is_gated(unet: nn.Module | None) -> bool:
     """Whether diffusers made this U-Net with an adapter in it, which has not been taken over."""
     return hasattr(_bare(unet), "position_net") and not is_attached(unet)
 

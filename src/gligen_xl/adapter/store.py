@@ -64,6 +64,13 @@ def write_adapter(
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype}; an adapter is saved in torch.float32, torch.bfloat16 or torch.float16")
     folder, tensors = Path(folder), {}
+    others = {path.name for path in folder.glob("gligen_adapter*.safetensors")} - {weights_name(variant)}
+    if (
+        others
+        and (folder / CONFIG_NAME).is_file()
+        and read_json(folder / CONFIG_NAME).get("config") != config.to_dict()
+    ):
+        raise ValueError(f"{folder} holds {sorted(others)} of an adapter of another form; save into another folder")
     for name, value in state.items():
         if value.is_meta:
             raise ValueError(f"{name} is not in memory (sequential offload?); save the adapter before enabling it")
@@ -145,6 +152,8 @@ def load_adapter(
         hub: revision, cache_dir, token, local_files_only, force_download, for repositories.
     """
     weights = weight_name or weights_name(variant)
+    if weight_name is None and variant is None:
+        weights = only_weights(Path(source) / (subfolder or ""))
     config, state, about = read_adapter(adapter_folder(source, subfolder=subfolder, weights=weights, **hub), weights)
     if unet.device.type == "meta":
         raise ValueError(
@@ -153,6 +162,12 @@ def load_adapter(
     attach(unet, config, about=about, state=state, source=str(source))
     _maybe_remove_and_reapply_group_offloading(unet)  # where it is on, it must learn of the new layers
     return config
+
+
+def only_weights(folder: Path) -> str:
+    """The plain weights; of a folder that has none but one variant, that one."""
+    there = sorted(path.name for path in folder.glob("gligen_adapter*.safetensors"))
+    return there[0] if len(there) == 1 else WEIGHTS_NAME
 
 
 def adapter_folder(

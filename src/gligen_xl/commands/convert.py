@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jsonargparse import Namespace
 
-from .common import DTYPES, Parser, quiet_imports
+from .common import DTYPES, Parser, UsageError, quiet_imports
 
 HELP = "An adapter in another project's form (gated folder, GLIGEN file) to an adapter folder."
 
@@ -20,6 +22,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
 
 
 def run(arguments: Namespace) -> None:
+    if (Path(arguments.out) / "gligen_adapter.json").exists():
+        raise UsageError(f"--out {arguments.out} holds an adapter already; choose another folder")
     quiet_imports()
     import torch
 

@@ -41,7 +41,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace, list[Layout], fl
     parser.add_argument("--inpaint_image", help="a picture whose outside of the boxes is kept")
     parser.add_argument("--image", help="start from this picture (image-to-image)")
     parser.add_argument("--mask", help="with --image: white is painted anew, black is kept")
-    parser.add_argument("--strength", type=float, default=0.8, help="with --image: how much of it is painted over, 0-1")
+    parser.add_argument("--strength", type=float, help="with --image: how much is painted over, 0-1; by default 0.8")
     parser.add_argument("--controlnet", nargs="+", default=[], help="folders or repositories")
     parser.add_argument("--control_image", nargs="+", default=[], help="one for each ControlNet, in order")
     parser.add_argument("--control_scale", type=float, nargs="+", default=[], help="one for each; 1 by default")
@@ -55,8 +55,14 @@ def _check(arguments: Namespace) -> None:
         raise UsageError("--mask says what of --image is painted anew; give both")
     if arguments.inpaint_image and arguments.image:
         raise UsageError("--inpaint_image starts from noise, --image from a picture; give one of the two")
-    if not 0 < arguments.strength <= 1:
+    if arguments.strength is not None and not arguments.image:
+        raise UsageError("--strength is of --image; give both")
+    if arguments.image:
+        arguments.strength = 0.8 if arguments.strength is None else arguments.strength
+    if arguments.strength is not None and not 0 < arguments.strength <= 1:
         raise UsageError(f"--strength is {arguments.strength}; expected more than 0, at most 1")
+    for words in arguments.lora:
+        _lora(words)
     nets, images, scales = (len(arguments[name]) for name in ("controlnet", "control_image", "control_scale"))
     if images != nets or scales not in (0, nets):
         raise UsageError(f"{nets} --controlnet, {images} --control_image, {scales} --control_scale; give one of each")
@@ -117,8 +123,17 @@ def run(arguments: Namespace, layouts: list[Layout], beta: float | list[float]) 
         guidance_scale=arguments.guidance_scale,
         **settings,
     )
-    options = ("steps", "guidance_scale", "model", "adapter", "adapter_scale", "lora", "scheduler", "inpaint_image")
-    options += ("image", "mask", "strength", "controlnet", "control_image", "control_scale")
+    options = ("steps", "guidance_scale", "model", "config", "variant", "dtype", "adapter", "adapter_scale", "lora")
+    options += (
+        "scheduler",
+        "inpaint_image",
+        "image",
+        "mask",
+        "strength",
+        "controlnet",
+        "control_image",
+        "control_scale",
+    )
     used = {name: arguments[name] for name in options if arguments[name] not in (None, [])}
     bar = watched(pictures, "generate", len(layouts))
     since = time.perf_counter()
@@ -174,8 +189,7 @@ def _dress(pipeline: GroundingMixin, arguments: Namespace) -> None:
         pipeline.set_gligen_adapter_scale(arguments.adapter_scale)
     scales = {}
     for k, words in enumerate(arguments.lora):
-        path, _, scale = words.partition("=")
-        name = f"lora{k}"
+        (path, scale), name = _lora(words), f"lora{k}"
         try:
             if (file := Path(path)).is_file():
                 pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)  # type: ignore[attr-defined]
@@ -185,7 +199,7 @@ def _dress(pipeline: GroundingMixin, arguments: Namespace) -> None:
             if "PEFT" in str(error):
                 raise ValueError("LoRAs need peft; pip install 'gligen-xl[lora]'") from error
             raise
-        scales[name] = _numbers(scale, "the scale of --lora")[0] if scale else 1.0
+        scales[name] = scale
     if scales:
         pipeline.set_adapters(list(scales), list(scales.values()))  # type: ignore[attr-defined]
     if arguments.scheduler:
@@ -195,6 +209,15 @@ def _dress(pipeline: GroundingMixin, arguments: Namespace) -> None:
         if getattr(names[arguments.scheduler], "is_dummy", False) or not hasattr(diffusers, arguments.scheduler):
             raise UsageError(f"--scheduler {arguments.scheduler} needs a package that is not installed")
         pipeline.scheduler = names[arguments.scheduler].from_config(pipeline.scheduler.config)
+
+
+def _lora(words: str) -> tuple[str, float]:
+    """Path and scale of PATH or PATH=SCALE."""
+    path, _, scale = words.partition("=")
+    numbers = _numbers(scale, "the scale of --lora") if scale else [1.0]
+    if len(numbers) != 1:
+        raise UsageError(f"--lora is {words!r}; expected PATH or PATH=SCALE")
+    return path, numbers[0]
 
 
 def _first_free_number(folder: Path) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from ..files import read_json
@@ -71,7 +73,10 @@ def load_pipeline(
         parts["controlnet"] = nets[0] if len(nets) == 1 else nets
     if single:
         settings = {"config": config} if config else {}
-        return CLASSES[kind].from_single_file(str(folder), torch_dtype=dtype, **settings, **parts, **loading)  # type: ignore[attr-defined]
+        try:
+            return CLASSES[kind].from_single_file(str(folder), torch_dtype=dtype, **settings, **parts, **loading)  # type: ignore[attr-defined]
+        except SingleFileComponentError as error:
+            raise ValueError(f"{model} is no whole checkpoint: {str(error).strip().splitlines()[0]}") from error
     return CLASSES[kind].from_pretrained(folder, dtype=dtype, **parts, **loading)
 
 
@@ -80,10 +85,13 @@ def _is_xl(model: Path) -> bool:
     if model.is_dir():
         index = read_json(model / INDEX_NAME)
         return (index.get("text_encoder_2") or [None])[0] is not None
-    if model.suffix != ".safetensors":
-        return False
     try:
-        with safe_open(model, "pt") as opened:
-            return any(name.startswith("conditioner.") for name in opened.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{model} is damaged or not a safetensors file: {error}") from error
+        if model.suffix == ".safetensors":
+            with safe_open(model, "pt") as opened:
+                names = list(opened.keys())
+        else:
+            loaded = torch.load(model, map_location="meta", weights_only=True)
+            names = list(loaded.get("state_dict", loaded))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise ValueError(f"{model} is damaged or not a checkpoint: {str(error).splitlines()[0]:.100}") from error
+    return any(name.startswith("conditioner.") for name in names)

@@ -45,10 +45,12 @@ def export_pipeline(pipeline: AdapterLoaderMixin, folder: str | Path, **saving: 
         )
     if any(fuser.scale != 1 for fuser in fusers(pipeline.unet).values()):
         raise ValueError("the adapter's scale is not 1, which no file can say; set_gligen_adapter_scale(1) first")
-    if getattr(pipeline.unet, "peft_config", None):
-        raise ValueError("a LoRA lies on the U-Net; fuse_lora() and unload_lora_weights() first, or unload it")
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        raise ValueError(f"{folder} is not empty; export into a new folder")
+    for name, part in pipeline.components.items():
+        if getattr(part, "peft_config", None):
+            raise ValueError(f"a LoRA lies on the {name}; fuse_lora() and unload_lora_weights() first, or unload it")
+    if config.inpaint and (isinstance(pipeline, StableDiffusionXLGLIGENPipeline) or config.slots != 30):
+        raise ValueError("of inpainting adapters diffusers has a class for those of SD 1.x and 2.x with 30 slots alone")
+    check_new(folder)
     with whole_folder(folder) as partial, _native(pipeline.unet):
         DiffusionPipeline.save_pretrained(pipeline, partial, **saving)
         index = read_json(partial / INDEX_NAME)
@@ -58,6 +60,12 @@ def export_pipeline(pipeline: AdapterLoaderMixin, folder: str | Path, **saving: 
             index |= {"_class_name": [CODE_NAME, type(pipeline).__name__], SLOTS_SETTING: config.slots}
             (partial / f"{CODE_NAME}.py").write_bytes(Path(__file__).with_name("standalone.py").read_bytes())
         write_json(partial / INDEX_NAME, index)
+
+
+def check_new(folder: str | Path) -> None:
+    """An export takes the place of nothing."""
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise ValueError(f"{folder} is there and not empty; export into a new folder")
 
 
 @contextmanager

@@ -65,11 +65,13 @@ class GroundingMixin(AdapterLoaderMixin):
             prompt: as for diffusers, whose every other argument is accepted too.
             gligen_phrases: what stands in each box. One list serves all pictures; a list of lists gives one to each
                 prompt, or to each picture (prompts x num_images_per_prompt).
+                Beside pictures with boxes, one with none is given null tokens: it is not the plain pipeline's.
             gligen_boxes: nested like the phrases; a box is (x0, y0, x1, y1), 0-1, (0, 0) at the top left. It means the
                 same place at any width and height.
             gligen_layouts: in place of both, a `Layout` for all, or a list of them. Their prompts serve where no prompt
                 is given; sizes, seeds and negative prompts are the call's.
-            gligen_scheduled_sampling_beta: share of the steps that are grounded, from the first on; or the shares
+            gligen_scheduled_sampling_beta: share of the steps that are grounded, from the first on, and at least that
+                one unless it is 0; or the shares
                 (on, decay, off), the gates fading linearly in the second. Of the steps that run: with a strength or
                 `denoising_end`, of those.
             gligen_inpaint_image: a PIL picture, or one for each; cropped at the centre to the shape of the result. What

@@ -29,11 +29,10 @@ from ..adapter import (
 )
 from ..adapter.store import CONFIG_NAME, weights_name
 from ..files import read_json, write_json
-from ..hub import ADAPTER as ADAPTER_SUBFOLDER
-from ..hub import INDEX as INDEX_NAME
-from ..hub import OPTIONS, local_folder
+from ..hub import INDEX_NAME, OPTIONS, local_folder, pipeline_files
 from ..phrases import phrase_width
 
+ADAPTER_SUBFOLDER = "gligen_adapter"
 _parts_stay: ContextVar[bool] = ContextVar("parts_stay", default=False)  # while from_pipe makes a pipeline of them
 SLOTS_SETTING = "gligen_slots"  # in the index of an exported pipeline; its gated U-Net's own file cannot say it
 
@@ -61,6 +60,8 @@ class AdapterLoaderMixin(DiffusionPipeline):
         **hub: Any,
     ) -> AdapterConfig:
         """Attach the adapter of a folder or Hub repository, in place of one that is there, which stays on any error.
+
+        Its scale is 1 again, whatever that of the former one was.
 
         Args:
             subfolder: where in the folder or repository it lies.
@@ -108,7 +109,9 @@ class AdapterLoaderMixin(DiffusionPipeline):
             raise TypeError(f"{sorted(hub)} are for push_to_hub=True")
         save_adapter(self.unet, folder, dtype=dtype, variant=variant)
         if push_to_hub:
-            _upload(folder, hub.pop("repo_id", Path(folder).name), "Upload a GLIGEN adapter", **hub)
+            files = [CONFIG_NAME, weights_name(variant)]  # and nothing else that may lie there
+            name = hub.pop("repo_id", Path(folder).resolve().name)
+            _upload(folder, name, "Upload a GLIGEN adapter", allow_patterns=files, **hub)
 
     def unload_gligen_adapter(self) -> None:
         """Take the adapter off; the pipeline is the plain one again."""
@@ -127,9 +130,12 @@ class AdapterLoaderMixin(DiffusionPipeline):
         there = [pair for pair in pairs if pair[1] is not None]
         return [tokenizer for tokenizer, _ in there], [encoder for _, encoder in there]
 
+    def _expected_encoders(self) -> list[str]:
+        return [name for name in ("text_encoder", "text_encoder_2") if name in self.config]
+
     def _check_phrase_width(self, config: AdapterConfig, source: str) -> None:
         encoders = self._text_parts()[1]
-        if encoders and (width := phrase_width(encoders)) != config.phrase_dim:
+        if len(encoders) == len(self._expected_encoders()) and (width := phrase_width(encoders)) != config.phrase_dim:
             raise ValueError(
                 f"{source} reads phrase embeddings of width {config.phrase_dim}, these text encoders give {width}: "
                 "it was trained on another base model"
@@ -153,18 +159,25 @@ class AdapterLoaderMixin(DiffusionPipeline):
         # One type for all parts: left to itself, transformers keeps the files' type and diffusers does not.
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or torch.float32)
         folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
+        index = read_json(folder / INDEX_NAME)
+        if "Inpaint" in cls.__name__ and "unet" not in kwargs and _is_gligen_inpainting(folder, index):
+            raise ValueError(
+                f"the nine channels of {folder}'s U-Net are GLIGEN's own, not those of {cls.__name__}; load it with "
+                "StableDiffusionGLIGENPipeline and give gligen_inpaint_image"
+            )
         try:
             pipeline = super().from_pretrained(str(folder), **kwargs)
         except SafetensorError as error:  # transformers does not say of which file
             damaged = ", ".join(map(str, filter(_is_damaged, sorted(folder.rglob("*.safetensors"))))) or folder
             raise ValueError(f"{damaged}: damaged or not a safetensors file: {error}") from error
         adapter = folder / ADAPTER_SUBFOLDER
+        if pipeline.unet is None:
+            return pipeline
         if (adapter / CONFIG_NAME).is_file() and not is_attached(pipeline.unet):
             variant = kwargs.get("variant")
             has_variant = variant and (adapter / weights_name(variant)).is_file()
             pipeline.load_gligen_adapter(adapter, variant=variant if has_variant else None)
-        elif is_attached(pipeline.unet) and (folder / INDEX_NAME).is_file() and "unet" not in kwargs:
-            index = read_json(folder / INDEX_NAME)
+        elif is_attached(pipeline.unet) and "unet" not in kwargs:
             set_slots(pipeline.unet, index.get(SLOTS_SETTING, adapter_config(pipeline.unet).slots))
         return pipeline
 
@@ -176,11 +189,15 @@ class AdapterLoaderMixin(DiffusionPipeline):
         """
         former_name = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", None) or former_name
+        slots = pipeline.config.get(SLOTS_SETTING) if is_gated(getattr(pipeline, "unet", None)) else None
         token = _parts_stay.set(dtype is None)
         try:
-            return super().from_pipe(pipeline, dtype=dtype, **kwargs)
+            made = super().from_pipe(pipeline, dtype=dtype, **kwargs)
         finally:
             _parts_stay.reset(token)
+        if slots is not None:  # of a folder of `gligen-xl export`, loaded by its own file
+            set_slots(made.unet, slots)
+        return made
 
     def to(self, *args: Any, **kwargs: Any):
         return self if _parts_stay.get() else super().to(*args, **kwargs)
@@ -213,9 +230,9 @@ class AdapterLoaderMixin(DiffusionPipeline):
         adapter = Path(save_directory) / ADAPTER_SUBFOLDER
         if is_attached(self.unet):
             save_adapter(self.unet, adapter, variant=kwargs.get("variant"))
-        else:  # one that a former pipeline left there is not this one's
-            for path in [adapter / CONFIG_NAME, *adapter.glob("gligen_adapter*.safetensors")]:
-                path.unlink(missing_ok=True)
+        elif (adapter / CONFIG_NAME).is_file():  # of a former pipeline; without its description it is not loaded
+            (adapter / CONFIG_NAME).replace(adapter / f"{CONFIG_NAME}.former")
+            warnings.warn(f"the adapter in {adapter} is not this pipeline's; it stays, as .former", stacklevel=2)
         if push:
             _upload(save_directory, hub.pop("repo_id", Path(save_directory).name), "Upload a pipeline", **hub)
 
@@ -239,10 +256,25 @@ def pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
     if Path(name).is_file():
         raise ValueError(f"{name} is a file; a checkpoint in one file is loaded with from_single_file")
     hub = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
-    folder = local_folder(name, "pipeline", variant=kwargs.get("variant"), **hub)
+
+    def choose(files: list[str], root: Path) -> list[str]:
+        # There may be former versions beside the parts; and a part that is given, or left out, is not fetched.
+        index = read_json(root / INDEX_NAME) if (root / INDEX_NAME).is_file() else {}
+        parts = {ADAPTER_SUBFOLDER, *index} - set(kwargs)
+        own = [file for file in files if file == INDEX_NAME or file.split("/")[0] in parts]
+        return pipeline_files(own, kwargs.get("variant"))
+
+    folder = local_folder(name, "pipeline", choose, **hub)
     if not (folder / INDEX_NAME).is_file():
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_NAME}")
     return folder
+
+
+def _is_gligen_inpainting(folder: Path, index: dict[str, Any]) -> bool:
+    """Whether its U-Net is gated, has nine channels, and is no ordinary inpainting model's."""
+    config = read_json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else {}
+    gated = config.get("attention_type") == "gated" and config.get("in_channels") == 9
+    return gated and "Inpaint" not in str(index.get("_class_name"))
 
 
 def _is_damaged(file: Path) -> bool:

@@ -35,7 +35,7 @@ class GroundingSchedule:
 
     def scale(self, step: int, num_steps: int) -> float:
         """What the gates are multiplied with at `step` of `num_steps`: 1 on, 0 off."""
-        num_on = int(self.on * num_steps + 1e-6)
+        num_on = max(int(self.on * num_steps + 1e-6), self.on > 0)  # of few steps, the first decides the layout
         num_decay = int(self.decay * num_steps + 1e-6)
         if step < num_on:
             return 1.0

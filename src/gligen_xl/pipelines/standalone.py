@@ -74,6 +74,7 @@ class GroundingMixin:
             return own
         steps = self._step(self._num_timesteps - 1) + 1
         num_on, num_decay = (int(grounding[name] * steps + 1e-6) for name in ("on", "decay"))
+        num_on = max(num_on, grounding["on"] > 0)  # of few steps, the first decides the layout
         step = self._step(grounding["evaluation"])
         if step >= num_on + num_decay - (num_decay > 0):  # the last of the fading steps has faded to nothing
             return own
@@ -155,9 +156,8 @@ class GroundingMixin:
                 ids = tokenizer(
                     texts, padding=True, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
                 ).input_ids.to(device)
-                hidden = encoder(ids).last_hidden_state
-                pooled = hidden[torch.arange(len(ids)), (ids == tokenizer.eos_token_id).int().argmax(-1)]
-                parts.append(encoder.text_projection(pooled) if hasattr(encoder, "text_projection") else pooled)
+                output = encoder(ids)
+                parts.append(output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output)
         return torch.cat(parts, dim=-1)
 
     @contextmanager
