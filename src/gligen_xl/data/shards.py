@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 
 from ..files import whole_file
 from ..layout import validate
@@ -83,10 +82,19 @@ def write_shard(stem: str | Path, latents: np.ndarray, rows: Iterable[Row], meta
     columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
     table = pa.table(columns, schema=TABLE)
     with whole_file(stem.with_name(stem.name + ".safetensors")) as partial:
-        header = {"format": FORMAT, "version": VERSION, **metadata}
-        save_file({"latents": np.ascontiguousarray(latents)}, partial, metadata=header)
+        _write_latents(partial, latents, {"format": FORMAT, "version": VERSION, **metadata})
     with whole_file(stem.with_name(stem.name + ".parquet")) as partial:
         pq.write_table(table, partial)
+
+
+def _write_latents(path: Path, latents: np.ndarray, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, the same bytes for the same contents: the library's own writer orders metadata by chance."""
+    entry = {"dtype": "F16", "shape": list(latents.shape), "data_offsets": [0, latents.nbytes]}
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), "latents": entry}).encode()
+    header += b" " * (-len(header) % 8)  # the data begins at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        np.ascontiguousarray(latents, "<f2").tofile(file)
 
 
 class Shard:

@@ -1,0 +1,25 @@
+"""gligen-xl check"""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+
+from .common import Parser
+
+HELP = "Whether shards can be trained on: every latent and every row looked at."
+
+
+def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
+    parser.add_argument("folder", help="of shards: NAME.safetensors with NAME.parquet")
+    return (parser.parse_args(words),)
+
+
+def run(arguments: Namespace) -> None:
+    from tqdm import tqdm
+
+    from ..data.check import check_shards
+
+    report = check_shards(arguments.folder, progress=lambda stems: tqdm(stems, desc="check", unit="shard"))
+    print(report)
+    if report.problems:
+        raise ValueError(f"{len(report.problems)} problems in {arguments.folder}")

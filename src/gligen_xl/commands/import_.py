@@ -1,0 +1,34 @@
+"""gligen-xl import"""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+
+from .common import Parser
+
+HELP = "The published sets of SA-1B latents and boxes (.npy) to shards; nothing in them is run."
+
+
+def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
+    parser.add_argument("latents", help="folder of sa1b-sdxl-latents-512 or -1024: sa_000000.npy, ...")
+    parser.add_argument("boxes", help="folder of sa-1b_boxes or sa-1b_boxes_sdxl: sa_000000.npy, ...")
+    parser.add_argument("--sizes", help="folder of tables of six columns, for the original sizes that --boxes lacks")
+    parser.add_argument("--out", required=True, help="folder for the shards; those that stand there are kept")
+    return (parser.parse_args(words),)
+
+
+def run(arguments: Namespace) -> None:
+    from tqdm import tqdm
+
+    from ..prepare.imports import import_published
+
+    report = import_published(
+        arguments.latents,
+        arguments.boxes,
+        arguments.out,
+        sizes=arguments.sizes,
+        progress=lambda names: tqdm(names, desc="import", unit="archive"),
+    )
+    print(f"{report}\nin {arguments.out}")
+    if any(what not in ("written", "already there") for what in report.archives.values()):
+        raise ValueError("not every archive became a shard; the same command tries those again")

@@ -1,0 +1,41 @@
+"""gligen-xl show"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from ..files import whole_file
+from .common import Parser, UsageError, quiet_imports
+
+HELP = "Pictures of shards, decoded, with boxes, phrases and captions: whether boxes are right is seen at once."
+
+
+def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
+    parser.add_argument("folder", help="of shards")
+    parser.add_argument("--index", type=int, help="one sample, by number; by default a grid of them")
+    parser.add_argument("--grid", type=int, default=16, help="how many samples, evenly over all")
+    parser.add_argument("--vae", help="folder or repository of the VAE; by default the one that the shards name")
+    parser.add_argument("--min_score", type=float, default=0.0, help="leave out boxes of lower confidence")
+    parser.add_argument("--out", default="samples.png", help="the picture to write")
+    arguments = parser.parse_args(words)
+    if arguments.grid < 1:
+        raise UsageError(f"--grid is {arguments.grid}; expected at least 1")
+    return (arguments,)
+
+
+def run(arguments: Namespace) -> None:
+    quiet_imports()
+    from ..prepare.look import show_samples
+
+    picture, lines = show_samples(
+        arguments.folder,
+        index=arguments.index,
+        count=arguments.grid,
+        vae=arguments.vae,
+        min_score=arguments.min_score,
+    )
+    with whole_file(Path(arguments.out)) as partial:
+        picture.save(partial, format="PNG")
+    print("\n".join([*lines, f"in {arguments.out}"]))

@@ -1,0 +1,1 @@
+"""From pictures to shards: sources, captions, boxes, frames, latents."""

@@ -1,0 +1,99 @@
+"""Where a picture goes in the square or the bucket that the model sees, and its boxes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..layout import Box
+
+# SDXL's aspect-ratio buckets (arXiv 2307.01952, appendix I), (height, width) at 1024, tall ones; the wide are mirrored.
+_TALL = (
+    (2048, 512), (1984, 512), (1920, 512), (1856, 512), (1792, 576), (1728, 576), (1664, 576), (1600, 640), (1536, 640),
+    (1472, 704), (1408, 704), (1344, 704), (1344, 768), (1280, 768), (1216, 832), (1152, 832), (1152, 896), (1088, 896),
+    (1088, 960), (1024, 960),
+)  # fmt: skip
+BUCKETS = (*_TALL, (1024, 1024), *((width, height) for height, width in reversed(_TALL)))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of `original` size is resized, and of that `size` is cut out at (top, left). All (height, width)."""
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    top: int
+    left: int
+    size: tuple[int, int]
+
+    @property
+    def region(self) -> Box:
+        """The part of the original that is seen, xyxy, 0-1."""
+        (height, width), (h, w) = self.resized, self.size
+        return self.left / width, self.top / height, (self.left + w) / width, (self.top + h) / height
+
+    def move(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (n, 4) xyxy 0-1 of the original picture, in this frame: 0-1 where they lie within."""
+        x0, y0, x1, y1 = self.region
+        low, span = np.array([x0, y0, x0, y0]), np.array([x1 - x0, y1 - y0] * 2)
+        return (np.asarray(boxes, np.float64).reshape(-1, 4) - low) / span
+
+    def back(self, boxes: np.ndarray) -> np.ndarray:
+        """The inverse: boxes of this frame, in the original picture."""
+        x0, y0, x1, y1 = self.region
+        low, span = np.array([x0, y0, x0, y0]), np.array([x1 - x0, y1 - y0] * 2)
+        return np.asarray(boxes, np.float64).reshape(-1, 4) * span + low
+
+
+def square_frame(height: int, width: int, resolution: int) -> Frame:
+    """The short side becomes `resolution`, the middle is cut out: the frame of the published latents."""
+    if height <= width:
+        resized = (resolution, int(resolution * width / height))
+    else:
+        resized = (int(resolution * height / width), resolution)
+    return _centred((height, width), resized, (resolution, resolution))
+
+
+def bucket_frame(height: int, width: int, resolution: int) -> Frame:
+    """The bucket of the nearest aspect ratio, filled: nothing but what overhangs on one side is lost."""
+    aspect = np.log(height / width)
+    bucket = min(BUCKETS, key=lambda size: abs(np.log(size[0] / size[1]) - aspect))
+    h, w = (side * resolution // 1024 for side in bucket)
+    scale = max(h / height, w / width)
+    resized = (max(h, round(height * scale)), max(w, round(width * scale)))
+    return _centred((height, width), resized, (h, w))
+
+
+def _centred(original: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]) -> Frame:
+    top, left = (round((whole - part) / 2) for whole, part in zip(resized, size, strict=True))
+    return Frame(original, resized, top, left, size)
+
+
+@dataclass(frozen=True)
+class MovedBoxes:
+    """Boxes that are seen in a frame, clipped to it; which of the given ones they are; why others are not."""
+
+    boxes: list[Box]
+    kept: list[int]
+    cut_away: int  # too little of them is within
+    degenerate: int  # no width or no height
+
+
+def move_boxes(frame: Frame, boxes: Sequence[Sequence[float]], min_share: float) -> MovedBoxes:
+    """Boxes of the original picture, as training wants them: within the frame.
+
+    Args:
+        min_share: a box of which less than this share of its area is seen is dropped.
+    """
+    given = np.asarray(boxes, np.float64).reshape(-1, 4)
+    moved = frame.move(given)
+    clipped = np.clip(moved, 0, 1)
+    area = (moved[:, 2:] - moved[:, :2]).clip(0).prod(-1)
+    seen = (clipped[:, 2:] - clipped[:, :2]).clip(0)
+    pixels = np.array([frame.size[1], frame.size[0]])
+    thin = (area <= 0) | ((moved[:, 2:] - moved[:, :2]) * pixels < 1).any(-1)
+    lost = ~thin & ((seen.prod(-1) < min_share * area) | (seen * pixels < 1).any(-1))
+    kept = np.flatnonzero(~thin & ~lost)
+    return MovedBoxes([tuple(map(float, clipped[k])) for k in kept], kept.tolist(), int(lost.sum()), int(thin.sum()))  # type: ignore[misc]

@@ -1,0 +1,89 @@
+"""Samples of shards as pictures: latents decoded, with what their table says drawn over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ..data.shards import Row, Shard, find_shards
+from ..layout import Layout
+from ..show import draw_boxes, enlarged, grid
+
+
+def show_samples(
+    folder: str | Path, *, index: int | None = None, count: int = 16, vae: str | None = None, min_score: float = 0.0
+) -> tuple[Image.Image, list[str]]:
+    """A picture of one sample, or of `count` spread evenly over all; and a line about each.
+
+    Args:
+        index: number of the sample, counted through the shards by name.
+        vae: folder or repository; by default what the shards name.
+        min_score: boxes of lower confidence are left out.
+
+    Raises:
+        ValueError: no such sample, or a VAE that is not of these latents.
+    """
+    shards = find_shards(folder)
+    total = sum(map(len, shards))
+    if not total:
+        raise ValueError(f"{folder} holds no samples")
+    if index is not None and not 0 <= index < total:
+        raise ValueError(f"there is no sample {index}; {folder} holds {total}, from 0")
+    numbers = [index] if index is not None else sorted({int(k) for k in np.linspace(0, total - 1, min(count, total))})
+    decoder = _decoder(vae or shards[0].metadata.get("vae", ""))
+    pictures, lines = [], []
+    for number in numbers:
+        shard, place = _find(shards, number)
+        row = shard.row(place)
+        keep = [k for k, score in enumerate(row.scores) if score >= min_score]
+        layout = Layout(phrases=[row.phrases[k] for k in keep], boxes=[row.boxes[k] for k in keep])
+        lines.append(_line(number, shard, row, layout))
+        drawn = draw_boxes(enlarged(_decode(decoder, shard, place)), layout)
+        pictures.append(grid([[drawn]], captions=[f"{number}: {row.caption}"], gap=2))
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = [pictures[first : first + columns] for first in range(0, len(pictures), columns)]
+    return grid(rows), lines
+
+
+def _find(shards: list[Shard], number: int) -> tuple[Shard, int]:
+    for shard in shards:
+        if number < len(shard):
+            return shard, number
+        number -= len(shard)
+    raise AssertionError("the number was checked")
+
+
+def _decoder(name: str) -> AutoencoderKL:
+    if name == "shapes":
+        from ..shapes.model import model_folder
+
+        return AutoencoderKL.from_pretrained(model_folder(), subfolder="vae", torch_dtype=torch.float32)
+    if not name:
+        raise ValueError("these shards do not name their VAE; say which by vae (--vae)")
+    try:
+        return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(
+            f"the VAE {name} is not to be had ({str(error).splitlines()[0]}); give a folder (--vae)"
+        ) from error
+
+
+@torch.no_grad()
+def _decode(vae: AutoencoderKL, shard: Shard, place: int) -> Image.Image:
+    latents = torch.from_numpy(np.array(shard.latents[place : place + 1], np.float32))
+    if latents.shape[1] != vae.config["latent_channels"]:
+        raise ValueError(f"{shard.stem} has {latents.shape[1]} channels, the VAE {vae.config['latent_channels']}")
+    factor = float(shard.metadata.get("scaling_factor") or vae.config["scaling_factor"])
+    decode: Any = vae.decode  # its annotation names a type that no tensor has
+    pixels = decode(latents / factor, return_dict=False)[0][0].clamp(-1, 1)
+    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+
+
+def _line(number: int, shard: Shard, row: Row, layout: Layout) -> str:
+    size = f"{row.original_height} x {row.original_width}"
+    return f"{number}: {row.image_id} ({shard.stem.name}, {size}, {len(layout.boxes)} boxes) {row.caption}"

@@ -1,0 +1,107 @@
+"""Looking at shards: what is wrong with them is said, and their samples become pictures."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from gligen_xl.cli import main
+from gligen_xl.data.check import check_shards
+from gligen_xl.data.shards import Row, write_shard
+from gligen_xl.prepare.look import show_samples
+from gligen_xl.shapes.data import write_shards
+from gligen_xl.shapes.detect import detect
+from gligen_xl.shapes.world import sample_scene
+
+METADATA = {"resolution": "64", "vae": "x", "scaling_factor": "1.0"}
+
+
+def rows(count, prefix="a"):
+    box = (0.1, 0.2, 0.5, 0.6)
+    return [
+        Row(
+            image_id=f"{prefix}{k}", caption="grass", boxes=[box], scores=[0.5], phrases=["a ring"],
+            original_height=64, original_width=64,
+        )
+        for k in range(count)
+    ]  # fmt: skip
+
+
+def latents(count):
+    return np.random.default_rng(0).standard_normal((count, 4, 8, 8)).astype(np.float16)
+
+
+def test_good_shards_have_no_problem(tmp_path):
+    write_shard(tmp_path / "one", latents(3), rows(3), METADATA)
+    write_shard(tmp_path / "two", latents(2), rows(2, "b"), METADATA)
+    report = check_shards(tmp_path)
+    assert (report.shards, report.pictures, report.boxes, report.problems) == (2, 5, 5, [])
+    assert main(["check", str(tmp_path)]) == 0
+
+
+def test_every_problem_is_named_with_its_place(tmp_path, capsys):
+    write_shard(tmp_path / "one", latents(3), rows(3), METADATA)
+    write_shard(tmp_path / "same", latents(1), rows(1), METADATA | {"vae": "y"})
+    write_shard(tmp_path / "torn", latents(2), rows(2, "c"), METADATA)
+    write_shard(tmp_path / "lone", latents(2), rows(2, "d"), METADATA)
+    values = load_file(tmp_path / "one.safetensors")["latents"].copy()
+    values[1, 0, 0, 0], values[2] = np.inf, 0
+    header = {"format": "gligen-xl-shard", "version": "1", **METADATA}
+    save_file({"latents": values}, tmp_path / "one.safetensors", metadata=header)
+    torn = (tmp_path / "torn.safetensors").read_bytes()
+    (tmp_path / "torn.safetensors").write_bytes(torn[:-100])
+    (tmp_path / "lone.parquet").unlink()
+    (tmp_path / ".two.safetensors.77.partial").write_bytes(b"half")
+    problems = "\n".join(check_shards(tmp_path).problems)
+    for says in (
+        "one: latents of row 1 hold NaN or infinity",
+        "one: latents of row 2 are all the same number",
+        "row 0 (a0) stands in one too",
+        "torn.safetensors is cut short",
+        "lacks lone.parquet",
+        "latents of different VAEs: x, scaling factor 1.0 (as one); y",
+        ".two.safetensors.77.partial is the rest of a write that was cut short",
+    ):
+        assert says in problems, problems
+    assert main(["check", str(tmp_path)]) == 2
+    assert "7 problems" in capsys.readouterr().err
+
+
+def test_folders_without_shards(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no shards"):
+        check_shards(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        check_shards(tmp_path / "nowhere")
+
+
+def test_shown_samples_are_the_pictures_that_were_encoded(tmp_path, shapes_pipeline, capsys):
+    write_shards(shapes_pipeline.vae, tmp_path / "shards", 6, seed=4, captions="plain")
+    picture, lines = show_samples(tmp_path / "shards", count=4)
+    assert len(lines) == 4
+    assert picture.width > 2 * 256
+    out = tmp_path / "one.png"
+    assert main(["show", str(tmp_path / "shards"), "--index", "3", "--out", str(out)]) == 0
+    assert "shapes-4-3" in capsys.readouterr().out
+    with Image.open(out) as shown:
+        assert min(shown.size) >= 256
+    plain, _ = show_samples(tmp_path / "shards", index=3, min_score=2)  # every box is left out
+    side = 8 + 2  # two frames of a grid
+    crop = plain.crop((side, plain.height - side - 256, side + 256, plain.height - side))
+    crop = crop.resize((64, 64), Image.Resampling.BOX)
+    found = detect(crop)
+    assert len(found) >= len(sample_scene(4, 3).objects) - 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--index", "99"], "there is no sample 99"),
+        (["--grid", "0"], "--grid is 0"),
+        (["--vae", "nowhere/at-all"], "is not to be had"),
+    ],
+)
+def test_wrong_wishes(words, says, tmp_path, capsys):
+    write_shard(tmp_path / "one", latents(3), rows(3), METADATA | {"vae": "shapes"})
+    assert main(["show", str(tmp_path), "--out", str(tmp_path / "x.png"), *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
