@@ -7,6 +7,11 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """The measurement of the embedded model first: it takes minutes, and the other process has all the rest."""
+    items.sort(key=lambda item: "test_shapes_model" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.manual_seed(0)
