@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..layout import validate
-from .shards import Shard
+from .shards import Shard, shard_stems
 
 AT_ONCE = 256  # latents
 
@@ -34,15 +34,10 @@ def check_shards(folder: str | Path, *, progress: Callable[[list[Path]], Iterabl
         FileNotFoundError: no such folder, or no shards in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder of shards")
-    stems = sorted({path.with_suffix("") for path in folder.iterdir() if path.suffix in (".safetensors", ".parquet")})
-    if not stems:
-        raise FileNotFoundError(f"{folder} holds no shards (NAME.safetensors with NAME.parquet)")
     report = CheckReport()
     seen: dict[str, str] = {}  # where each picture stands
     scales: dict[tuple[str, ...], str] = {}  # which shard first had these settings
-    for stem in progress(stems):
+    for stem in progress(shard_stems(folder)):
         try:
             shard = Shard(stem)
         except (ValueError, OSError) as error:

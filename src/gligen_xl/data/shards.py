@@ -151,13 +151,22 @@ class Shard:
 
 def find_shards(folder: str | Path) -> list[Shard]:
     """Every shard of a folder, by name. Pairs are complete: a lone file is an error that names it."""
+    return [Shard(stem) for stem in shard_stems(folder)]
+
+
+def shard_stems(folder: str | Path) -> list[Path]:
+    """What the files of a folder's shards are called, without their endings.
+
+    Raises:
+        FileNotFoundError: no such folder, or no shards in it.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder of shards")
     stems = sorted({path.with_suffix("") for path in folder.iterdir() if path.suffix in (".safetensors", ".parquet")})
     if not stems:
         raise FileNotFoundError(f"{folder} holds no shards (NAME.safetensors with NAME.parquet)")
-    return [Shard(stem) for stem in stems]
+    return stems
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], tuple[int, int, int, int], int]:
