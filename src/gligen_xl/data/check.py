@@ -52,7 +52,7 @@ def check_shards(folder: str | Path, *, progress: Callable[[list[Path]], Iterabl
     if len(scales) > 1:
         kinds = "; ".join(f"{vae}, scaling factor {factor} (as {name})" for (vae, factor), name in scales.items())
         report.problems.append(f"latents of different VAEs: {kinds}")
-    report.problems += [f"{path.name} is the rest of a write that was cut short" for path in folder.glob(".*.partial")]
+    report.problems += [f"{path.name} is the rest of a write that was cut short; remove it" for path in folder.glob(".*.partial")]
     return report
 
 
