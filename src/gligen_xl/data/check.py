@@ -52,7 +52,8 @@ def check_shards(folder: str | Path, *, progress: Callable[[list[Path]], Iterabl
     if len(scales) > 1:
         kinds = "; ".join(f"{vae}, scaling factor {factor} (as {name})" for (vae, factor), name in scales.items())
         report.problems.append(f"latents of different VAEs: {kinds}")
-    report.problems += [f"{path.name} is the rest of a write that was cut short; remove it" for path in folder.glob(".*.partial")]
+    rests = sorted(Path(folder).glob(".*.partial"))
+    report.problems += [f"{path.name} is the rest of a write that was cut short; remove it" for path in rests]
     return report
 
 
