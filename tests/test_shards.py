@@ -47,7 +47,9 @@ def test_what_is_written_is_what_is_read(stem):
 
 
 def test_a_failed_write_leaves_nothing(stem, monkeypatch):
-    monkeypatch.setattr(pq, "write_table", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr(
+        pq.ParquetWriter, "write_table", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device"))
+    )
     with pytest.raises(OSError, match="No space"):
         write_shard(stem.parent / "b", latents(1), [row(0)], METADATA)
     assert not [path for path in stem.parent.iterdir() if "partial" in path.name]

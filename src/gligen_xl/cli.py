@@ -10,7 +10,20 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import check, convert, download, evaluate, export, generate, import_, shapes, show, train, version
+from .commands import (
+    check,
+    convert,
+    download,
+    evaluate,
+    export,
+    generate,
+    import_,
+    prepare,
+    shapes,
+    show,
+    train,
+    version,
+)
 from .commands.common import Parser, UsageError
 
 TRACEBACK = "GLIGEN_XL_TRACEBACK"  # environment variable: set, errors come with where they arose
@@ -21,6 +34,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "convert": convert,
     "export": export,
+    "prepare": prepare,
     "download": download,
     "import": import_,
     "check": check,

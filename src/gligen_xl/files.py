@@ -19,13 +19,23 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
         yield partial
-        _flush(partial)
-        partial.replace(path)
+        settle(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Where this process writes `path` until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def settle(partial: Path, path: Path) -> None:
+    """A file that is whole takes its place, on the disk itself."""
+    _flush(partial)
+    partial.replace(path)
 
 
 @contextmanager

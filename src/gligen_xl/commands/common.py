@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -22,8 +22,22 @@ class UsageError(ValueError):
 
 
 class Parser(ArgumentParser):
+    """Options are spelled with _ or with -, as one likes."""
+
+    def parse_args(self, args: Sequence[str] | None = None, **settings: Any) -> Any:
+        words = None if args is None else [_underscored(word) for word in args]
+        return super().parse_args(words, **settings)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(f"{message.strip()}  (see {self.prog} --help)") from ex
+
+
+def _underscored(word: str) -> str:
+    """ "--fast-jpeg" -> "--fast_jpeg"; what follows a = is left alone."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def model_arguments(parser: Parser) -> None:
@@ -62,7 +76,7 @@ def load(arguments: Namespace, **kind: Any) -> GroundingMixin:
 
     from ..pipelines.auto import load_pipeline
 
-    device = arguments.device or _best_device()
+    device = arguments.device or best_device()
     dtype = arguments.dtype or ("float16" if device.startswith("cuda") else "float32")
     loading = {"variant": arguments.variant} if arguments.variant else {}
     pipeline = load_pipeline(arguments.model, config=arguments.config, dtype=getattr(torch, dtype), **kind, **loading)
@@ -82,7 +96,8 @@ def load(arguments: Namespace, **kind: Any) -> GroundingMixin:
     return pipeline
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """The GPU, where there is one."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

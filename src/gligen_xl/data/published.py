@@ -21,6 +21,8 @@ import torch
 
 from ..layout import xyxy_from_cxcywh
 
+VAE, SCALING_FACTOR = "madebyollin/sdxl-vae-fp16-fix", "0.13025"  # of the published latents; safe in half precision
+
 
 @dataclass(frozen=True)
 class PublishedLatents:

@@ -3,14 +3,17 @@
     NAME.safetensors   latents float16 (N, C, h, w), already scaled; header metadata says how they were made
     NAME.parquet       row i describes latents[i]
 
-Reading maps the latents into memory, so a shard of any size costs a process only the pages that it touches.
+Latents are mapped into memory or read one by one, so a shard of any size costs a process next to nothing.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files import whole_file
+from ..files import partial_path, settle
 from ..layout import validate
 
 FORMAT, VERSION = "gligen-xl-shard", "1"
+ROW_GROUP = 1024  # rows of the table that are written at once
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
 
 TABLE = pa.schema(
@@ -65,64 +69,149 @@ def write_shard(stem: str | Path, latents: np.ndarray, rows: Iterable[Row], meta
     Raises:
         ValueError: latents or a row that cannot be trained on; it names the row.
     """
-    stem, rows = Path(stem), list(rows)
-    if latents.ndim != 4 or latents.dtype != np.float16:
+    if latents.ndim != 4:
         raise ValueError(f"latents are {latents.dtype} {latents.shape}; expected float16 (N, C, h, w)")
-    if len(latents) != len(rows):
-        raise ValueError(f"{len(latents)} latents but {len(rows)} rows; each picture needs both")
-    if not np.isfinite(latents).all():
-        raise ValueError(f"latents of row {int(np.argwhere(~np.isfinite(latents))[0, 0])} hold NaN or infinity")
-    for k, row in enumerate(rows):
+    with ShardWriter(stem, latents.shape[1:], metadata) as writer:
+        writer.add(latents, list(rows))
+
+
+class ShardWriter:
+    """A shard that grows batch by batch, in bounded memory, and appears whole when the block ends without an error.
+
+        with ShardWriter(stem, (4, 64, 64), metadata) as writer:
+            writer.add(latents, rows)
+
+    The same contents make the same files, byte for byte, however they are cut into batches.
+
+    Args:
+        latent_shape: (C, h, w).
+        metadata: resolution, vae, scaling_factor.
+    """
+
+    def __init__(self, stem: str | Path, latent_shape: tuple[int, ...], metadata: Mapping[str, str]):
+        self.stem, self.latent_shape, self.metadata = Path(stem), tuple(latent_shape), dict(metadata)
+        self.count = 0
+        self._rows: list[Row] = []
+        self._places = [self.stem.with_name(self.stem.name + ending) for ending in (".safetensors", ".parquet")]
+        self._partials = [partial_path(place) for place in self._places]
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
         try:
-            validate(row.phrases, row.boxes)
-        except ValueError as error:
-            raise ValueError(f"row {k} ({row.image_id}): {error}") from error
-        if len(row.scores) != len(row.boxes):
-            raise ValueError(f"row {k} ({row.image_id}): {len(row.scores)} scores but {len(row.boxes)} boxes")
-    columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
-    table = pa.table(columns, schema=TABLE)
-    with whole_file(stem.with_name(stem.name + ".safetensors")) as partial:
-        _write_latents(partial, latents, {"format": FORMAT, "version": VERSION, **metadata})
-    with whole_file(stem.with_name(stem.name + ".parquet")) as partial:
-        pq.write_table(table, partial)
+            self._latents = self._partials[0].open("wb")
+            self._latents.write(self._header(0))  # its place; what stands there comes last
+            self._table = pq.ParquetWriter(self._partials[1], TABLE)
+        except BaseException:
+            self.discard()
+            raise
 
+    def add(self, latents: np.ndarray, rows: Sequence[Row]) -> None:
+        """Some more pictures: latents (n, C, h, w) float16, finite, and a row each.
 
-def _write_latents(path: Path, latents: np.ndarray, metadata: Mapping[str, str]) -> None:
-    """A safetensors file, the same bytes for the same contents: the library's own writer orders metadata by chance."""
-    entry = {"dtype": "F16", "shape": list(latents.shape), "data_offsets": [0, latents.nbytes]}
-    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), "latents": entry}).encode()
-    header += b" " * (-len(header) % 8)  # the data begins at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        np.ascontiguousarray(latents, "<f2").tofile(file)
+        Raises:
+            ValueError: latents or a row that cannot be trained on; it names the row.
+        """
+        if latents.shape[1:] != self.latent_shape or latents.dtype != np.float16:
+            expected = ", ".join(map(str, ("N", *self.latent_shape)))
+            raise ValueError(f"latents are {latents.dtype} {latents.shape}; expected float16 ({expected})")
+        if len(latents) != len(rows):
+            raise ValueError(f"{len(latents)} latents but {len(rows)} rows; each picture needs both")
+        if not np.isfinite(latents).all():
+            bad = self.count + int(np.argwhere(~np.isfinite(latents))[0, 0])
+            raise ValueError(f"latents of row {bad} hold NaN or infinity")
+        for k, row in enumerate(rows, start=self.count):
+            try:
+                validate(row.phrases, row.boxes)
+            except ValueError as error:
+                raise ValueError(f"row {k} ({row.image_id}): {error}") from error
+            if len(row.scores) != len(row.boxes):
+                raise ValueError(f"row {k} ({row.image_id}): {len(row.scores)} scores but {len(row.boxes)} boxes")
+        self._latents.write(np.ascontiguousarray(latents, "<f2").data)
+        self.count += len(latents)
+        self._rows += rows
+        while len(self._rows) >= ROW_GROUP:
+            self._write_rows(ROW_GROUP)
+
+    def commit(self) -> None:
+        """Both files take their places, latents first."""
+        try:
+            if self._rows:
+                self._write_rows(len(self._rows))
+            self._table.close()
+            self._latents.seek(0)
+            self._latents.write(self._header(self.count))
+            self._latents.close()
+            for partial, place in zip(self._partials, self._places, strict=True):
+                settle(partial, place)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Nothing of what is not in its place stays."""
+        for name in ("_latents", "_table"):
+            if hasattr(self, name):
+                with suppress(OSError):  # of a full disk, for what is thrown away
+                    getattr(self, name).close()
+        for partial in self._partials:
+            partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.commit() if kind is None else self.discard()
+
+    def _write_rows(self, count: int) -> None:
+        rows, self._rows = self._rows[:count], self._rows[count:]
+        columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
+        self._table.write_table(pa.table(columns, schema=TABLE))
+
+    def _header(self, count: int) -> bytes:
+        """Of a safetensors file: as long for any number of pictures, and the same bytes for the same contents (the
+        library's own writer orders metadata by chance)."""
+        metadata = dict(sorted({"format": FORMAT, "version": VERSION, **self.metadata}.items()))
+        text, longest = (
+            json.dumps({"__metadata__": metadata, "latents": self._entry(number)}).encode()
+            for number in (count, 10**12)
+        )
+        length = -(-(8 + len(longest)) // 64) * 64 - 8  # the data begins at a multiple of 64
+        return length.to_bytes(8, "little") + text.ljust(length)
+
+    def _entry(self, count: int) -> dict[str, Any]:
+        size = 2 * count * int(np.prod(self.latent_shape))
+        return {"dtype": "F16", "shape": [count, *self.latent_shape], "data_offsets": [0, size]}
 
 
 class Shard:
-    """One pair of files, open for reading by row."""
+    """One pair of files, open for reading by row.
 
-    def __init__(self, stem: str | Path):
+    Args:
+        with_table: read the table now; else when a row is asked for.
+    """
+
+    def __init__(self, stem: str | Path, *, with_table: bool = True):
         self.stem = Path(stem)
-        latents_file = self.stem.with_name(self.stem.name + ".safetensors")
-        table_file = self.stem.with_name(self.stem.name + ".parquet")
-        for file in (latents_file, table_file):
+        self._file = self.stem.with_name(self.stem.name + ".safetensors")
+        self.table_file = self.stem.with_name(self.stem.name + ".parquet")
+        for file in (self._file, self.table_file):
             if not file.is_file():
                 raise FileNotFoundError(f"shard {self.stem} lacks {file.name}")
-        self.metadata, self._shape, self._offset = _read_header(latents_file)
-        self._file = latents_file
-        try:
-            table = pq.read_table(table_file, memory_map=True).combine_chunks()
-        except pa.ArrowException as error:
-            raise ValueError(f"{table_file} is not a readable parquet file: {error}") from error
-        if missing := set(TABLE.names) - set(table.column_names):
-            raise ValueError(f"{table_file} lacks the columns {sorted(missing)}")
-        if len(table) != self._shape[0]:
-            raise ValueError(f"shard {self.stem}: {self._shape[0]} latents but {len(table)} rows in the table")
-        self._table = table.select(TABLE.names)
-        lengths = [
-            pc.call_function("list_value_length", [table[name]]).to_numpy() for name in ("boxes", "phrases", "scores")
-        ]
-        if len(uneven := np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))):
-            raise ValueError(f"{table_file}: row {uneven[0]} has unlike numbers of boxes, phrases and scores")
+        self.metadata, self._shape, self._offset = read_header(self._file)
+        if with_table:
+            _ = self._table
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return self.read_table()
+
+    def read_table(self) -> pa.Table:
+        """The whole table, checked.
+
+        Raises:
+            ValueError: it is not such a table, or does not fit the latents.
+        """
+        table = read_table(self.table_file)
+        if len(table) != len(self):
+            raise ValueError(f"shard {self.stem}: {len(self)} latents but {len(table)} rows in the table")
+        return table
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -131,6 +220,16 @@ class Shard:
     def latents(self) -> np.ndarray:
         """(N, C, h, w) float16, mapped anew each time: a thousand shards hold no thousand files open."""
         return np.memmap(self._file, np.float16, mode="r", offset=self._offset, shape=self._shape)
+
+    def read_latents(self, index: int, out: np.ndarray) -> None:
+        """Latents of one row into `out`, (C, h, w) float16: what is read this way is no memory of the process."""
+        with self.open_latents() as file:
+            file.seek(self._offset + index * out.nbytes)
+            if file.readinto(out.data.cast("B")) != out.nbytes:
+                raise OSError(f"{self._file} has become shorter since it was opened")
+
+    def open_latents(self) -> io.FileIO:
+        return io.FileIO(self._file)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -169,12 +268,52 @@ def shard_stems(folder: str | Path) -> list[Path]:
     return stems
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], tuple[int, int, int, int], int]:
+def read_table(path: Path) -> pa.Table:
+    """A shard's table with the columns of `TABLE`, without a null in it.
+
+    Raises:
+        ValueError: not such a table; it names the column or the row.
+    """
+    try:
+        table = pq.ParquetFile(path, memory_map=True).read()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    if missing := set(TABLE.names) - set(table.column_names):
+        raise ValueError(f"{path} lacks the columns {sorted(missing)}")
+    columns = []
+    for name, kind in zip(TABLE.names, TABLE.types, strict=True):
+        try:
+            column = table[name].cast(kind).combine_chunks()
+        except pa.ArrowException as error:
+            raise ValueError(f"{path}: column {name} is {table[name].type}; expected {kind}: {error}") from error
+        _refuse_nulls(column, f"{path}: column {name}")
+        columns.append(column)
+    lengths = [_lengths(columns[TABLE.get_field_index(name)]) for name in ("boxes", "phrases", "scores")]
+    if len(uneven := np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))):
+        raise ValueError(f"{path}: row {uneven[0]} has unlike numbers of boxes, phrases and scores")
+    return pa.table(columns, schema=TABLE)
+
+
+def _lengths(lists: pa.Array) -> np.ndarray:
+    return pc.call_function("list_value_length", [lists]).to_numpy(zero_copy_only=False)
+
+
+def _refuse_nulls(values: pa.Array, what: str) -> None:
+    """Complain about a null, or one within the lists."""
+    if values.null_count:
+        first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        raise ValueError(f"{what} has no value in {values.null_count} places, first in place {first}; fill them")
+    if pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
+        _refuse_nulls(pc.call_function("list_flatten", [values]), what + " (its lists, one after another)")
+
+
+def read_header(path: Path, size: int | None = None) -> tuple[dict[str, str], tuple[int, int, int, int], int]:
     """Metadata, shape of the latents, and the byte where they begin.
 
-    A memory map from there is four times as fast at random as reading slices.
+    Args:
+        size: bytes of the whole file, where `path` holds only its beginning.
     """
-    size = path.stat().st_size
+    size = path.stat().st_size if size is None else size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, 100_000_000):

@@ -15,6 +15,7 @@ _TALL = (
     (1472, 704), (1408, 704), (1344, 704), (1344, 768), (1280, 768), (1216, 832), (1152, 832), (1152, 896), (1088, 896),
     (1088, 960), (1024, 960),
 )  # fmt: skip
+BUCKET_GRID = 16  # sides are multiples of a sixteenth of the resolution
 BUCKETS = (*_TALL, (1024, 1024), *((width, height) for height, width in reversed(_TALL)))
 
 

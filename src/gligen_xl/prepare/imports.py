@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..data.published import PublishedRow, read_boxes, read_latents
+from ..data.published import SCALING_FACTOR, VAE, PublishedRow, read_boxes, read_latents
 from ..data.shards import DOWNSAMPLING, Row, Shard, write_shard
 from ..files import write_json
 from .frame import square_frame
 
 REPORT_NAME = "import.json"
-VAE, SCALING_FACTOR = "madebyollin/sdxl-vae-fp16-fix", "0.13025"  # of the published latents
 
 
 @dataclass

@@ -13,6 +13,7 @@ from PIL import Image
 from ..data.shards import Row, Shard, find_shards
 from ..layout import Layout
 from ..show import draw_boxes, enlarged, grid
+from .encode import load_vae
 
 
 def show_samples(
@@ -35,7 +36,10 @@ def show_samples(
     if index is not None and not 0 <= index < total:
         raise ValueError(f"there is no sample {index}; {folder} holds {total}, from 0")
     numbers = [index] if index is not None else sorted({int(k) for k in np.linspace(0, total - 1, min(count, total))})
-    decoder = _decoder(vae or shards[0].metadata.get("vae", ""))
+    name = vae or shards[0].metadata.get("vae", "")
+    if not name:
+        raise ValueError("these shards do not name their VAE; say which by vae (--vae)")
+    decoder = load_vae(name)
     pictures, lines = [], []
     for number in numbers:
         shard, place = _find(shards, number)
@@ -58,29 +62,15 @@ def _find(shards: list[Shard], number: int) -> tuple[Shard, int]:
     raise AssertionError("the number was checked")
 
 
-def _decoder(name: str) -> AutoencoderKL:
-    if name == "shapes":
-        from ..shapes.model import model_folder
-
-        return AutoencoderKL.from_pretrained(model_folder(), subfolder="vae", torch_dtype=torch.float32)
-    if not name:
-        raise ValueError("these shards do not name their VAE; say which by vae (--vae)")
-    try:
-        return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32)
-    except OSError as error:
-        raise ValueError(
-            f"the VAE {name} is not to be had ({str(error).splitlines()[0]}); give a folder (--vae)"
-        ) from error
-
-
 @torch.no_grad()
 def _decode(vae: AutoencoderKL, shard: Shard, place: int) -> Image.Image:
     latents = torch.from_numpy(np.array(shard.latents[place : place + 1], np.float32))
     if latents.shape[1] != vae.config["latent_channels"]:
         raise ValueError(f"{shard.stem} has {latents.shape[1]} channels, the VAE {vae.config['latent_channels']}")
     factor = float(shard.metadata.get("scaling_factor") or vae.config["scaling_factor"])
+    shift = float(shard.metadata.get("shift_factor") or 0)
     decode: Any = vae.decode  # its annotation names a type that no tensor has
-    pixels = decode(latents / factor, return_dict=False)[0][0].clamp(-1, 1)
+    pixels = decode(latents / factor + shift, return_dict=False)[0][0].clamp(-1, 1)
     return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
 
 

@@ -1,0 +1,144 @@
+"""gligen-xl prepare"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from jsonargparse import Namespace
+
+from .common import DTYPES, Parser, UsageError, best_device, quiet_imports
+
+HELP = "Pictures to shards, for training: SA-1B archives, COCO, webdatasets, or a folder of your own."
+
+KINDS = ("auto", "sa1b", "webdataset", "coco", "imagefolder", "layouts")
+BOX_FORMATS = ("xyxy", "xywh", "cxcywh", "xyxy_pixels", "xywh_pixels", "cxcywh_pixels")
+
+
+def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
+    parser.add_argument(
+        "source", help="folder of pictures with metadata.jsonl, of .tar archives, or a .jsonl of layouts"
+    )
+    parser.add_argument("--out", required=True, help="folder for the shards; the same command goes on after a kill")
+    parser.add_argument("--kind", choices=KINDS, default="auto", help="of the source")
+    parser.add_argument("--box_format", choices=BOX_FORMATS, help="of boxes that do not say it themselves")
+    parser.add_argument("--instances", help="COCO: the JSON file of annotations; the source is the folder of pictures")
+    parser.add_argument("--classes", help="COCO: JSON or YAML of category -> phrase, or null to leave it out")
+    parser.add_argument("--unit_size", type=int, default=10_000, help="pictures a shard, of sources without archives")
+
+    parser.add_argument(
+        "--resolution", type=int, action="append", help="pixels; several times for several; by default 512"
+    )
+    parser.add_argument("--buckets", action="store_true", help="SDXL's aspect-ratio buckets in place of centre crops")
+    parser.add_argument(
+        "--flip",
+        choices=["no", "both", "random"],
+        default="no",
+        help="mirrored pictures, unless left or right is named",
+    )
+    parser.add_argument("--fast_jpeg", action="store_true", help="decode JPEGs at reduced size where that is enough")
+    parser.add_argument("--min_side", type=int, default=0, help="leave out pictures with a shorter side, pixels")
+    parser.add_argument("--min_share", type=float, default=0.5, help="of a box's area that has to be in the crop")
+    parser.add_argument("--min_boxes", type=int, default=0, help="leave out pictures with fewer")
+
+    parser.add_argument("--captions", help="joined by image id: tar(.gz) of .txt, parquet, JSONL, COCO captions JSON")
+    parser.add_argument(
+        "--detector", help="finds the boxes: a zero-shot detector of transformers, folder or repository"
+    )
+    parser.add_argument("--box_threshold", type=float, default=0.2, help="of the detector")
+    parser.add_argument("--text_threshold", type=float, default=0.2, help="of the detector")
+    parser.add_argument("--detect_text", help='what to detect, as "a dog. a cat."; by default the caption')
+
+    parser.add_argument("--vae", help="folder, repository, or shapes; by default SDXL's fp16-safe one")
+    parser.add_argument("--latents", choices=["sample", "mean"], default="sample", help="of the VAE's posterior")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and random flips")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of VAE and detector; overflows are repeated"
+    )
+    parser.add_argument("--vae_at_once", type=int, default=1, help="pictures in one pass; may change the last bit")
+
+    parser.add_argument("--device", help="cpu, cuda, ...; by default the best there is")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures detected and encoded together")
+    parser.add_argument("--workers", type=int, default=1, help="decoding processes; 0 decodes beside the rest")
+    parser.add_argument("--part", default="1/1", help="k/n: only every n-th unit, for arrays of jobs")
+    parser.add_argument("--runner", choices=["local", "ray"], default="local", help="ray: units on a Ray cluster")
+    parser.add_argument(
+        "--runners", type=int, help="with ray: units at a time; by default as many as there is room for"
+    )
+    arguments = parser.parse_args(words)
+    if arguments.classes and not arguments.instances:
+        raise UsageError("--classes is of COCO's categories; give --instances with it")
+    return (arguments,)
+
+
+def run(arguments: Namespace) -> None:
+    quiet_imports()
+    from tqdm import tqdm
+
+    from ..prepare.run import Machine, parse_part, prepare
+    from ..prepare.sources import open_source
+
+    part = parse_part(arguments.part)
+    settings = _settings(arguments)
+    machine = Machine(
+        workers=arguments.workers,
+        device=arguments.device or best_device(),
+        batch_size=arguments.batch_size,
+        runner=arguments.runner,
+        runners=arguments.runners,
+    )
+    units = open_source(
+        arguments.source,
+        kind=arguments.kind,
+        box_format=arguments.box_format,
+        instances=arguments.instances,
+        classes=arguments.classes,
+        unit_size=arguments.unit_size,
+    )
+    weight = sum(unit.weight for unit in units[part[0] - 1 :: part[1]])
+    form = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+    signal.signal(signal.SIGTERM, _interrupt)
+    with tqdm(total=weight, desc="prepare", bar_format=form) as bar:
+        report = prepare(units, arguments.out, settings, machine, part=part, progress=_Shown(bar))
+    print(f"{report}\nin {arguments.out}")
+    if report.failed:
+        raise ValueError(f"{len(report.failed)} of {len(units)} units failed; the same command tries those again")
+    if report.total.seen and not report.total.used and not report.in_work:
+        raise ValueError("no picture could be used; the reasons are above")
+
+
+def _settings(arguments: Namespace) -> Any:
+    from ..data.published import VAE
+    from ..prepare.framing import Framing
+    from ..prepare.settings import Settings
+
+    names = ("flip", "min_share", "min_boxes", "captions", "detector", "box_threshold", "text_threshold", "detect_text",
+             "latents", "seed", "dtype", "vae_at_once")  # fmt: skip
+    framing = Framing(
+        resolutions=tuple(arguments.resolution or [512]),
+        buckets=arguments.buckets,
+        fast_jpeg=arguments.fast_jpeg,
+        min_side=arguments.min_side,
+    )
+    return Settings(framing=framing, vae=arguments.vae or VAE, **{name: arguments[name] for name in names})
+
+
+class _Shown:
+    """Weight and pictures on a progress bar: how far, how fast, how long still."""
+
+    def __init__(self, bar: Any):
+        self.bar, self.pictures = bar, 0
+
+    def __call__(self, weight: int, pictures: int) -> None:
+        self.pictures += pictures
+        if not pictures and not self.pictures:
+            self.bar.initial += weight  # done before: no part of the speed
+        elapsed = self.bar.format_dict["elapsed"] or 1e-9
+        text = f"{self.pictures} pictures, {self.pictures / elapsed:.1f}/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(weight)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,106 @@
+"""Pictures read and decoded ahead of the device: a thread reads, processes decode, and their order stays."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+from .framing import Framed, Framing, begin_process, frame_picture
+from .item import Item, Skipped
+from .report import UnitReport
+
+Taken = tuple[Item | Skipped, Framed | str | None]  # a picture, and itself in its frames, or why not
+
+
+class Decoders:
+    """Decoding processes, started once; none of them (0) decodes here.
+
+    Args:
+        ahead: pictures that may be decoded before they are asked for.
+    """
+
+    def __init__(self, workers: int, framing: Framing, ahead: int):
+        self.workers, self.framing, self.ahead = workers, framing, ahead
+        self._pool: ProcessPoolExecutor | None = None
+
+    def decode(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
+        """Pictures and their frames, in order.
+
+        Args:
+            report: its seconds `wait` grow while there is nothing to hand out.
+
+        Raises:
+            RuntimeError: a process died. Whatever `items` raises.
+        """
+        return self._there(items, report) if self.workers else self._here(items, report)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _here(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
+        for item in items:
+            if isinstance(item, Skipped):
+                yield item, None
+            else:
+                with report.timed("wait"):
+                    framed = frame_picture(item.picture, item.size, self.framing)
+                yield item, framed
+
+    def _there(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
+        pool, stop = self._processes(), threading.Event()
+        entries: queue.Queue[Any] = queue.Queue(self.ahead + 2 * self.workers)
+
+        def put(entry: Any) -> None:
+            while not stop.is_set():
+                try:
+                    entries.put(entry, timeout=0.1)
+                    break
+                except queue.Full:
+                    pass
+
+        def feed() -> None:
+            try:
+                for item in items:
+                    if stop.is_set():
+                        return
+                    if isinstance(item, Skipped):
+                        put((item, None))
+                    else:
+                        future = pool.submit(frame_picture, item.picture, item.size, self.framing)
+                        put((replace(item, picture=b""), future))
+                put(None)
+            except BaseException as error:  # the other thread can do something about it
+                put(error)
+
+        thread = threading.Thread(target=feed, name="read", daemon=True)
+        thread.start()
+        try:
+            while True:
+                with report.timed("wait"):
+                    entry = entries.get()
+                    framed = entry[1].result() if isinstance(entry, tuple) and isinstance(entry[1], Future) else None
+                if entry is None:
+                    return
+                if isinstance(entry, BaseException):
+                    raise entry
+                yield entry[0], framed
+        except BrokenProcessPool as error:
+            self._pool = None
+            raise RuntimeError("a decoding process died: too little memory, or a picture that breaks it") from error
+        finally:
+            stop.set()
+            thread.join()
+
+    def _processes(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # Not forked: a copy of a process with threads of torch may hang.
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=begin_process)
+        return self._pool

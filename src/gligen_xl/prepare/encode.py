@@ -1,0 +1,121 @@
+"""Pictures to latents, with any `AutoencoderKL`.
+
+The same picture gives the same bits, whoever it shares a batch with: noise follows from (seed, name of the picture),
+and pictures pass the VAE one by one unless more are asked for, as the last bit of a convolution depends on how many
+there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ..data.shards import DOWNSAMPLING
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """A VAE in float32: a folder of it or of a pipeline, a Hub repository, or "shapes".
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name == "shapes":
+        from ..shapes.model import model_folder
+
+        name = str(model_folder())
+    options: dict[str, Any] = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").is_file() else {}
+    try:
+        return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, **options).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the VAE {name} is not to be had ({str(error).splitlines()[0]}); give a folder (--vae)"
+        ) from error
+
+
+class Encoder:
+    """A VAE that makes latents as training wants them.
+
+    Args:
+        dtype: to compute in; the weights stay in float32. Where half precision overflows, float32 takes over.
+        seed: of the samples of the posterior; None takes its mean.
+        at_once: pictures in one pass. More than one may be faster on a GPU; the last bit then depends on their number.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
+        at_once: int = 1,
+    ):
+        self.vae: Any = vae.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device, self.dtype, self.seed, self.at_once = torch.device(device), dtype, seed, at_once
+        self.scale = float(vae.config["scaling_factor"])
+        self.shift = float(vae.config.get("shift_factor") or 0)
+        self.downsampling = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.channels = int(vae.config["latent_channels"])
+        self.repeated = 0  # pictures that overflowed and were encoded again in float32
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What shards say of their latents, beside the name of the VAE."""
+        values = {"scaling_factor": repr(self.scale), "latents": "mean" if self.seed is None else "sample"}
+        values |= {"seed": str(self.seed)} if self.seed is not None else {}
+        values |= {"shift_factor": repr(self.shift)} if self.shift else {}
+        return values | ({"downsampling": str(self.downsampling)} if self.downsampling != DOWNSAMPLING else {})
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[np.ndarray], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Latents of pictures of one size, and which of them can be trained on.
+
+        Args:
+            pictures: (h, w, 3) uint8 each. names: their noise follows from it.
+
+        Returns:
+            (B, C, h / 8, w / 8) float16, scaled; (B,) bool, False where they are not finite, in float32 either.
+        """
+        latents = []
+        for first in range(0, len(pictures), self.at_once):
+            part = slice(first, first + self.at_once)
+            latents.append(self._encode(np.stack(pictures[part]), names[part]))
+        made = torch.cat(latents).half().cpu().numpy()
+        return made, np.asarray(np.isfinite(made).all(axis=(1, 2, 3)))
+
+    def _encode(self, pictures: np.ndarray, names: Sequence[str]) -> Tensor:
+        pixels = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        latents = self._posterior(pixels, names, self.dtype)
+        if self.dtype != torch.float32:
+            bad = ~latents.half().isfinite().flatten(1).all(dim=1)
+            for k in torch.nonzero(bad).flatten().tolist():
+                latents[k : k + 1] = self._posterior(pixels[k : k + 1], names[k : k + 1], torch.float32)
+                self.repeated += 1
+        return latents
+
+    def _posterior(self, pixels: Tensor, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+        """Scaled latents in float32."""
+        half = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
+        with half:
+            posterior = self.vae.encode(pixels, return_dict=False)[0]
+        latents = posterior.mean.float()
+        if self.seed is not None:
+            noise = np.stack([posterior_noise(self.seed, name, tuple(latents.shape[1:])) for name in names])
+            latents = latents + posterior.std.float() * torch.from_numpy(noise).to(self.device)
+        return (latents - self.shift) * self.scale
+
+
+def posterior_noise(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal noise of a picture, float32: the same on every device."""
+    key = hashlib.sha256(f"{seed} {name}".encode()).digest()[:16]
+    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    return rng.standard_normal(shape, np.float32)

@@ -1,0 +1,88 @@
+"""Encoded pictures to what the VAE sees: decoded once, framed for every resolution. Runs in processes of its own.
+
+Nothing here needs torch: a decoding process starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from pathlib import Path
+
+import numpy as np
+
+from .frame import Frame, bucket_frame, square_frame
+from .pictures import PictureError, decode, framed, picture_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How pictures are framed.
+
+    Args:
+        resolutions: one frame for each, pixels.
+        buckets: SDXL's aspect-ratio buckets in place of squares.
+        fast_jpeg: JPEGs are decoded at a half, a quarter or an eighth of their size where that is enough.
+        min_side: pictures whose short side has fewer pixels are left out.
+    """
+
+    resolutions: tuple[int, ...]
+    buckets: bool = False
+    fast_jpeg: bool = False
+    min_side: int = 0
+
+    def frames(self, height: int, width: int) -> list[Frame]:
+        make = bucket_frame if self.buckets else square_frame
+        return [make(height, width, resolution) for resolution in self.resolutions]
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A picture in each of its frames: (h, w, 3) uint8 each; and the seconds it took."""
+
+    frames: list[Frame]
+    pixels: list[np.ndarray]
+    seconds: float
+
+
+def frame_picture(source: bytes | Path, stated: tuple[int, int] | None, framing: Framing) -> Framed | str:
+    """Decode a picture and frame it; or why that cannot be.
+
+    Args:
+        stated: (height, width) that its annotations are made for, None for any.
+    """
+    begin = time.perf_counter()
+    try:
+        size = picture_size(source)
+        if stated is not None and size != stated:
+            return "its size is not what its annotation states"
+        if min(size) < framing.min_side:
+            return "too small"
+        frames = framing.frames(*size)
+        least = tuple(max(frame.resized[axis] for frame in frames) for axis in range(2))
+        image = decode(source, at_least=least if framing.fast_jpeg else None)  # type: ignore[arg-type]
+        pixels = [framed(image, frame) for frame in frames]
+    except PictureError as error:
+        return error.reason
+    except FileNotFoundError:
+        return "file is missing"
+    except OSError as error:
+        return f"file cannot be read ({error.strerror or type(error).__name__})"
+    return Framed(frames, pixels, time.perf_counter() - begin)
+
+
+def begin_process() -> None:
+    """For a process that decodes: Ctrl-C is for the one that began it, and when that one dies, so does this."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

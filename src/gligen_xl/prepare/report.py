@@ -1,0 +1,153 @@
+"""What became of the pictures: of one unit, and of all."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+EXAMPLES = 5  # of each reason
+
+
+@dataclass
+class UnitReport:
+    """Of one unit, or of several put together.
+
+    Args:
+        seen: pictures in the source. written: rows in shards (a mirrored picture, or another resolution, is a row too).
+        used: pictures that became rows.
+        skipped: reason -> number and examples of pictures. dropped_boxes: reason -> number.
+        boxes: in the rows.
+        seconds: by stage. `decode` is the sum over processes; `wait` is how long the device had nothing to do for want
+            of pictures.
+        bytes: of latents.
+    """
+
+    seen: int = 0
+    used: int = 0
+    written: int = 0
+    boxes: int = 0
+    repeated_in_float32: int = 0
+    bytes: int = 0
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dropped_boxes: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def skip(self, image_id: str, reason: str) -> None:
+        entry = self.skipped.setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += 1
+        if len(entry["examples"]) < EXAMPLES:
+            entry["examples"].append(image_id)
+
+    def spend(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spend(stage, time.perf_counter() - begin)
+
+    def add(self, other: UnitReport) -> None:
+        for name in ("seen", "used", "written", "boxes", "repeated_in_float32", "bytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, entry in other.skipped.items():
+            mine = self.skipped.setdefault(reason, {"count": 0, "examples": []})
+            mine["count"] += entry["count"]
+            mine["examples"] = (mine["examples"] + entry["examples"])[:EXAMPLES]
+        self.dropped_boxes.update(other.dropped_boxes)
+        for stage, seconds in other.seconds.items():
+            self.spend(stage, seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        seconds = {stage: round(value, 3) for stage, value in self.seconds.items()}
+        return values | {"dropped_boxes": dict(self.dropped_boxes), "seconds": seconds}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UnitReport:
+        report = cls(**values)
+        report.dropped_boxes = Counter(report.dropped_boxes)
+        return report
+
+
+@dataclass
+class PrepareReport:
+    """Of a whole source, as far as it is done.
+
+    Args:
+        units: name -> "written", "already there", "held by another process", "not of this part", or why it failed.
+        total: of all units that are done.
+    """
+
+    units: dict[str, str] = field(default_factory=dict)
+    total: UnitReport = field(default_factory=UnitReport)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        return {name: what for name, what in self.units.items() if what not in _FINE}
+
+    @property
+    def in_work(self) -> bool:
+        """Whether other processes have units that are not done."""
+        return any(what in (HELD, ELSEWHERE) for what in self.units.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        total = self.total
+        more = {"boxes_per_row": round(total.boxes / max(total.written, 1), 2)}
+        if busy := self.busy:
+            more["share_of_time_device_was_busy"] = round(busy, 3)
+        return {"units": self.units, "failed": len(self.failed), **total.to_dict(), **more}
+
+    @property
+    def busy(self) -> float:
+        """Share of the time in which the VAE or the detector worked."""
+        seconds = self.total.seconds
+        return sum(seconds.get(stage, 0.0) for stage in ("encode", "detect")) / (seconds.get("all") or 1.0)
+
+    def __str__(self) -> str:
+        total, states = self.total, Counter(self.units.values())
+        done = states["written"] + states["already there"]
+        lines = [f"{done} of {len(self.units)} units done" + _rest(states)]
+        lines += [
+            f"pictures: {total.seen} seen, {total.used} used, {total.written} rows of {_size(total.bytes)} written, "
+            f"{total.boxes / max(total.written, 1):.1f} boxes a row"
+        ]
+        for reason, entry in sorted(total.skipped.items(), key=lambda item: -item[1]["count"]):
+            lines.append(f"  skipped, {reason}: {entry['count']} (as {_some(entry['examples'])})")
+        lines += [f"  boxes dropped, {reason}: {number}" for reason, number in total.dropped_boxes.most_common()]
+        if total.repeated_in_float32:
+            lines.append(f"  encoded again in float32: {total.repeated_in_float32}")
+        if total.seconds.get("all"):
+            stages = ", ".join(f"{name} {value:.1f}" for name, value in total.seconds.items() if name != "all")
+            lines.append(
+                f"seconds: {total.seconds['all']:.1f} in all ({total.seen / total.seconds['all']:.1f} pictures/s); "
+                f"{stages}; device busy {self.busy:.0%}"
+            )
+        return "\n".join(lines + [f"failed: {name}: {what}" for name, what in self.failed.items()])
+
+
+WRITTEN, ALREADY, HELD, ELSEWHERE = "written", "already there", "held by another process", "not of this part"
+_FINE = (WRITTEN, ALREADY, HELD, ELSEWHERE)
+
+
+def _rest(states: Counter[str]) -> str:
+    parts = [f"{states[what]} {what}" for what in (ALREADY, HELD, ELSEWHERE) if states[what]]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _some(examples: Iterable[str]) -> str:
+    return ", ".join(examples)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.2f} TB"

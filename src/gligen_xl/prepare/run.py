@@ -1,0 +1,181 @@
+"""Many units: on this machine, as one of many jobs, or on a Ray cluster.
+
+    prepare(open_source("sa1b"), "shards", Settings(framing=Framing(resolutions=(512,))), Machine(workers=8))
+
+A unit that is done is skipped, so the same call goes on after a kill. One that fails does not stop the others, and is
+tried once more at the end. Several processes may share one folder: each unit is done by one of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..files import whole_file, write_json
+from .done import Done
+from .item import Unit
+from .report import ALREADY, ELSEWHERE, HELD, WRITTEN, PrepareReport
+from .settings import Settings
+from .unit import Progress, UnitMaker
+
+REPORT_NAME = "prepare"  # .json and .txt, beside the shards
+
+Execute = Callable[[Sequence[Unit]], Iterator[tuple[Unit, str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the work is done; what is written does not depend on it.
+
+    Args:
+        workers: decoding processes of each runner; 0 decodes in the runner itself.
+        device: of the VAE and the detector.
+        batch_size: pictures that are detected and encoded together.
+        runner: "local" does units one after another here; "ray" on a Ray cluster (that of RAY_ADDRESS, or one of this
+            machine), which has to see the same files.
+        runners: on Ray, units at a time; by default one for each GPU, or for each `workers` + 1 CPUs.
+    """
+
+    workers: int = 0
+    device: str = "cpu"
+    batch_size: int = 8
+    runner: Literal["local", "ray"] = "local"
+    runners: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if self.runners is not None and (self.runners < 1 or self.runner != "ray"):
+            raise ValueError(f"runners is {self.runners} with runner {self.runner!r}; expected at least 1, and ray")
+
+
+def prepare(
+    units: Sequence[Unit],
+    out: str | Path,
+    settings: Settings,
+    machine: Machine,
+    *,
+    part: tuple[int, int] = (1, 1),
+    progress: Progress = lambda weight, pictures: None,
+) -> PrepareReport:
+    """Write the shards of all units, or of a part of them, under `out`; those that stand there are kept.
+
+    Args:
+        part: (k, n): every n-th unit from the k-th, 1 to n; n such calls do all.
+        progress: told (weight, pictures) that came to an end.
+
+    Returns:
+        The report, of all that is done in `out`; also written there, as `prepare.json` and `prepare.txt`.
+
+    Raises:
+        ValueError: settings that contradict each other, the VAE, or the units that are done.
+        OSError: the disk is full. What is done stays.
+    """
+    done = Done(out, settings)
+    mine = list(units[part[0] - 1 :: part[1]])
+    done.check_settings(mine)
+    report = PrepareReport({unit.name: ELSEWHERE for unit in units})
+    waiting = [unit for unit in mine if not done.is_done(unit)]
+    for unit in mine:
+        report.units[unit.name] = ALREADY
+    for unit in waiting:
+        report.units[unit.name] = "not begun"
+    progress(sum(unit.weight for unit in mine) - sum(unit.weight for unit in waiting), 0)
+    try:
+        if waiting:
+            with _executor(out, settings, machine, progress) as execute:
+                failed = _pass(execute, waiting, report)
+                _pass(execute, failed, report)
+    finally:
+        for unit in units:
+            if report.units[unit.name] in (WRITTEN, ALREADY) or done.is_done(unit):
+                report.total.add(done.report(unit))
+        _write_report(Path(out), report)
+    return report
+
+
+def _pass(execute: Execute, units: list[Unit], report: PrepareReport) -> list[Unit]:
+    """Do the units; those that failed come back."""
+    failed = []
+    for unit, what in execute(units) if units else ():
+        report.units[unit.name] = what
+        if what not in (WRITTEN, ALREADY, HELD):
+            failed.append(unit)
+    return failed
+
+
+def _executor(out: str | Path, settings: Settings, machine: Machine, progress: Progress) -> Local:
+    if machine.runner == "ray":
+        from .cluster import Cluster
+
+        return Cluster(out, settings, machine, progress)
+    return Local(out, settings, machine, progress)
+
+
+class Local:
+    """Units one after another, here."""
+
+    def __init__(self, out: str | Path, settings: Settings, machine: Machine, progress: Progress):
+        self.out, self.settings, self.machine, self.progress = out, settings, machine, progress
+
+    def __enter__(self) -> Execute:
+        machine = self.machine
+        self.maker = UnitMaker(
+            self.out, self.settings, workers=machine.workers, device=machine.device, batch_size=machine.batch_size
+        )
+        return self.execute
+
+    def __exit__(self, *_: object) -> None:
+        self.maker.close()
+
+    def execute(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, str]]:
+        for unit in units:
+            yield unit, run_unit(self.maker, unit, self.progress)
+
+
+def run_unit(maker: UnitMaker, unit: Unit, progress: Progress = lambda weight, pictures: None) -> str:
+    """Do one unit, unless it is done or another process is at it; what became of it.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    done = Done(maker.out, maker.settings)
+    with done.hold(unit) as free:
+        if not free:
+            return HELD
+        if done.is_done(unit):  # by another process, since this one looked
+            return ALREADY
+        try:
+            identity = unit.identity()
+            report, shards = maker.make(unit, progress)
+            done.mark(unit, identity, report, shards)
+            return WRITTEN
+        except Exception as error:  # whatever it is, other units may still be done
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(
+                    error.errno, f"the disk of {maker.out} is full; make room, and the same command goes on"
+                ) from error
+            text = " ".join(str(error).split())
+            return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "3/16" -> (3, 16): the third of sixteen."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"part is {text!r}; expected k/n with k from 1 to n, as 3/16")
+    return int(match[1]), int(match[2])
+
+
+def _write_report(out: Path, report: PrepareReport) -> None:
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        return
+    write_json(out / f"{REPORT_NAME}.json", report.to_dict())
+    with whole_file(out / f"{REPORT_NAME}.txt") as partial:
+        partial.write_text(f"{report}\n", encoding="utf-8")

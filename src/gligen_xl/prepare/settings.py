@@ -1,0 +1,69 @@
+"""All that shards depend on, beside their source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..data.published import VAE
+from .framing import Framing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that shards depend on, beside their source.
+
+    Args:
+        framing: resolutions, squares or buckets.
+        flip: "both" adds the mirrored picture, "random" mirrors half of them. A picture whose caption or phrases speak
+            of left or right is never mirrored.
+        min_share: a box of which less than this share of its area is in the frame is dropped.
+        min_boxes: pictures with fewer boxes are left out.
+        captions: joined by image id, in place of those of the source; see `gligen_xl.prepare.captions`.
+        detector: finds the boxes, in place of those of the source; see `gligen_xl.prepare.detect`.
+        box_threshold, text_threshold: of the detector.
+        detect_text: what it looks for, in place of the caption.
+        vae: see `gligen_xl.prepare.encode.load_vae`.
+        latents: a sample of the posterior, or its mean.
+        seed: of samples and of random flips.
+        dtype: that the VAE and the detector compute in.
+        vae_at_once: see `gligen_xl.prepare.encode.Encoder`.
+    """
+
+    framing: Framing
+    flip: Literal["no", "both", "random"] = "no"
+    min_share: float = 0.5
+    min_boxes: int = 0
+    captions: str | None = None
+    detector: str | None = None
+    box_threshold: float = 0.2
+    text_threshold: float = 0.2
+    detect_text: str | None = None
+    vae: str = VAE
+    latents: Literal["sample", "mean"] = "sample"
+    seed: int = 0
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    vae_at_once: int = 1
+
+    def __post_init__(self) -> None:
+        resolutions = self.framing.resolutions
+        if not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions):
+            raise ValueError(f"resolutions are {list(resolutions)}; expected different numbers of pixels, as 512 1024")
+        for name in ("min_share", "box_threshold", "text_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
+        for name, least in (("min_boxes", 0), ("seed", 0), ("vae_at_once", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if self.detect_text is not None and self.detector is None:
+            raise ValueError("there is a text to detect but no detector; name one (--detector)")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        return {**values.pop("framing"), **values} | {"resolutions": list(self.framing.resolutions)}
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,235 @@
+"""One unit to its shards: read and decoded ahead in other processes, detected and encoded on the device, written.
+
+    source -> [read, caption]  -> [decode, frame]  -> [detect] -> [encode] -> [write]
+              a thread            processes           this thread, on the device
+
+Pictures stay in their order throughout, so the shards do not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.shards import Row, Shard, ShardWriter
+from .ahead import Decoders
+from .captions import CaptionTable
+from .detect import Detector
+from .encode import Encoder, load_vae
+from .frame import BUCKET_GRID
+from .framing import Framed, Framing
+from .item import Item, Skipped, Unit
+from .report import UnitReport
+from .settings import Settings
+from .views import MIRRORED, views
+
+WORK_FOLDER = ".prepared"  # beside the shards: what is done, and what is made on the way
+
+Progress = Callable[[int, int], None]  # (weight, pictures) that came to an end since the last call
+
+
+class UnitMaker:
+    """Makes shards of units under `out`; models are loaded and processes started once.
+
+    Args:
+        out: with several resolutions, each has a folder of its own in it.
+        workers: decoding processes; 0 decodes in this one.
+        device: of the VAE and the detector.
+        batch_size: pictures that are detected and encoded together.
+    """
+
+    def __init__(
+        self, out: str | Path, settings: Settings, *, workers: int = 0, device: str = "cpu", batch_size: int = 8
+    ):
+        if workers < 0 or batch_size < 1:
+            raise ValueError(f"workers is {workers}, batch_size {batch_size}; expected at least 0 and 1")
+        self.out, self.settings, self.batch_size = Path(out), settings, batch_size
+        dtype = getattr(torch, settings.dtype)
+        seed = settings.seed if settings.latents == "sample" else None
+        vae = load_vae(settings.vae)
+        self.encoder = Encoder(vae, device=device, dtype=dtype, seed=seed, at_once=settings.vae_at_once)
+        _check_resolutions(settings.framing, self.encoder.downsampling)
+        self.detector = None
+        if settings.detector is not None:
+            self.detector = Detector.load(
+                settings.detector,
+                box_threshold=settings.box_threshold,
+                text_threshold=settings.text_threshold,
+                text=settings.detect_text,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+            )
+        self.captions = None
+        if settings.captions is not None:
+            self.captions = CaptionTable.open(settings.captions, self.out / WORK_FOLDER)
+        self.decoders = Decoders(workers, settings.framing, batch_size)
+
+    def make(self, unit: Unit, progress: Progress = lambda weight, pictures: None) -> tuple[UnitReport, list[str]]:
+        """Write the shards of a unit, all of them when it is through, or none.
+
+        Returns:
+            what became of its pictures, and the shards, as paths under `out`.
+
+        Raises:
+            ValueError, OSError, RuntimeError: the unit cannot be read to its end, or its shards not be written.
+        """
+        report, begin, repeated = UnitReport(), time.perf_counter(), self.encoder.repeated
+        writers = _Writers(self.out, unit.name, self.settings, self.encoder)
+        try:
+            batch: list[tuple[Item, Framed]] = []
+            for item, framed in self._framed(unit, report, progress):
+                batch.append((item, framed))
+                if len(batch) == self.batch_size:
+                    self._encode(batch, writers, report)
+                    batch.clear()
+            if batch:
+                self._encode(batch, writers, report)
+            with report.timed("write"):
+                names = writers.commit()
+        finally:
+            writers.discard()
+        report.repeated_in_float32 = self.encoder.repeated - repeated
+        report.spend("all", time.perf_counter() - begin)
+        return report, names
+
+    def close(self) -> None:
+        self.decoders.close()
+        if self.captions is not None:
+            self.captions.close()
+
+    def __enter__(self) -> UnitMaker:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # Read, caption, decode --------------------------------------------------------------------------------------
+
+    def _framed(self, unit: Unit, report: UnitReport, progress: Progress) -> Iterator[tuple[Item, Framed]]:
+        """The pictures that can be used, in their order; the others are counted."""
+        behind = 0
+        for item, framed in self.decoders.decode(self._read(unit, report), report):
+            report.seen += 1
+            progress(item.done - behind, 1)
+            behind = item.done
+            if isinstance(item, Skipped):
+                report.skip(item.image_id, item.reason)
+            elif isinstance(framed, str):
+                report.skip(item.image_id, framed)
+            elif framed is not None:
+                report.spend("decode", framed.seconds)
+                report.dropped_boxes.update(item.dropped)
+                yield item, framed
+        progress(unit.weight - behind, 0)
+
+    def _read(self, unit: Unit, report: UnitReport) -> Iterator[Item | Skipped]:
+        """The pictures of the source, with their captions."""
+        items = unit.items()
+        while True:
+            with report.timed("read"):
+                item = next(items, None)
+                if item is not None:
+                    item = self._captioned(item)
+            if item is None:
+                return
+            yield item
+
+    def _captioned(self, item: Item | Skipped) -> Item | Skipped:
+        if isinstance(item, Skipped):
+            return item
+        if self.captions is not None:
+            item = replace(item, caption=self.captions.get(item.image_id) or "")
+        needed = self.captions is not None or (self.detector is not None and self.settings.detect_text is None)
+        if needed and not item.caption.strip():
+            return Skipped(image_id=item.image_id, reason="no caption", done=item.done)
+        return item
+
+    # Detect, encode, write ---------------------------------------------------------------------------------------
+
+    def _encode(self, batch: Sequence[tuple[Item, Framed]], writers: _Writers, report: UnitReport) -> None:
+        if self.detector is not None:
+            with report.timed("detect"):
+                batch = self._detect(self.detector, batch)
+        used = set()
+        for place in range(len(self.settings.framing.resolutions)):
+            groups: dict[tuple[int, int], list[tuple[np.ndarray, Row]]] = {}
+            for item, framed in batch:
+                frame = framed.frames[place]
+                found = views(item, frame, framed.pixels[place], self.settings, report)
+                groups.setdefault(frame.size, []).extend(found)
+            for size, group in groups.items():
+                with report.timed("encode"):
+                    latents, finite = self.encoder([pixels for pixels, _ in group], [row.image_id for _, row in group])
+                rows = [row for (_, row), good in zip(group, finite, strict=True) if good]
+                for (_, row), good in zip(group, finite, strict=True):
+                    if not good:
+                        report.skip(row.image_id, "its latents are not finite")
+                with report.timed("write"):
+                    writers.add(place, size, latents[finite], rows)
+                report.written += len(rows)
+                report.boxes += sum(len(row.boxes) for row in rows)
+                report.bytes += latents[finite].nbytes
+                used |= {row.image_id.removesuffix(MIRRORED) for row in rows}
+        report.used += len(used)
+
+    def _detect(self, detector: Detector, batch: Sequence[tuple[Item, Framed]]) -> list[tuple[Item, Framed]]:
+        """The same pictures with the boxes that are found in their first frame."""
+        found = detector.detect([framed.pixels[0] for _, framed in batch], [item.caption for item, _ in batch])
+        result = []
+        for (item, framed), boxes in zip(batch, found, strict=True):
+            whole = framed.frames[0].back(np.array(boxes.boxes, np.float64)).tolist()
+            result.append((replace(item, boxes=whole, phrases=boxes.phrases, scores=boxes.scores), framed))
+        return result
+
+
+class _Writers:
+    """The shards of a unit: one for each resolution and latent shape, begun when their first picture comes."""
+
+    def __init__(self, out: Path, name: str, settings: Settings, encoder: Encoder):
+        self.out, self.name, self.settings, self.encoder = out, name, settings, encoder
+        self.writers: dict[str, ShardWriter] = {}
+
+    def add(self, place: int, size: tuple[int, int], latents: np.ndarray, rows: list[Row]) -> None:
+        if not rows:
+            return
+        framing = self.settings.framing
+        resolution = framing.resolutions[place]
+        name = f"{self.name}-{size[0]}x{size[1]}" if framing.buckets else self.name
+        path = f"{resolution}/{name}" if len(framing.resolutions) > 1 else name
+        if path not in self.writers:
+            self._check_place(self.out / path)
+            metadata = {"resolution": str(resolution), "vae": self.settings.vae, **self.encoder.metadata}
+            metadata["prepared"] = self.settings.fingerprint
+            self.writers[path] = ShardWriter(self.out / path, latents.shape[1:], metadata)
+        self.writers[path].add(latents, rows)
+
+    def _check_place(self, stem: Path) -> None:
+        """Shards that something else has made are not written over."""
+        if not stem.with_name(stem.name + ".parquet").is_file():
+            return
+        if Shard(stem).metadata.get("prepared") != self.settings.fingerprint:
+            raise ValueError(f"the shard {stem} stands there, made otherwise; remove it, or choose another folder")
+
+    def commit(self) -> list[str]:
+        for path in sorted(self.writers):
+            self.writers[path].commit()
+        return sorted(self.writers)
+
+    def discard(self) -> None:
+        for writer in self.writers.values():
+            writer.discard()
+
+
+def _check_resolutions(framing: Framing, downsampling: int) -> None:
+    step = downsampling * BUCKET_GRID if framing.buckets else downsampling
+    for resolution in framing.resolutions:
+        if resolution % step:
+            what = "with buckets " if framing.buckets else ""
+            raise ValueError(f"resolution is {resolution}; {what}this VAE wants a multiple of {step}")

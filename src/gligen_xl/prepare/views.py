@@ -1,0 +1,73 @@
+"""A framed picture to the rows that training reads: boxes moved into the frame, the mirror image beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from ..data.shards import Row
+from .frame import Frame, move_boxes
+from .item import Item
+from .report import UnitReport
+from .settings import Settings
+
+MIRRORED = "-mirrored"  # after the image id
+_SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards|side)?\b", re.IGNORECASE)
+
+
+def views(
+    item: Item, frame: Frame, pixels: np.ndarray, settings: Settings, report: UnitReport
+) -> Iterator[tuple[np.ndarray, Row]]:
+    """What of a picture goes into one resolution: it, or its mirror image, or both.
+
+    Args:
+        pixels: the picture in the frame, (h, w, 3) uint8.
+    """
+    moved = move_boxes(frame, item.boxes, settings.min_share)
+    named = [k for k, which in enumerate(moved.kept) if item.phrases[which].strip()]
+    for reason, count in (
+        ("cut away by the crop", moved.cut_away),
+        ("without width or height", moved.degenerate),
+        ("without a phrase", len(moved.kept) - len(named)),
+    ):
+        if count:
+            report.dropped_boxes[reason] += count
+    if len(named) < settings.min_boxes:
+        report.skip(item.image_id, "too few boxes")
+        return
+    row = Row(
+        image_id=item.image_id,
+        caption=item.caption,
+        boxes=[moved.boxes[k] for k in named],
+        scores=[float(item.scores[moved.kept[k]]) for k in named],
+        phrases=[item.phrases[moved.kept[k]] for k in named],
+        original_height=frame.original[0],
+        original_width=frame.original[1],
+        crop_top=frame.top,
+        crop_left=frame.left,
+    )
+    for mirrored in _sides(item, settings):
+        yield (np.ascontiguousarray(pixels[:, ::-1]), mirror(row, frame)) if mirrored else (pixels, row)
+
+
+def mirror(row: Row, frame: Frame) -> Row:
+    """The row of the mirrored picture."""
+    return replace(
+        row,
+        image_id=row.image_id + MIRRORED,
+        boxes=[(1 - x1, y0, 1 - x0, y1) for x0, y0, x1, y1 in row.boxes],
+        crop_left=frame.resized[1] - frame.size[1] - frame.left,
+    )
+
+
+def _sides(item: Item, settings: Settings) -> tuple[bool, ...]:
+    """Which of (as it is, mirrored) are wanted of a picture."""
+    if settings.flip == "no" or any(_SIDES.search(text) for text in (item.caption, *item.phrases)):
+        return (False,)
+    if settings.flip == "both":
+        return False, True
+    return (hashlib.sha256(f"flip {settings.seed} {item.image_id}".encode()).digest()[0] % 2 == 1,)
