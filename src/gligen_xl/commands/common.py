@@ -24,7 +24,7 @@ class UsageError(ValueError):
 class Parser(ArgumentParser):
     """Options are spelled with _ or with -, as one likes."""
 
-    def parse_args(self, args: Sequence[str] | None = None, **settings: Any) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, **settings: Any) -> Any:  # type: ignore[override]
         words = None if args is None else [_underscored(word) for word in args]
         return super().parse_args(words, **settings)
 

@@ -27,9 +27,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--classes", help="COCO: JSON or YAML of category -> phrase, or null to leave it out")
     parser.add_argument("--unit_size", type=int, default=10_000, help="pictures a shard, of sources without archives")
 
-    parser.add_argument(
-        "--resolution", type=int, action="append", help="pixels; several times for several; by default 512"
-    )
+    parser.add_argument("--resolution", action="append", default=[], help="pixels, by default 512; once for each")
     parser.add_argument("--buckets", action="store_true", help="SDXL's aspect-ratio buckets in place of centre crops")
     parser.add_argument(
         "--flip",
@@ -69,6 +67,10 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     arguments = parser.parse_args(words)
     if arguments.classes and not arguments.instances:
         raise UsageError("--classes is of COCO's categories; give --instances with it")
+    try:
+        arguments.resolution = [int(text) for text in arguments.resolution] or [512]
+    except ValueError as error:
+        raise UsageError(f"--resolution is {', '.join(arguments.resolution)}; expected pixels, as 512") from error
     return (arguments,)
 
 
@@ -97,7 +99,7 @@ def run(arguments: Namespace) -> None:
         unit_size=arguments.unit_size,
     )
     weight = sum(unit.weight for unit in units[part[0] - 1 :: part[1]])
-    form = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+    form = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     signal.signal(signal.SIGTERM, _interrupt)
     with tqdm(total=weight, desc="prepare", bar_format=form) as bar:
         report = prepare(units, arguments.out, settings, machine, part=part, progress=_Shown(bar))
@@ -116,7 +118,7 @@ def _settings(arguments: Namespace) -> Any:
     names = ("flip", "min_share", "min_boxes", "captions", "detector", "box_threshold", "text_threshold", "detect_text",
              "latents", "seed", "dtype", "vae_at_once")  # fmt: skip
     framing = Framing(
-        resolutions=tuple(arguments.resolution or [512]),
+        resolutions=tuple(arguments.resolution),
         buckets=arguments.buckets,
         fast_jpeg=arguments.fast_jpeg,
         min_side=arguments.min_side,
@@ -135,8 +137,8 @@ class _Shown:
         if not pictures and not self.pictures:
             self.bar.initial += weight  # done before: no part of the speed
         elapsed = self.bar.format_dict["elapsed"] or 1e-9
-        text = f"{self.pictures} pictures, {self.pictures / elapsed:.1f}/s"
-        self.bar.set_postfix_str(text, refresh=False)
+        text = f"prepare: {self.pictures} pictures, {self.pictures / elapsed:.1f}/s"
+        self.bar.set_description_str(text, refresh=False)
         self.bar.update(weight)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -19,7 +20,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[str, Namespace]:
     draw = Parser(description="Draw scenes of the world, with their layouts.")
     draw.add_argument("--count", type=int, default=16, help="how many")
     draw.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
-    draw.add_argument("--out", default="scenes", help="folder for pictures and layouts.jsonl")
+    draw.add_argument("--out", default="scenes", help="folder for pictures, layouts.jsonl and metadata.jsonl (prepare)")
     build = Parser(description="Train the embedded model from nothing (hours). The same command continues.")
     build.add_argument("--out", default="runs/shapes", help="folder for data, checkpoints and the model")
     actions.add_subcommand("demo", demo, help="pictures with grounding on and off, and a table")
@@ -66,4 +67,11 @@ def _draw_scenes(arguments: Namespace) -> None:
         with whole_file(out / f"{layouts[-1].id}.png") as partial:
             draw(scene).save(partial, format="PNG")
     write_layouts(out / "layouts.jsonl", layouts)
+    with whole_file(out / "metadata.jsonl") as partial:  # what `prepare` reads
+        rows = [
+            {"file_name": f"{layout.id}.png", "text": layout.prompt, "phrases": layout.phrases, "boxes": layout.boxes}
+            for layout in layouts
+        ]
+        lines = [json.dumps({**row, "box_format": "xyxy"}, ensure_ascii=False) + "\n" for row in rows]
+        partial.write_text("".join(lines), encoding="utf-8")
     print(f"{len(layouts)} scenes in {out}")

@@ -1,0 +1,179 @@
+"""What the preparation of pictures costs: sizes, decoding, processes, overlap, memory; ratios in one run.
+
+Archives like SA-1B's are made first: JPEGs of 1500 x 2250 pixels, about 1 MB each, with a `.json` beside each.
+
+python benchmarks/prepare.py
+python benchmarks/prepare.py --pictures 200 --repeats 5
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gligen_xl.prepare.framing import Framing, frame_picture
+from gligen_xl.prepare.pictures import picture_size
+
+HEIGHT, WIDTH = 1500, 2250
+
+
+def photograph(seed: int) -> bytes:
+    """A JPEG of about 1 MB with structure at every scale, as photographs have."""
+    rng = np.random.default_rng(seed)
+    picture = np.zeros((HEIGHT, WIDTH, 3), np.float32)
+    for side, weight in ((6, 60), (24, 40), (96, 25), (384, 14), (1500, 10)):
+        field = rng.normal(size=(side, side * 3 // 2, 3)).clip(-2, 2)
+        small = Image.fromarray(((field / 4 + 0.5) * 255).astype(np.uint8))
+        picture += weight * (
+            np.asarray(small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32) / 63.75 - 2
+        )
+    written = io.BytesIO()
+    Image.fromarray((picture + 128).clip(0, 255).astype(np.uint8)).save(written, "JPEG", quality=88)
+    return written.getvalue()
+
+
+def make_archive(path: Path, pictures: list[bytes], count: int) -> None:
+    """As SA-1B's: `count` pictures, the given ones over and over."""
+    with tarfile.open(path, "w") as archive:
+        for k in range(count):
+            about = {"image": {"image_id": k, "width": WIDTH, "height": HEIGHT, "file_name": f"sa_{k}.jpg"}}
+            annotations = {"annotations": [{"segmentation": {"counts": "x" * 900}} for _ in range(100)]}
+            entries = ((".jpg", pictures[k % len(pictures)]), (".json", json.dumps(about | annotations).encode()))
+            for ending, data in entries:
+                member = tarfile.TarInfo(f"sa_{k}{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def seconds(work, repeats: int) -> list[float]:
+    taken = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def turns(works: dict, repeats: int) -> dict[str, list[float]]:
+    """Every work in turn, so that a noisy minute hits all."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            taken[name] += seconds(work, 1)
+    return taken
+
+
+def ratio(first: list[float], second: list[float]) -> float:
+    """Median of how many times as long the first took, turn by turn."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def decoding(pictures: list[bytes], repeats: int) -> None:
+    full, fast = (Framing(resolutions=(512,), fast_jpeg=fast) for fast in (False, True))
+    works = {
+        "size": lambda: [picture_size(picture) for picture in pictures],
+        "full": lambda: [frame_picture(picture, None, full) for picture in pictures],
+        "fast": lambda: [frame_picture(picture, None, fast) for picture in pictures],
+    }
+    taken = turns(works, repeats)
+    for name, values in taken.items():
+        print(f"{name:>5}: {len(pictures) / statistics.median(values):9.1f} pictures/s")
+    print(f"reading sizes: {ratio(taken['full'], taken['size']):.0f} times a full decode")
+    print(f"--fast-jpeg at 512: {ratio(taken['full'], taken['fast']):.2f} times a full decode")
+    differences = []
+    for picture in pictures:
+        one, other = (frame_picture(picture, None, framing).pixels[0].astype(int) for framing in (full, fast))
+        differences.append(np.abs(one - other))
+    print(f"its difference: mean {np.mean(differences):.2f} of 255, at most {np.max(differences)}")
+
+
+def command(archives: Path, out: Path, *more: str) -> dict:
+    """A preparation in a process of its own; its report, and its peak memory with its decoding processes."""
+    shutil.rmtree(out, ignore_errors=True)
+    words = ["--vae", "shapes", "--out", str(out), *more]
+    code = (
+        "import resource, sys; from gligen_xl.cli import main; code = main(sys.argv[1:]);"
+        "own, of = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN));"
+        "print('peak', own / 1024, of / 1024); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "prepare", str(archives), *words],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    own, of = map(float, done.stdout.split("peak", 1)[1].split())
+    return json.loads((out / "prepare.json").read_text()) | {"own_mib": own, "process_mib": of}
+
+
+def working_seconds(report: dict) -> float:
+    """Without the start of the processes."""
+    return round(report["seconds"]["all"] - report["seconds"].get("start", 0), 2)
+
+
+def processes(archives: Path, out: Path, repeats: int) -> None:
+    """Decoding alone is the work: the embedded VAE at 64 pixels takes a few milliseconds."""
+    taken: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for workers in taken:
+            report = command(archives, out, "--resolution", "64", "--workers", str(workers))
+            taken[workers].append(working_seconds(report))
+    print(f"two workers: {ratio(taken[1], taken[2]):.2f} times one ({taken[1]}, {taken[2]} s)")
+
+
+def overlap(archives: Path, out: Path, repeats: int) -> None:
+    """The embedded VAE at 256 pixels takes about as long as decoding: beside it, or after it."""
+    taken: dict[int, list[float]] = {0: [], 1: []}
+    busy: dict[int, list[float]] = {0: [], 1: []}
+    for _ in range(repeats):
+        for workers in taken:
+            report = command(archives, out, "--resolution", "256", "--workers", str(workers))
+            taken[workers].append(working_seconds(report))
+            busy[workers].append(report["share_of_time_device_was_busy"])
+    for workers, name in ((0, "one after the other"), (1, "decoding beside encoding")):
+        print(f"{name}: {statistics.median(taken[workers]):.1f} s, device busy {statistics.median(busy[workers]):.0%}")
+    print(f"overlap: {ratio(taken[0], taken[1]):.2f} times")
+
+
+def memory(folder: Path, pictures: list[bytes], out: Path, counts: tuple[int, int]) -> None:
+    peaks = []
+    for count in counts:
+        archives = folder / f"memory-{count}"
+        archives.mkdir()
+        make_archive(archives / "sa_000000.tar", pictures, count)
+        report = command(archives, out, "--resolution", "64", "--workers", "1")
+        peaks.append((report["own_mib"], report["process_mib"]))
+        shutil.rmtree(archives)
+    for count, (own, of) in zip(counts, peaks, strict=True):
+        print(f"an archive of {count} pictures: peak {own:.0f} MiB, decoding process {of:.0f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=120, help="in the archive")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder, out = Path(name), Path(name) / "out"
+        pictures = [photograph(seed) for seed in range(8)]
+        print(f"JPEGs of {HEIGHT} x {WIDTH}, {statistics.mean(map(len, pictures)) / 1e6:.2f} MB each")
+        decoding(pictures, arguments.repeats)
+        archives = folder / "archives"
+        archives.mkdir()
+        make_archive(archives / "sa_000000.tar", pictures, arguments.pictures)
+        processes(archives, out, arguments.repeats)
+        overlap(archives, out, arguments.repeats)
+        memory(folder, pictures, out, (arguments.pictures, 6 * arguments.pictures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Rows of a file that describe pictures, some thousand at a time: metadata.jsonl, metadata.parquet, layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .item import Item, Skipped
+from .pictures import PictureError
+from .rows import MISSING, RowError, clean, file_within, is_file, read_annotation, read_row, unique
+
+METADATA = ("metadata.jsonl", "metadata.parquet")
+PATH_KEYS = {"imagefolder": "file_name", "layouts": "image"}
+
+# Rows are read with their number in the file, from 1; a broken one comes as its error.
+_Rows = Iterator[tuple[int, Mapping[str, Any] | RowError]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowChunk:
+    """Consecutive rows of a JSONL or parquet file, and the pictures they name.
+
+    Args:
+        kind: "imagefolder" or "layouts".
+        first: number of its first row, from 0. count: of rows.
+        offset: byte where its first line begins, in JSONL.
+        sha256: of its lines, or of the whole parquet file.
+    """
+
+    name: str
+    kind: str
+    file: Path
+    box_format: str | None
+    first: int
+    count: int
+    offset: int
+    sha256: str
+
+    @property
+    def weight(self) -> int:
+        return self.count
+
+    def identity(self) -> dict[str, Any]:
+        numbers = {"bytes": self.file.stat().st_size, "first": self.first, "count": self.count, "sha256": self.sha256}
+        return {"kind": self.kind, "file": self.file.name, "box_format": self.box_format, **numbers}
+
+    def items(self) -> Iterator[Item | Skipped]:
+        return unique(self._items())
+
+    def rows(self) -> _Rows:
+        return (_parquet_rows if self.file.suffix == ".parquet" else _jsonl_rows)(self)
+
+    def item(self, number: int, row: Mapping[str, Any] | RowError) -> Item:
+        """The picture of a row.
+
+        Raises:
+            RowError, PictureError: as `read_annotation`; or there is no such picture.
+        """
+        if isinstance(row, RowError):
+            raise row
+        path = file_within(self.file.parent, row.get(PATH_KEYS[self.kind]))
+        try:
+            # The width and height of a layout are those of the picture to be generated.
+            known = read_annotation(row, path, self.box_format, with_size=self.kind != "layouts")
+        except FileNotFoundError as error:
+            raise RowError(MISSING, f"there is no file {path}") from error
+        if not is_file(path):
+            raise RowError(MISSING, f"there is no file {path}")
+        return Item(
+            image_id=self.image_id(number, row),
+            picture=path,
+            caption=known.caption,
+            boxes=known.boxes,
+            phrases=known.phrases,
+            scores=known.scores,
+            size=known.size,
+            done=number - self.first,
+            dropped=known.dropped,
+        )
+
+    def image_id(self, number: int, row: Mapping[str, Any] | RowError) -> str:
+        """What the row calls itself, or its path without the ending; for a broken row, where it stands."""
+        said = {} if isinstance(row, RowError) else row
+        given = next((said[key] for key in ("image_id", "id") if said.get(key) is not None), None)
+        if isinstance(given, str | int) and str(given).strip():
+            return clean(str(given))
+        path = said.get(PATH_KEYS[self.kind])
+        if isinstance(path, str) and path.strip():
+            return clean(os.path.splitext(path)[0])  # noqa: PTH122, a Path would change what it does not know
+        return f"{self.file.name} row {number}"
+
+    def _items(self) -> Iterator[Item | Skipped]:
+        for number, row in self.rows():
+            try:
+                yield self.item(number, row)
+            except (RowError, PictureError) as error:
+                image_id = self.image_id(number, row)
+                yield Skipped(image_id=image_id, reason=error.reason, done=number - self.first)
+
+
+def row_chunks(file: Path, name: str, kind: str, box_format: str | None, unit_size: int) -> list[RowChunk]:
+    """Units of `unit_size` rows each, of a file that is read through once.
+
+    Raises:
+        ValueError: it holds no rows.
+    """
+    shared = {"kind": kind, "file": file, "box_format": box_format}
+    if file.suffix == ".parquet":
+        chunks = _parquet_chunks(file, name, shared, unit_size)
+    else:
+        chunks = _jsonl_chunks(file, name, shared, unit_size)
+    if not chunks:
+        raise ValueError(f"{file} holds no rows; expected one of each picture")
+    return chunks
+
+
+def check_rows(chunks: list[RowChunk]) -> None:
+    """Read the first row, and the first that has boxes: a fault of those is a fault of all.
+
+    Raises:
+        ValueError: names the file and the row. A picture that is missing or damaged is another matter.
+    """
+    first = True
+    for chunk in chunks:
+        for number, row in chunk.rows():
+            with_boxes = not isinstance(row, RowError) and bool(row.get("boxes") or row.get("objects"))
+            if first or with_boxes:
+                try:
+                    chunk.item(number, row)
+                except RowError as error:
+                    if error.reason != MISSING:
+                        raise ValueError(f"{chunk.file}, row {number}: {error}") from error
+                except PictureError:
+                    pass
+            first = False
+            if with_boxes:
+                return
+
+
+def _jsonl_chunks(file: Path, name: str, shared: Mapping[str, Any], unit_size: int) -> list[RowChunk]:
+    chunks: list[RowChunk] = []
+    offset = start = count = first = 0
+    digest = hashlib.sha256()
+
+    def close() -> None:
+        place = {"first": first, "count": count, "offset": start, "sha256": digest.hexdigest()}
+        chunks.append(RowChunk(name=f"{name}-{len(chunks):05d}", **shared, **place))
+
+    with file.open("rb") as lines:
+        for line in lines:
+            if count == unit_size:
+                close()
+                start, first, count, digest = offset, first + count, 0, hashlib.sha256()
+            offset += len(line)
+            if line.strip():
+                count += 1
+                digest.update(line)
+    if count:
+        close()
+    return chunks
+
+
+def _jsonl_rows(chunk: RowChunk) -> _Rows:
+    with chunk.file.open("rb") as file:
+        file.seek(chunk.offset)
+        lines = (line for line in file if line.strip())
+        for number, line in enumerate(islice(lines, chunk.count), start=chunk.first + 1):
+            try:
+                yield number, read_row(line)
+            except RowError as error:
+                yield number, error
+
+
+def _parquet_chunks(file: Path, name: str, shared: Mapping[str, Any], unit_size: int) -> list[RowChunk]:
+    try:
+        total = pq.read_metadata(file).num_rows
+    except pa.ArrowException as error:
+        raise ValueError(f"{file} is not a readable parquet file: {error}") from error
+    with file.open("rb") as contents:
+        sha256 = hashlib.file_digest(contents, "sha256").hexdigest()
+    return [
+        RowChunk(
+            name=f"{name}-{k:05d}",
+            first=first,
+            count=min(unit_size, total - first),
+            offset=0,
+            sha256=sha256,
+            **shared,
+        )
+        for k, first in enumerate(range(0, total, unit_size))
+    ]
+
+
+def _parquet_rows(chunk: RowChunk) -> _Rows:
+    """Row groups that end before the chunk are not read."""
+    table = pq.ParquetFile(chunk.file)
+    end, behind = chunk.first + chunk.count, 0
+    for group in range(table.num_row_groups):
+        rows = table.metadata.row_group(group).num_rows
+        if behind + rows > chunk.first and behind < end:
+            number = behind
+            for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
+                low, high = max(chunk.first - number, 0), min(end - number, len(batch))
+                if low < high:
+                    part = batch.slice(low, high - low).to_pylist()
+                    yield from enumerate(part, start=number + low + 1)
+                number += len(batch)
+        behind += rows

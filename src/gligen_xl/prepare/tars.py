@@ -1,0 +1,205 @@
+"""Archives of samples (webdataset, SA-1B): read in one pass from front to back, plain or gzip, never unpacked.
+
+    for sample in read_samples(path, {"jpg", "json"}):
+        sample.key, sample.files["jpg"]
+
+Files of one sample stand next to each other and share their name up to the first dot. One sample is in memory at a
+time. Names are text to tell samples apart by; nothing is written to a disk.
+"""
+
+from __future__ import annotations
+
+import gzip
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import IO
+
+from .pictures import MAX_BYTES, TOO_LARGE
+
+BLOCK = 512
+MAX_HEADER = 2**20  # bytes of a long name or of a pax header; real ones have some hundred
+PIECE = 2**20  # how much is skipped at once
+
+BAD_NAME, NO_FILE = "its name in the archive leads elsewhere", "not a regular file in the archive"
+
+_WITHOUT_DATA = {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE}
+
+
+@dataclass(kw_only=True)
+class TarSample:
+    """Files of one name.
+
+    Args:
+        key: their path in the archive up to the first dot of the name.
+        files: contents by ending, in small letters and without the dot.
+        refused: why others were not read, by ending: BAD_NAME, NO_FILE or TOO_LARGE.
+        done: how many bytes of the archive, as it lies on the disk, are behind.
+    """
+
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    done: int = 0
+
+
+def read_samples(path: Path, endings: Collection[str]) -> Iterator[TarSample]:
+    """Samples of an archive, in its order; of their files those that have one of these `endings`.
+
+    Raises:
+        ValueError: the archive is no tar, is cut short, or is damaged. All of it has been seen only at the end.
+        OSError: it cannot be read.
+    """
+    count, sample = 0, None
+    try:
+        with path.open("rb") as file:
+            for member in _members(file):
+                key, ending = _split(member.name)
+                if ending not in endings:
+                    member.skip()
+                    continue
+                if sample is not None and (key != sample.key or ending in sample.files or ending in sample.refused):
+                    yield sample
+                    count, sample = count + 1, None
+                sample = sample or TarSample(key=key)
+                if problem := _problem(member):
+                    member.skip()
+                    sample.refused[ending] = problem
+                else:
+                    sample.files[ending] = member.read()
+                sample.done = file.tell()
+            if sample is not None:
+                yield sample
+    except (_Damaged, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} {_told(error)}, after {count} samples; fetch it again") from error
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and ending. Of a hidden file, as macOS adds them (`._a.jpg`), all is ending, and none that is asked for.
+
+    Characters that would disturb a table or a terminal are shown as question marks.
+    """
+    name = "".join(c if c.isprintable() else "?" for c in name.removeprefix("./"))
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return f"{folder}{slash}{stem}", ending.lower()
+
+
+def _problem(member: _Member) -> str | None:
+    if not member.regular:
+        return NO_FILE
+    if member.name.startswith("/") or ".." in member.name.split("/") or not member.name.isprintable():
+        return BAD_NAME
+    return TOO_LARGE if member.size > MAX_BYTES else None
+
+
+# The format ---------------------------------------------------------------------------------------------------------
+
+
+class _Damaged(Exception):
+    """What is wrong with an archive, as the end of "the archive ..."."""
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "is cut short"
+    return str(error) if isinstance(error, _Damaged) else f"is damaged ({error})"
+
+
+@dataclass
+class _Member:
+    name: str
+    size: int
+    regular: bool
+    stream: IO[bytes]
+
+    def read(self) -> bytes:
+        """Its contents; either this or `skip` is called, once."""
+        contents = _exactly(self.stream, self.size)
+        _skip(self.stream, -self.size % BLOCK)
+        return contents
+
+    def skip(self) -> None:
+        _skip(self.stream, self.size + -self.size % BLOCK)
+
+
+def _members(file: BufferedReader) -> Iterator[_Member]:
+    """Members with their contents still to be read. tarfile's own streams take a cut archive for a whole one.
+
+    Raises:
+        _Damaged, EOFError, zlib.error, gzip.BadGzipFile: the archive is not whole.
+    """
+    magic = file.peek(2)[:2]
+    if not magic:
+        raise _Damaged("is empty")
+    stream: IO[bytes] = gzip.GzipFile(fileobj=file) if magic == b"\x1f\x8b" else file  # type: ignore[assignment]
+    first, said = True, {}
+    while True:
+        block = _exactly(stream, BLOCK)
+        if not any(block):
+            break
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise _Damaged("is not a tar archive" if first else f"is damaged ({error})") from error
+        first = False
+        if info.size < 0:
+            raise _Damaged(f"is damaged (a member of {info.size} bytes)")
+        if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):  # of the next member
+            said |= _said(info, stream)
+            continue
+        yield _member(info, said, block, stream)
+        said = {}
+    if any(_exactly(stream, BLOCK)):
+        raise _Damaged("is damaged (one block of zeros where two end an archive)")
+    while stream is not file and stream.read(PIECE):  # the check sum of gzip comes last
+        pass
+
+
+def _member(info: tarfile.TarInfo, said: dict[str, str], block: bytes, stream: IO[bytes]) -> _Member:
+    sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said)
+    if info.type == tarfile.GNUTYPE_SPARSE:  # its map goes on in further blocks
+        more = block[482]
+        while more:
+            more = _exactly(stream, BLOCK)[504]
+    try:
+        size = int(said.get("size", info.size)) if info.type not in _WITHOUT_DATA else 0
+    except ValueError as error:
+        raise _Damaged(f"is damaged (a member of {said['size'][:40]!r} bytes)") from error
+    if size < 0:
+        raise _Damaged(f"is damaged (a member of {size} bytes)")
+    return _Member(said.get("path", info.name), size, info.type in tarfile.REGULAR_TYPES and not sparse, stream)
+
+
+def _said(info: tarfile.TarInfo, stream: IO[bytes]) -> dict[str, str]:
+    """What a pax header or a long name says of the member behind it."""
+    if info.size > MAX_HEADER:
+        raise _Damaged(f"is damaged (a header of {info.size} bytes)")
+    contents = _exactly(stream, info.size)
+    _skip(stream, -info.size % BLOCK)
+    if info.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": contents.rstrip(b"\0").decode("utf-8", "replace")}
+    said, place = {}, 0
+    while place < len(contents) and contents[place]:
+        length, space, _ = contents[place : place + 20].partition(b" ")  # "LENGTH KEY=VALUE\n", all of it counted
+        if not space or not length.isdigit() or int(length) <= len(length) + 1:
+            raise _Damaged("is damaged (a pax header that cannot be read)")
+        key, _, value = contents[place + len(length) + 1 : place + int(length) - 1].partition(b"=")
+        said[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        place += int(length)
+    return said
+
+
+def _exactly(stream: IO[bytes], size: int) -> bytes:
+    contents = stream.read(size)
+    if len(contents) < size:
+        raise EOFError
+    return contents
+
+
+def _skip(stream: IO[bytes], size: int) -> None:
+    while size > 0:
+        size -= len(_exactly(stream, min(size, PIECE)))

@@ -1,0 +1,670 @@
+"""Sources: what is recognised, the items each kind gives, and how bad rows are told."""
+
+import io
+import json
+import pickle
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from gligen_xl.prepare import rows
+from gligen_xl.prepare.item import Item, Skipped
+from gligen_xl.prepare.json_members import members
+from gligen_xl.prepare.pictures import DAMAGED
+from gligen_xl.prepare.rows import BOX_FORMATS, convert_boxes
+from gligen_xl.prepare.sources import open_source, recognise
+
+HEIGHT, WIDTH = 40, 80
+
+
+def picture(orientation=1, kind="JPEG"):
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (WIDTH, HEIGHT), (90, 120, 30)).save(stream, kind, exif=exif)
+    return stream.getvalue()
+
+
+def put(path, contents):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    return path
+
+
+def lines(entries):
+    return "".join((entry if isinstance(entry, str) else json.dumps(entry)) + "\n" for entry in entries)
+
+
+def tar(path, files, mode="w"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, contents in files:
+            contents = contents if isinstance(contents, bytes) else json.dumps(contents).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(contents)
+            archive.addfile(info, io.BytesIO(contents))
+    return path
+
+
+def folder(path, entries, name="metadata.jsonl", pictures=("a.jpg", "b.jpg", "c.jpg")):
+    for file in pictures:
+        put(path / file, picture())
+    put(path / name, lines(entries))
+    return path
+
+
+def items(path, **options):
+    """All of a source; what its units promise is checked on the way."""
+    found = []
+    for unit in open_source(path, **options):
+        copy = pickle.loads(pickle.dumps(unit))
+        assert copy.identity() == json.loads(json.dumps(unit.identity()))
+        given = list(unit.items())
+        assert given == list(copy.items())
+        done = [item.done for item in given]
+        assert done == sorted(done)
+        assert not done or done[-1] <= unit.weight
+        found += given
+    return found
+
+
+def reasons(found):
+    return {item.image_id: item.reason for item in found if isinstance(item, Skipped)}
+
+
+def kept(found):
+    return {item.image_id: item for item in found if isinstance(item, Item)}
+
+
+# SA-1B --------------------------------------------------------------------------------------------------------------
+
+
+def sa1b_json(number, height=HEIGHT, width=WIDTH, annotations=3):
+    image = {"image_id": number, "width": width, "height": height, "file_name": f"sa_{number}.jpg"}
+    mask = {"segmentation": {"size": [height, width], "counts": "xyz" * 50}, "bbox": [1, 2, 3, 4]}
+    return {"image": image, "annotations": [mask] * annotations}
+
+
+@pytest.mark.parametrize(("ending", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tgz", "w:gz"), (".tar", "w:gz")])
+def test_sa1b(tmp_path, ending, mode):
+    files = [("sa_1.jpg", picture()), ("sa_1.json", sa1b_json(1)), ("sa_2.json", sa1b_json(2)), ("sa_2.jpg", b"two")]
+    path = tar(tmp_path / f"sa_000007{ending}", files, mode)
+    assert recognise(path) == recognise(tmp_path) == "sa1b"
+    (unit,) = open_source(path)
+    assert unit.name == "sa_000007"
+    assert unit.weight == path.stat().st_size
+    assert unit.identity() == {"kind": "sa1b", "file": path.name, "bytes": unit.weight}
+    first, second = items(tmp_path)
+    assert (first.image_id, first.picture, first.size, first.boxes) == ("sa_1", picture(), (HEIGHT, WIDTH), ())
+    assert (second.image_id, second.picture, second.size) == ("sa_2", b"two", (HEIGHT, WIDTH))
+
+
+def test_sa1b_whose_json_stands_elsewhere_or_is_broken(tmp_path):
+    files = [(f"./sa_{k}.jpg", picture()) for k in range(3)]
+    files += [(f"./sa_{k}.json", sa1b_json(k)) for k in range(3)]
+    broken = [b"", b"{", b'{"image": 3}', b'{"image": {"height": "40", "width": 80}}', b"[" * 100_000, b"\xff\xfe"]
+    broken += [b'{"image": {"height": 1e999, "width": 80}}', b'{"annotations": []}']
+    for k, contents in enumerate(broken, start=10):
+        files += [(f"sa_{k}.jpg", picture()), (f"sa_{k}.json", contents)]
+    late = {"annotations": sa1b_json(0)["annotations"], "image": {"height": 40, "width": 80.0}}
+    files += [("sa_50.jpg", picture()), ("sa_50.json", late)]
+    # Cut behind the image: what is asked for was there.
+    files += [("sa_51.jpg", picture()), ("sa_51.json", json.dumps(sa1b_json(51)).encode()[:-9])]
+    found = items(tar(tmp_path / "sa_000000.tar", files))
+    assert not reasons(found)
+    sizes = {item.image_id: item.size for item in found}
+    assert sizes.pop("sa_50") == sizes.pop("sa_51") == (HEIGHT, WIDTH)
+    assert len(sizes) == 3 + len(broken)
+    assert set(sizes.values()) == {None}
+
+
+def test_archives_have_names_of_their_own(tmp_path):
+    for name in ("sa_000001.tar", "sa_000000.tar", "._sa_000000.tar", "sa_000002.tar.part"):
+        tar(tmp_path / name, [("sa_1.jpg", picture())])
+    assert [unit.name for unit in open_source(tmp_path)] == ["sa_000000", "sa_000001"]
+    tar(tmp_path / "sa_000001.tgz", [("sa_1.jpg", picture())], "w:gz")
+    with pytest.raises(ValueError, match=r"sa_000001\.tar and sa_000001\.tgz would both be called sa_000001"):
+        open_source(tmp_path)
+
+
+def test_a_cut_archive_opens_and_then_fails(tmp_path):
+    path = tar(tmp_path / "sa_000000.tar", [(f"sa_{k}.jpg", picture()) for k in range(9)])
+    path.write_bytes(path.read_bytes()[:4000])
+    for kind in ("sa1b", "webdataset"):
+        (unit,) = open_source(tmp_path, kind=kind)
+        with pytest.raises(ValueError, match=r"sa_000000\.tar is cut short.*fetch it again"):
+            list(unit.items())
+
+
+# Webdatasets --------------------------------------------------------------------------------------------------------
+
+
+def test_webdataset(tmp_path):
+    layout = {"boxes": [[8, 4, 40, 20]], "phrases": ["a dog"], "scores": [0.5], "box_format": "xyxy_pixels"}
+    files = [
+        ("d/000.jpg", picture()), ("d/000.txt", b"\xef\xbb\xbfa dog on grass\n"),
+        ("d/000.json", {"caption": "no"} | layout),
+        ("d/001.png", picture(kind="PNG")), ("d/001.json", {"prompt": "a prompt"}),
+        ("d/002.jpg", picture(6)), ("d/002.json", layout),
+        ("d/003.webp", b"not looked at here"),
+        ("d/004.txt", b"alone"),
+        ("d/005.jpg", picture()), ("d/005.json", b"{"),
+        ("d/006.jpg", b"broken"), ("d/006.json", layout),
+        ("d/000.jpg", picture()),
+        ("../007.jpg", picture()),
+        ("d/008.jpg", picture()), ("d/008.json", {"boxes": [[0, 0, 1, 1]], "phrases": ["x"]}),
+    ]  # fmt: skip
+    path = tar(tmp_path / "train-00.tar", files)
+    assert recognise(tmp_path) == "webdataset"
+    found = items(path)
+    good = kept(found)
+    assert list(good) == ["d/000", "d/001", "d/002", "d/003"]
+    first = good["d/000"]
+    assert (first.caption, first.boxes, first.phrases) == ("a dog on grass", ((0.1, 0.1, 0.5, 0.5),), ("a dog",))
+    assert (first.scores, first.size) == ((0.5,), (HEIGHT, WIDTH))
+    assert good["d/001"].caption == "a prompt"
+    assert good["d/002"].boxes == ((8 / HEIGHT, 4 / WIDTH, 40 / HEIGHT, 20 / WIDTH),)  # it stands upright
+    assert (good["d/003"].size, good["d/003"].picture) == (None, b"not looked at here")
+    assert reasons(found) == {
+        "d/004": "no picture beside its text",
+        "d/005": "its row is not JSON",
+        "d/006": "not a picture",
+        "d/000": "image_id stands there twice",
+        "../007": "its name in the archive leads elsewhere",
+        "d/008": "its box_format is not known",
+    }
+    assert isinstance(kept(items(path, box_format="xyxy"))["d/008"], Item)
+
+
+def test_a_webdataset_whose_first_boxes_are_of_no_format(tmp_path):
+    sample = [("0.jpg", picture()), ("0.json", {"boxes": [[0, 0, 1, 1]], "phrases": ["x"]})]
+    path = tar(tmp_path / "a.tar", sample)
+    with pytest.raises(ValueError, match=r"a\.tar, first sample: .*name one of xyxy, xywh, .*--box_format"):
+        open_source(path)
+    assert len(items(path, box_format="xywh")) == 1
+
+
+# Image folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", BOX_FORMATS)
+def test_box_formats(tmp_path, form):
+    """The same box in every convention, said by the row or by the caller; the row wins."""
+    said = {
+        "xyxy": [0.25, 0.5, 0.75, 1.0],
+        "xywh": [0.25, 0.5, 0.5, 0.5],
+        "cxcywh": [0.5, 0.75, 0.5, 0.5],
+        "xyxy_pixels": [20, 20, 60, 40],
+        "xywh_pixels": [20, 20, 40, 20],
+        "cxcywh_pixels": [40, 30, 40, 20],
+    }[form]
+    row = {"file_name": "a.jpg", "boxes": [said], "phrases": ["x"]}
+    other = next(other for other in BOX_FORMATS if other != form)
+    stated = row | {"file_name": "b.jpg", "box_format": form, "width": 160, "height": 80}
+    path = folder(tmp_path / "set", [row | {"box_format": form}, stated], pictures=["a.jpg", "b.jpg"])
+    first, second = items(path, box_format=other)
+    assert first.boxes == ((0.25, 0.5, 0.75, 1.0),)
+    assert second.size == (80, 160)
+    assert second.boxes == (((0.125, 0.25, 0.375, 0.5),) if "pixels" in form else first.boxes)
+    put(path / "metadata.jsonl", lines([row]))
+    assert items(path, box_format=form)[0].boxes == first.boxes
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1)] * 4), max_size=5), st.integers(1, 5000), st.integers(1, 5000))
+def test_conversions_agree(boxes, height, width):
+    xyxy = np.array(boxes).reshape(-1, 4)
+    scale = np.array([width, height, width, height])
+    size = xyxy[:, 2:] - xyxy[:, :2]
+    other = {
+        "xyxy": xyxy,
+        "xywh": np.concatenate([xyxy[:, :2], size], -1),
+        "cxcywh": np.concatenate([xyxy[:, :2] + size / 2, size], -1),
+    }
+    for form, values in other.items():
+        for name, given_values in ((form, values), (f"{form}_pixels", values * scale)):
+            converted = np.array(convert_boxes(given_values.tolist(), name, (height, width))).reshape(-1, 4)
+            np.testing.assert_allclose(converted, xyxy, atol=1e-9)
+
+
+def test_boxes_without_a_format(tmp_path):
+    rows_ = [{"file_name": "b.jpg"}, {"file_name": "a.jpg", "boxes": [[0, 0, 1, 1]], "phrases": ["x"]}]
+    path = folder(tmp_path, rows_)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, row 2: .*xyxy, xywh, cxcywh, .*\"box_format\": \"xyxy\""):
+        open_source(path)
+    with pytest.raises(ValueError, match=r"box_format is 'yxyx'; expected one of xyxy, "):
+        open_source(path, box_format="yxyx")
+    put(path / "metadata.jsonl", lines([rows_[1] | {"box_format": "voc"}]))
+    with pytest.raises(ValueError, match=r"row 1: its box_format is not known: it is 'voc'; expected one of xyxy"):
+        open_source(path)
+
+
+def test_hugging_face_objects_are_cocos(tmp_path):
+    objects = {"bbox": [[20, 10, 40, 20], [0, 0, 8, 8]], "categories": ["cat", "dog"]}
+    path = folder(tmp_path, [{"file_name": "a.jpg", "text": "pets", "objects": objects}])
+    (item,) = items(path)
+    assert item.boxes == ((0.25, 0.25, 0.75, 0.75), (0, 0, 0.1, 0.2))
+    assert (item.phrases, item.scores, item.caption) == (("cat", "dog"), (1.0, 1.0), "pets")
+    objects = {"bbox": [[20, 10, 40, 20]], "categories": [3]}
+    put(tmp_path / "metadata.jsonl", lines([{"file_name": "a.jpg", "objects": objects}]))
+    with pytest.raises(ValueError, match=r"row 1: .*expected a list of strings \(names, not class numbers\)"):
+        open_source(tmp_path)
+
+
+def test_bad_rows_are_told_apart(tmp_path):
+    def row(name, **values):
+        return {"image_id": name, "file_name": "a.jpg", "boxes": [[0, 0, 1, 1]], "phrases": ["x"]} | values
+
+    secret = put(tmp_path / "secret.jpg", picture())
+    entries = {
+        "good": row("good"),
+        "metadata.jsonl row 2": "{not json",
+        "metadata.jsonl row 3": "[1, 2]",
+        "deep": "[" * 100_000,
+        "no-file": row("no-file", file_name=None),
+        "nul": row("nul", file_name="a\0.jpg"),
+        "up": row("up", file_name="../secret.jpg"),
+        "deep-up": row("deep-up", file_name="x/../../secret.jpg"),
+        "absolute": row("absolute", file_name=str(secret)),
+        "missing": row("missing", file_name="none.jpg"),
+        "long": row("long", file_name="n" * 5000),
+        "missing-pixels": row("missing-pixels", file_name="none.jpg", box_format="xyxy_pixels"),
+        "a-folder": row("a-folder", file_name="sub", box_format="xyxy_pixels"),
+        "damaged": row("damaged", file_name="cut.jpg", box_format="xyxy_pixels"),
+        "pixels": row("pixels", boxes=[[3, 4, 50, 60]]),
+        "few": row("few", boxes=[[0, 0, 1]]),
+        "text": row("text", boxes=[["0", 0, 1, 1]]),
+        "bool": row("bool", boxes=[[True, 0, 1, 1]]),
+        "nan": row("nan", boxes=[[float("nan"), 0, 1, 1]]),
+        "inf": row("inf", boxes=[[float("inf"), 0, 1, 1]]),
+        "huge": '{"image_id": "huge", "file_name": "a.jpg", "boxes": [[1'
+        + "0" * 400
+        + ', 0, 1, 1]], "phrases": ["x"]}',
+        "bare": row("bare", boxes=[0, 0, 1, 1]),
+        "object": row("object", boxes={"a": 1}),
+        "more": row("more", phrases=["x", "y"]),
+        "no-phrases": row("no-phrases", phrases=None),
+        "number": row("number", phrases=[3]),
+        "string": row("string", phrases="x"),
+        "scores": row("scores", scores=[1, 2]),
+        "score": row("score", scores=["high"]),
+        "caption": row("caption", text=["a", "b"]),
+        "format": row("format", box_format=["xyxy"]),
+        "size": row("size", width=-3, height=5),
+        "twice": row("good"),
+        "reversed": row("reversed", boxes=[[0.9, 0.9, 0.1, 0.1]]),
+        "overstepping": row("overstepping", boxes=[[-0.5, 0, 1.5, 1]]),
+        "blank": row("blank", boxes=[[0, 0, 1, 1]] * 3, phrases=["", "  ", "x"], scores=[0.1, 0.2, 0.3]),
+        "surrogate": '{"image_id": "surrogate", "file_name": "a.jpg", "text": "a \\ud83d b"}',
+    }
+    path = folder(tmp_path / "set", entries.values())
+    put(path / "cut.jpg", picture()[:30])
+    (path / "sub").mkdir()
+    found = items(path, box_format="xyxy")
+    told = reasons(found)
+    assert told.pop("metadata.jsonl row 4") == rows.NOT_JSON
+    assert told == (
+        dict.fromkeys(["metadata.jsonl row 2", "metadata.jsonl row 3"], rows.NOT_JSON)
+        | dict.fromkeys(["no-file", "nul"], rows.NO_PATH)
+        | dict.fromkeys(["up", "deep-up", "absolute"], rows.OUTSIDE)
+        | dict.fromkeys(["missing", "long", "missing-pixels", "a-folder"], rows.MISSING)
+        | {"damaged": DAMAGED, "pixels": rows.PIXELS, "format": rows.NO_FORMAT, "good": rows.TWICE}
+        | dict.fromkeys(["few", "text", "bool", "nan", "inf", "huge", "bare", "object"], rows.WRONG)
+        | dict.fromkeys(["more", "no-phrases", "number", "string", "scores", "score", "caption", "size"], rows.WRONG)
+    )
+    good = kept(found)
+    assert list(good) == ["good", "reversed", "overstepping", "blank", "surrogate"]
+    assert good["reversed"].boxes == ((0.9, 0.9, 0.1, 0.1),)
+    assert good["overstepping"].boxes == ((-0.5, 0, 1.5, 1),)
+    assert (good["blank"].phrases, good["blank"].scores, good["blank"].dropped) == (("x",), (0.3,), {"no phrase": 2})
+    good["surrogate"].caption.encode()
+    assert len(found) == len(entries)
+
+
+def test_a_wrong_first_row_ends_it_at_once(tmp_path):
+    for row, what in (
+        ("{", "its row is not JSON"),
+        ({"image": "a.jpg"}, r"its row names no file: it is None; expected a path relative to"),
+        ({"file_name": "a.jpg", "boxes": [[9, 9, 50, 50]], "phrases": ["x"]}, "boxes look like pixels: .*xyxy_pixels"),
+        ({"file_name": "a.jpg", "boxes": [[0, 0, 1, 1]], "phrases": []}, "1 boxes but 0 phrases"),
+    ):
+        folder(tmp_path, [row, {"file_name": "b.jpg"}])
+        with pytest.raises(ValueError, match=rf"metadata\.jsonl, row 1: {'.*' if 'boxes but' in what else ''}{what}"):
+            open_source(tmp_path, box_format="xyxy")
+    put(tmp_path / "metadata.jsonl", "\n \n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl holds no rows"):
+        open_source(tmp_path)
+
+
+def test_ids_of_rows(tmp_path):
+    entries = [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "image_id": 7}, {"file_name": "./c.jpg", "id": "see"}]
+    found = items(folder(tmp_path, entries))
+    assert [item.image_id for item in found] == ["a", "7", "see"]
+    assert [item.picture for item in found] == [tmp_path / f"{name}.jpg" for name in "abc"]
+    assert [item.size for item in found] == [None] * 3
+
+
+@pytest.mark.parametrize("unit_size", [1, 3, 7, 100])
+def test_units_are_consecutive_rows(tmp_path, unit_size):
+    names = [f"{k:02d}.jpg" for k in range(20)]
+    entries = [{"file_name": name, "text": f"caption {name}", "x": "y" * k} for k, name in enumerate(names)]
+    path = folder(tmp_path / "set", entries, pictures=names)
+    text = (path / "metadata.jsonl").read_text().replace("\n", "\n\n  \n")
+    put(path / "metadata.jsonl", b"\xef\xbb\xbf" + text.encode().rstrip())  # blank lines, no end of the last
+    units = open_source(path, unit_size=unit_size)
+    assert [unit.name for unit in units] == [f"set-{k:05d}" for k in range(-(-20 // unit_size))]
+    found = [item for unit in units for item in unit.items()]
+    assert [item.caption for item in found] == [f"caption {name}" for name in names]
+    assert sum(unit.weight for unit in units) == 20
+    assert all(list(unit.items())[-1].done == unit.weight for unit in units)
+    assert all(len(pickle.dumps(unit)) < 1000 for unit in units)
+
+
+def test_identity_follows_the_lines(tmp_path):
+    names = [f"{k}.jpg" for k in range(6)]
+    path = folder(tmp_path, [{"file_name": name, "text": "a"} for name in names], pictures=names)
+    before = [unit.identity() for unit in open_source(path, unit_size=2)]
+    text = (path / "metadata.jsonl").read_text()
+    put(path / "metadata.jsonl", text.replace('"3.jpg", "text": "a"', '"3.jpg", "text": "b"'))
+    after = [unit.identity() for unit in open_source(path, unit_size=2)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+    other = [unit.identity() for unit in open_source(path, unit_size=2, box_format="xywh")]
+    assert all(a != b for a, b in zip(after, other, strict=True))
+
+
+@pytest.mark.parametrize("group", [4, 100])
+def test_parquet(tmp_path, group):
+    entries = [
+        {
+            "file_name": f"{k}.jpg",
+            "text": f"t{k}",
+            "boxes": [[0.1, 0.2, 0.3, 0.4]] * (k % 3),
+            "phrases": ["x"] * (k % 3),
+        }
+        for k in range(10)
+    ]
+    for k in range(10):
+        put(tmp_path / f"{k}.jpg", picture())
+    pq.write_table(pa.Table.from_pylist(entries), tmp_path / "metadata.parquet", row_group_size=group)
+    assert recognise(tmp_path) == "imagefolder"
+    found = items(tmp_path, box_format="xyxy", unit_size=3)
+    assert [(item.image_id, item.caption, len(item.boxes)) for item in found] == [
+        (str(k), f"t{k}", k % 3) for k in range(10)
+    ]
+    put(tmp_path / "metadata.parquet", "PAR1")
+    with pytest.raises(ValueError, match="is not a readable parquet file"):
+        open_source(tmp_path)
+
+
+def test_a_folder_of_pictures_alone(tmp_path):
+    names = ["b.jpg", "a/2.png", "a/1.JPG", "c.tiff", "a/b/0.webp", "b.png"]
+    for name in [*names, ".hidden.jpg", ".cache/x.jpg", "notes.md"]:
+        put(tmp_path / "set" / name, picture())
+    put(tmp_path / "set/a/1.txt", "a caption\n")
+    (tmp_path / "set/a/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set/d.jpg").symlink_to(tmp_path / "set/b.jpg")
+    assert recognise(tmp_path / "set") == "imagefolder"
+    expected = ["a/1", "a/2", "a/b/0", "b", "b", "c", "d"]
+    for unit_size in (2, 100):
+        units = open_source(tmp_path / "set", unit_size=unit_size)
+        found = [item for unit in units for item in unit.items()]
+        assert [item.image_id for item in found] == expected
+        assert found[0].caption == "a caption"
+        assert [unit.name for unit in units] == [f"set-{k:05d}" for k in range(-(-7 // unit_size))]
+    assert reasons(found) == {"b": rows.TWICE}
+    before = [unit.identity() for unit in open_source(tmp_path / "set", unit_size=3)]
+    put(tmp_path / "set/c.tiff", picture() + b"more")
+    after = [unit.identity() for unit in open_source(tmp_path / "set", unit_size=3)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_metadata_that_would_be_overlooked(tmp_path):
+    put(tmp_path / "train/a.jpg", picture())
+    put(tmp_path / "train/metadata.jsonl", lines([{"file_name": "a.jpg"}]))
+    with pytest.raises(ValueError, match=r"has no metadata file, but .*train has; give that folder"):
+        open_source(tmp_path)
+    assert len(items(tmp_path / "train")) == len(items(tmp_path / "train/metadata.jsonl")) == 1
+    put(tmp_path / "other/a.jpg", picture())
+    put(tmp_path / "other/metadata.csv", "file_name,text\na.jpg,a\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv: a table of text cannot hold boxes; write .* metadata\.jsonl"):
+        open_source(tmp_path / "other")
+    put(tmp_path / "train/metadata.parquet", "PAR1")
+    with pytest.raises(ValueError, match=r"both metadata\.jsonl and metadata\.parquet"):
+        open_source(tmp_path / "train")
+
+
+# Layouts ------------------------------------------------------------------------------------------------------------
+
+
+def test_layouts(tmp_path):
+    layout = {"prompt": "a dog", "phrases": ["dog"], "boxes": [[0, 0.5, 0.5, 1]], "seed": 3, "width": 1024, "height": 7}
+    entries = [
+        layout | {"image": "p/a.jpg"},
+        layout
+        | {"image": "p/b.jpg", "id": "bee", "box_format": "xyxy_pixels", "boxes": [[0, 20, 40, 40]], "scores": [0.2]},
+        layout | {"image": "../outside.jpg"},
+        layout,
+    ]
+    path = folder(tmp_path, entries, name="mine.jsonl", pictures=["p/a.jpg", "p/b.jpg"]) / "mine.jsonl"
+    assert recognise(path) == "layouts"
+    found = items(path)
+    first, second = kept(found).values()
+    assert (first.image_id, first.caption, first.phrases, first.size) == ("p/a", "a dog", ("dog",), None)
+    assert (second.image_id, second.scores, second.size) == ("bee", (0.2,), (HEIGHT, WIDTH))
+    assert first.boxes == second.boxes == ((0, 0.5, 0.5, 1),)
+    assert list(reasons(found).values()) == [rows.OUTSIDE, rows.NO_PATH]
+    assert open_source(path)[0].name == "mine-00000"
+
+
+# COCO ---------------------------------------------------------------------------------------------------------------
+
+
+def coco(images=4):
+    return {
+        "info": {"year": 2017},
+        "images": [
+            {"id": 10 + k, "file_name": f"{k}.jpg", "height": HEIGHT, "width": WIDTH, "license": 1}
+            for k in range(images)
+        ],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 12,
+                "category_id": 3,
+                "bbox": [20, 10, 40, 20],
+                "iscrowd": 0,
+                "segmentation": [[1, 2]],
+            },
+            {"id": 2, "image_id": 10, "category_id": 1, "bbox": [0, 0, 8, 8], "iscrowd": 0},
+            {"id": 3, "image_id": 12, "category_id": 1, "bbox": [0, 0, 8, 8], "iscrowd": 0},
+            {"id": 4, "image_id": 12, "category_id": 1, "bbox": [0, 0, 80, 40], "iscrowd": 1},
+            {"id": 5, "image_id": 10, "category_id": 1, "bbox": [0, 0, "8", 8], "iscrowd": 0},
+            {"id": 6, "image_id": 99, "category_id": 1, "bbox": [0, 0, 8, 8], "iscrowd": 0},
+        ],
+        "categories": [{"id": 1, "name": "person", "supercategory": "x"}, {"id": 3, "name": "dog"}],
+    }
+
+
+def coco_folder(tmp_path, content, pictures=3):
+    for k in range(pictures):
+        put(tmp_path / f"val/{k}.jpg", picture())
+    put(tmp_path / "instances_val.json", content if isinstance(content, str) else json.dumps(content))
+    return {"path": tmp_path / "val", "instances": tmp_path / "instances_val.json"}
+
+
+@pytest.mark.parametrize("unit_size", [1, 2, 100])
+def test_coco(tmp_path, unit_size):
+    where = coco_folder(tmp_path, coco())
+    found = items(**where, unit_size=unit_size)
+    good = kept(found)
+    assert list(good) == ["10", "11", "12"]
+    assert reasons(found) == {"13": rows.MISSING}
+    assert good["12"].phrases == ("dog", "person")
+    np.testing.assert_allclose(good["12"].boxes, [(0.25, 0.25, 0.75, 0.75), (0, 0, 0.1, 0.2)], atol=1e-7)
+    assert (good["12"].size, good["12"].scores, good["12"].dropped) == ((HEIGHT, WIDTH), (1.0, 1.0), {"crowd": 1})
+    assert (good["10"].phrases, good["10"].dropped) == (("person",), {"its box is wrong": 1})
+    assert (good["11"].boxes, good["11"].picture) == ((), tmp_path / "val/1.jpg")
+    assert open_source(**where)[0].name == "instances_val-00000"
+
+
+def test_coco_classes(tmp_path):
+    where = coco_folder(tmp_path, coco())
+    yaml = put(tmp_path / "classes.yaml", "person: a human\ndog:\n")
+    as_json = put(tmp_path / "classes.json", json.dumps({"person": "a human", "dog": None}))
+    found = kept(items(**where, classes=yaml))
+    assert found == kept(items(**where, classes=as_json))
+    assert found["12"].phrases == ("a human",)
+    assert found["12"].dropped == {"crowd": 1, "class left out by the mapping": 1}
+    assert open_source(**where)[0].identity() != open_source(**where, classes=yaml)[0].identity()
+    put(yaml, "persn: human\n")
+    with pytest.raises(ValueError, match=r"classes\.yaml: there is no category persn; there are dog, person"):
+        open_source(**where, classes=yaml)
+    for text in ("- person\n", "person: [a]\n", "person: ''\n"):
+        put(yaml, text)
+        with pytest.raises(ValueError, match="expected a mapping of category name to phrase or null"):
+            open_source(**where, classes=yaml)
+    put(yaml, "a: b: c")
+    with pytest.raises(ValueError, match="is neither JSON nor YAML"):
+        open_source(**where, classes=yaml)
+
+
+def test_coco_files_that_contradict_themselves(tmp_path):
+    def broken(change):
+        content = coco()
+        change(content)
+        return content
+
+    cases = [
+        ("{", "is not a COCO instances file: not JSON"),
+        ("[]", "is not a COCO instances file: not JSON"),
+        ({"images": []}, "has no categories and no images"),
+        (broken(lambda c: c["categories"].pop()), "annotations are of category 3, which its categories lack"),
+        (broken(lambda c: c["images"].append(c["images"][0])), "two images have the id 10"),
+        (broken(lambda c: c["categories"].append(c["categories"][0])), "two categories have the id 1"),
+        (broken(lambda c: c["images"][1].pop("file_name")), "has no 'file_name'"),
+        (broken(lambda c: c["images"].append(3)), "one of its images is 3; expected an object"),
+        (broken(lambda c: c["annotations"][0].pop("image_id")), "has no 'image_id'"),
+        (broken(lambda c: c["annotations"][0].update(image_id=[1])), "has no image_id or no category_id"),
+        (
+            broken(lambda c: c.update(annotations=[{"image_id": 10, "id": 1, "caption": "a dog"}])),
+            "it holds captions; expected instances_",
+        ),
+    ]
+    for content, what in cases:
+        with pytest.raises(ValueError, match=rf"instances_val\.json:? .*{what}"):
+            open_source(**coco_folder(tmp_path, content))
+
+
+def test_coco_paths_and_sizes(tmp_path):
+    content = coco()
+    content["images"][0]["file_name"] = "../val/0.jpg"
+    content["images"][1]["file_name"] = "/etc/passwd"
+    del content["images"][2]["height"]
+    found = items(**coco_folder(tmp_path, content))
+    assert reasons(found) == {"10": rows.OUTSIDE, "11": rows.OUTSIDE, "13": rows.MISSING}
+    assert kept(found)["12"].size == (HEIGHT, WIDTH)
+
+
+def test_big_coco_files_make_small_units(tmp_path):
+    rng = random.Random(0)
+    images = [{"id": k, "file_name": f"{k:012d}.jpg", "height": 480, "width": 640} for k in range(4000)]
+    annotations = [
+        {"image_id": rng.randrange(4000), "category_id": 1, "bbox": [1.5, 2, 3, 4], "segmentation": [[0.5] * 50]}
+        for _ in range(28_000)
+    ]
+    content = {"annotations": annotations, "images": images, "categories": [{"id": 1, "name": "dog"}]}
+    units = open_source(**coco_folder(tmp_path, content), unit_size=1000)
+    assert [unit.weight for unit in units] == [1000] * 4
+    assert all(len(pickle.dumps(unit)) < 250_000 for unit in units)
+    assert sum(len(unit.owners) for unit in units) == 28_000
+
+
+# Recognition --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_recognised(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        open_source(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"(?s)holds nothing; expected one of.*sa1b.*webdataset.*imagefolder.*coco"):
+        open_source(tmp_path)
+    for k in range(9):
+        put(tmp_path / f"{k}.md", "text")
+    with pytest.raises(ValueError, match=r"holds 0\.md, 1\.md, 2\.md, 3\.md, 4\.md and 4 more; expected one of"):
+        open_source(tmp_path)
+    with pytest.raises(ValueError, match=r"0\.md is a file of no known kind; expected one of"):
+        open_source(tmp_path / "0.md")
+    for kind in ("sa1b", "webdataset"):
+        with pytest.raises(ValueError, match=r"holds no \.tar"):
+            open_source(tmp_path, kind=kind)
+    with pytest.raises(ValueError, match="holds no pictures"):
+        open_source(tmp_path, kind="imagefolder")
+
+
+def test_arguments_that_do_not_go_together(tmp_path):
+    tar(tmp_path / "sa_000000.tar", [("sa_1.jpg", picture())])
+    instances = put(tmp_path / "i.json", "{}")
+    for options, what in (
+        ({"kind": "coc"}, "kind is 'coc'; expected auto, sa1b, "),
+        ({"kind": "coco"}, r"coco needs instances \(--instances\)"),
+        ({"box_format": "xyxy"}, "sa1b has a format of its own; leave it out"),
+        ({"kind": "sa1b", "instances": instances}, "instances and classes are of kind coco; this is sa1b"),
+        ({"classes": instances}, "instances and classes are of kind coco; this is sa1b"),
+        ({"unit_size": 0}, "unit_size is 0; expected a positive number"),
+        ({"kind": "layouts"}, "is not a file"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            open_source(tmp_path, **options)
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        open_source(tmp_path, instances=tmp_path / "none.json")
+    with pytest.raises(ValueError, match="is not a folder"):
+        open_source(instances, instances=instances)
+
+
+# JSON, member by member ---------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=5), st.sampled_from([None, 1]), st.data())
+def test_members_are_what_json_says(value, indent, data):
+    text = json.dumps(value, indent=indent)
+    expected = [(k, v) for k, member in value.items() for v in (member if isinstance(member, list) else [member])]
+    assert list(members(f" {text}\n")) == expected
+    cut = data.draw(st.integers(0, len(text) - 1))
+    with pytest.raises(ValueError, match="not JSON"):
+        list(members(text[:cut]))
+
+
+def test_members_of_what_is_no_object():
+    for text in (
+        "",
+        "[]",
+        "3",
+        '{"a" 1}',
+        '{"a": [1 2]}',
+        '{"a": [1,]}',
+        '{"a": 1,}',
+        "{1: 2}",
+        '{"a": ' + "[" * 10**5,
+    ):
+        with pytest.raises(ValueError, match="not JSON"):
+            list(members(text))
+
+
+def test_sources_do_not_need_their_folder_to_be_absolute(tmp_path, monkeypatch):
+    folder(tmp_path / "set", [{"file_name": "a.jpg"}])
+    monkeypatch.chdir(tmp_path / "set")
+    (unit,) = open_source(Path())
+    assert unit.name == "set-00000"
+    assert len(list(unit.items())) == 1
