@@ -28,6 +28,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/native.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/prepare.py
 
 bench-real-size: $(READY)
 	$(BIN)/python benchmarks/real_size.py

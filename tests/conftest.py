@@ -1,7 +1,12 @@
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["GLIGEN_XL_CACHE"] = tempfile.mkdtemp(prefix="gligen-xl-cache-")
+atexit.register(shutil.rmtree, os.environ["GLIGEN_XL_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

@@ -1,15 +1,22 @@
 """Shards: what is written is what is read; whole or not at all; damage is named."""
 
+import os
 import pickle
+import tracemalloc
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 
-from gligen_xl.data.shards import TABLE, Row, Shard, find_shards, write_shard
+from gligen_xl.data.shards import ROW_GROUP, TABLE, Row, Shard, ShardWriter, find_shards, write_shard
 
 METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.18215"}
 
@@ -124,3 +131,114 @@ def test_a_row_that_cannot_be_trained_on_is_named(tmp_path):
     pq.write_table(pa.table(table, schema=TABLE), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: row 1 has unlike numbers"):
         Shard(tmp_path / "a")
+
+
+# Written batch by batch ---------------------------------------------------------------------------------------------
+
+ENDINGS = (".safetensors", ".parquet")
+
+
+def contents(stem):
+    return [stem.with_name(stem.name + ending).read_bytes() for ending in ENDINGS]
+
+
+MANY = ROW_GROUP + 300
+MANY_LATENTS, MANY_ROWS = latents(MANY, side=1), [row(k % 3, image_id=f"{k}") for k in range(MANY)]
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory):
+    stem = tmp_path_factory.mktemp("undivided") / "a"
+    write_shard(stem, MANY_LATENTS, MANY_ROWS, METADATA)
+    return contents(stem)
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.sets(st.integers(1, MANY - 1), max_size=6))
+def test_batches_make_the_files_of_the_whole(tmp_path_factory, undivided, cuts):
+    stem = tmp_path_factory.mktemp("batches") / "a"
+    metadata = dict(reversed(METADATA.items()))
+    edges = [0, *sorted(cuts), MANY]
+    with ShardWriter(stem, (4, 1, 1), metadata) as writer:
+        for begin, end in pairwise(edges):
+            writer.add(MANY_LATENTS[begin:end], MANY_ROWS[begin:end])
+    assert writer.count == MANY
+    assert contents(stem) == undivided
+
+
+def test_a_grown_shard_is_read_by_safetensors_itself(tmp_path):
+    values = latents(5)
+    with ShardWriter(tmp_path / "a", (4, 4, 4), METADATA) as writer:
+        for k in range(5):
+            writer.add(values[k : k + 1], [row(k)])
+    with safe_open(tmp_path / "a.safetensors", "numpy") as file:
+        assert list(file.keys()) == ["latents"]
+        assert np.array_equal(file.get_tensor("latents"), values)
+        assert file.metadata() == {"format": "gligen-xl-shard", "version": "1", **METADATA}
+    assert (8 + int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")) % 64 == 0
+    assert Shard(tmp_path / "a").row(3).image_id == "picture-3"
+
+
+def test_a_shard_of_no_pictures_can_be_read(tmp_path):
+    with ShardWriter(tmp_path / "a", (4, 4, 4), METADATA):
+        pass
+    shard = Shard(tmp_path / "a")
+    assert (len(shard), shard.latent_shape, shard.rows("caption")) == (0, (4, 4, 4), [])
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", [ValueError, Interrupted])
+def test_until_it_is_whole_the_former_shard_stays(stem, kind):
+    before = contents(stem)
+    with pytest.raises(kind), ShardWriter(stem, (4, 4, 4), METADATA) as writer:
+        writer.add(latents(1), [row(1)])
+        assert contents(stem) == before
+        raise kind
+    assert contents(stem) == before
+    assert len(list(stem.parent.iterdir())) == 2
+    with ShardWriter(stem, (4, 4, 4), METADATA) as writer:
+        writer.add(latents(1), [row(1)])
+    assert len(Shard(stem)) == 1
+
+
+def test_a_row_of_a_later_batch_is_named_by_its_place_in_the_shard(tmp_path):
+    bad = latents(2)
+    bad[1, 0, 0, 0] = np.inf
+    with pytest.raises(ValueError, match="row 4 hold NaN"), ShardWriter(tmp_path / "a", (4, 4, 4), METADATA) as writer:
+        writer.add(latents(3), [row(1)] * 3)
+        writer.add(bad, [row(1)] * 2)
+    wide = replace(row(1), boxes=[(10.0, 20.0, 30.0, 40.0)])
+    with pytest.raises(ValueError, match=r"row 3 .*pixels"), ShardWriter(tmp_path / "a", (4, 4, 4), METADATA) as writer:
+        writer.add(latents(3), [row(1)] * 3)
+        writer.add(latents(1), [wide])
+    expected = r"expected float16 \(N, 4, 4, 4\)"
+    with pytest.raises(ValueError, match=expected), ShardWriter(tmp_path / "a", (4, 4, 4), METADATA) as writer:
+        writer.add(latents(1, side=8), [row(1)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_full_disk_leaves_nothing(tmp_path, ending):
+    (tmp_path / f".a{ending}.{os.getpid()}.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path / "a", (4, 4, 4), METADATA) as writer:
+        writer.add(latents(1), [row(1)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_needs_no_more_memory_for_more_pictures(tmp_path):
+    batch, batch_rows = latents(64, side=16), [row(k % 4) for k in range(64)]
+    peaks = []
+    for count in (40, 160):  # batches: 5 and 20 MB
+        tracemalloc.start()
+        with ShardWriter(tmp_path / f"{count}", (4, 16, 16), METADATA) as writer:
+            arrow = pa.total_allocated_bytes()
+            for _ in range(count):
+                writer.add(batch, batch_rows)
+            assert pa.total_allocated_bytes() - arrow < 1e6
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 300_000

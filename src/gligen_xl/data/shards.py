@@ -8,8 +8,8 @@ Latents are mapped into memory or read one by one, so a shard of any size costs 
 
 from __future__ import annotations
 
-import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -223,13 +223,16 @@ class Shard:
 
     def read_latents(self, index: int, out: np.ndarray) -> None:
         """Latents of one row into `out`, (C, h, w) float16: what is read this way is no memory of the process."""
-        with self.open_latents() as file:
-            file.seek(self._offset + index * out.nbytes)
-            if file.readinto(out.data.cast("B")) != out.nbytes:
+        file = self.open_latents()
+        try:
+            if os.preadv(file, [out.data], self._offset + index * out.nbytes) != out.nbytes:
                 raise OSError(f"{self._file} has become shorter since it was opened")
+        finally:
+            os.close(file)
 
-    def open_latents(self) -> io.FileIO:
-        return io.FileIO(self._file)
+    def open_latents(self) -> int:
+        """A descriptor of the file of latents, for the caller to close."""
+        return os.open(self._file, os.O_RDONLY)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

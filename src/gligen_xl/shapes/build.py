@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..adapter import adapter_about, save_adapter
-from ..data.batch import Augmentation, Batch, ShardDataset, batches
-from ..data.order import SampleOrder
+from ..data.batch import Augmentation, Batch, ShardDataset
+from ..data.loader import batches
 from ..data.shards import find_shards
 from ..files import read_json, whole_folder, write_json
 from ..phrases import embed_phrases
@@ -150,7 +150,7 @@ class _Denoising:
 
     def __init__(self, shards: Path, config: StageConfig, seed: int):
         self._dataset = ShardDataset(shards, Augmentation(drop_caption=0.0), seed)
-        self._order = SampleOrder(self._dataset.groups, config.batch_size, seed)
+        self._order = self._dataset.order(config.batch_size, seed)
         self._stop = config.samples
         self._scheduler: Any = DDPMScheduler.from_config(new_scheduler().config)
         self._iterator: Iterator[Batch] | None = None

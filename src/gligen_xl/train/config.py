@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..data.batch import Augmentation
+from ..data.mixture import turns_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,9 @@ class TrainConfig:
 
     Args:
         model: the base: a pipeline folder, a Hub repository, or "shapes".
-        data: folder of shards; or "shapes:COUNT", pictures of the shapes world, drawn and encoded into `out` first.
+        data: folder of shards, or a URL of one (hf://datasets/OWNER/NAME/FOLDER, s3://BUCKET/FOLDER); or
+            "shapes:COUNT", pictures of the shapes world, drawn and encoded into `out` first. Several with their
+            weights, as {shards-a: 0.9, shards-b: 0.1}, are mixed in that proportion of samples.
         out: folder of the run; a run that stands there is continued.
         init_adapter: an adapter folder to start from, in place of a fresh one.
         samples: length of the run, in samples seen.
@@ -113,13 +116,16 @@ class TrainConfig:
         precision: of the frozen base and the computation; the adapter itself is kept in float32.
         gradient_checkpointing: less memory, a third more time.
         workers: data loading processes.
+        window: samples are mixed within so many shards at a time; by default within all, or as many of a URL's as half
+            of the cache holds, 16 at most.
+        cache_gb: of the disk for the latents of shards from a URL, 10**9 bytes each; in GLIGEN_XL_CACHE or ~/.cache.
         log_every: optimizer steps between lines of metrics.jsonl.
         checkpoint_every: samples between checkpoints.
         keep_checkpoints: how many of the newest stay.
         track: trackers of accelerate to report to; by default tensorboard, where it is installed.
     """
 
-    data: str
+    data: dict[str, float] | str
     out: str
     model: str = "stabilityai/stable-diffusion-xl-base-1.0"
     init_adapter: str | None = None
@@ -129,6 +135,8 @@ class TrainConfig:
     precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     workers: int = 0
+    window: int | None = None
+    cache_gb: float = 20.0
     log_every: int = 50
     checkpoint_every: int = 64_000
     keep_checkpoints: int = 2
@@ -148,12 +156,26 @@ class TrainConfig:
             raise ValueError(f"seed is {self.seed}; expected 0 to 2**31 - 1")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; expected 0 or more")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; expected at least 1 shard")
+        if not self.cache_gb > 0:
+            raise ValueError(f"cache_gb is {self.cache_gb}; expected a positive number")
+        if not self.sources:
+            raise ValueError("data names no folder; expected one, or several as {FOLDER: WEIGHT}")
+        turns_of(list(self.sources.values()))
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Weights by folder."""
+        return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-_MAY_CHANGE = {"out", "data", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "track", "validation"}
+_MAY_CHANGE = {
+    "out", "data", "workers", "cache_gb", "log_every", "checkpoint_every", "keep_checkpoints", "track", "validation",
+}  # fmt: skip
 
 
 def check_same_run(former: dict[str, Any], config: TrainConfig) -> None:

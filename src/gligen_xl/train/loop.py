@@ -42,8 +42,8 @@ from ..adapter import (
     save_adapter,
 )
 from ..adapter.store import CONFIG_NAME, describe_adapter, read_adapter
-from ..data.batch import ShardDataset, batches
-from ..data.order import SampleOrder
+from ..data.batch import ShardDataset
+from ..data.loader import batches
 from ..phrases import phrase_width
 from ..pipelines import StableDiffusionXLGLIGENPipeline
 from ..versions import versions
@@ -98,24 +98,29 @@ def train(config: TrainConfig) -> Path:
     scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
 
     with accelerator.main_process_first():  # what it draws, the others find
-        data = _data_folder(config.data, pipeline, out / "data")
+        data = [_data_folder(source, pipeline, out / "data") for source in config.sources]
         held_out = config.validation.data and _data_folder(
             config.validation.data, pipeline, out / "validation-data", held_out=True
         )
-    dataset = ShardDataset(data, config.augmentation, config.seed)
+        cache_bytes = int(config.cache_gb * 1e9)
+        dataset = ShardDataset(data, config.augmentation, config.seed, cache_bytes=cache_bytes)
     check_fit(dataset, pipeline)
+    weights = list(config.sources.values())
     if checkpoints and state["groups"] != dataset.groups:
         raise ValueError(
             f"the run in {out} was begun on {sum(state['groups'])} samples, {config.data} now holds {len(dataset)}; "
             f"give back the former data, or begin another run with init_adapter {checkpoints[-1]}"
         )
-    order = SampleOrder(dataset.groups, config.batch_size, config.seed)
+    if state.get("weights", weights) != weights:
+        raise ValueError(f"the run in {out} was begun with data of the weights {state['weights']}, not {weights}")
+    windows = state.get("windows") or dataset.windows(config.window)
+    order = dataset.order(config.batch_size, config.seed, weights=weights, windows=windows)
     stop = config.samples // config.batch_size * config.batch_size
     validator = None
     if held_out:
         validator = Validator(
             config.validation, held_out, pipeline, conditioner, scheduler,
-            config.augmentation, config.batch_size, config.seed,
+            config.augmentation, config.batch_size, config.seed, cache_bytes,
         )  # fmt: skip
         check_fit(validator.dataset, pipeline)
 
@@ -142,6 +147,8 @@ def train(config: TrainConfig) -> Path:
             "base": base,
             "ema_steps": ema.steps,
             "groups": dataset.groups,
+            "weights": weights,
+            "windows": windows,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "config": config.to_dict(),
             "versions": versions(),
@@ -285,11 +292,13 @@ def _optimizer(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -
     return torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
 
 
-def _data_folder(data: str, pipeline: StableDiffusionXLGLIGENPipeline, drawn: Path, *, held_out: bool = False) -> Path:
+def _data_folder(
+    data: str, pipeline: StableDiffusionXLGLIGENPipeline, drawn: Path, *, held_out: bool = False
+) -> str | Path:
     """The folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
     kind, _, count = data.partition(":")
     if kind != "shapes":
-        return Path(data)
+        return data
     from ..shapes.data import write_shards
     from ..shapes.world import TRAINING_SEED, VALIDATION_SEED
 

@@ -20,7 +20,7 @@ def denoising_loss(
     The target follows `scheduler.config.prediction_type`: "epsilon", or "v_prediction" (arXiv 2202.00512, app. D).
     """
     device = conditioning["encoder_hidden_states"].device
-    latents, noise = batch.latents.to(device), batch.noise.to(device)
+    latents, noise = batch.latents.to(device).float(), batch.noise_on(device)
     timesteps: Any = timesteps_of(scheduler, batch).to(device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     kind = scheduler.config["prediction_type"]

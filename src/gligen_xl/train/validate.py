@@ -36,7 +36,8 @@ class Validator:
     """Looks at the adapter on the pipeline's U-Net; holds nothing that changes from one call to the next.
 
     Args:
-        data: folder of held-out shards.
+        data: folder of held-out shards, or a URL of one.
+        cache_bytes: of the disk, for shards from a URL.
         augmentation: that of the training, for its slots and its least box score.
     """
 
@@ -50,13 +51,14 @@ class Validator:
         augmentation: Augmentation,
         batch_size: int,
         seed: int,
+        cache_bytes: int,
     ):
         self.options, self.pipeline, self.conditioner, self.scheduler = options, pipeline, conditioner, scheduler
         self.batch_size, self.seed = batch_size, seed
         whole = Augmentation(
             drop_grounding=0, drop_caption=0, min_score=augmentation.min_score, slots=augmentation.slots
         )
-        self.dataset = ShardDataset(data, whole, seed)
+        self.dataset = ShardDataset(data, whole, seed, cache_bytes=cache_bytes)
         layouts = (self._layout(number) for number in range(len(self.dataset)))
         self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
         self.detector = find_detector(options.detector) if options.detector else None
@@ -67,7 +69,7 @@ class Validator:
     def _layout(self, number: int) -> Layout:
         """A held-out sample as a layout, with the boxes that training would keep and the size of its picture."""
         shard, index = self.dataset.find(number)
-        row, (_, height, width) = shard.row(index), shard.latent_shape
+        row, (_, height, width) = self.dataset.row(number), shard.latent_shape
         chosen = self.dataset.augmentation.choose(row.scores)
         try:
             return Layout(
@@ -140,7 +142,7 @@ class Validator:
             members = np.flatnonzero(groups == group)
             for first in range(0, len(members), self.batch_size):
                 part = members[first : first + self.batch_size]
-                batch = self.dataset.collate([self.dataset[int(numbers[k]), int(k)] for k in part])
+                batch = self.dataset.batch([(int(numbers[k]), int(k)) for k in part])
                 yield replace(batch, time=torch.from_numpy(times[part]))
 
 
