@@ -6,10 +6,11 @@ import tempfile
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["GLIGEN_XL_CACHE"] = tempfile.mkdtemp(prefix="gligen-xl-cache-")
-atexit.register(shutil.rmtree, os.environ["GLIGEN_XL_CACHE"], ignore_errors=True)
 
 import pytest
 import torch
+
+atexit.register(shutil.rmtree, os.environ["GLIGEN_XL_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

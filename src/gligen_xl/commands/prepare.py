@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -54,7 +56,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of VAE and detector; overflows are repeated"
     )
-    parser.add_argument("--vae_at_once", type=int, default=1, help="pictures in one pass; may change the last bit")
+    parser.add_argument("--at_once", type=int, default=1, help="pictures a pass of a network; may change last bits")
 
     parser.add_argument("--device", help="cpu, cuda, ...; by default the best there is")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures detected and encoded together")
@@ -70,7 +72,9 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     try:
         arguments.resolution = [int(text) for text in arguments.resolution] or [512]
     except ValueError as error:
-        raise UsageError(f"--resolution is {', '.join(arguments.resolution)}; expected pixels, as 512") from error
+        raise UsageError(
+            f"--resolution is {', '.join(map(str, arguments.resolution))}; expected pixels, as 512"
+        ) from error
     return (arguments,)
 
 
@@ -100,9 +104,8 @@ def run(arguments: Namespace) -> None:
     )
     weight = sum(unit.weight for unit in units[part[0] - 1 :: part[1]])
     form = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-    signal.signal(signal.SIGTERM, _interrupt)
-    with tqdm(total=weight, desc="prepare", bar_format=form) as bar:
-        report = prepare(units, arguments.out, settings, machine, part=part, progress=_Shown(bar))
+    with _interrupts() as check, tqdm(total=weight, desc="prepare", bar_format=form) as bar:
+        report = prepare(units, arguments.out, settings, machine, part=part, progress=_Shown(bar, check))
     print(f"{report}\nin {arguments.out}")
     if report.failed:
         raise ValueError(f"{len(report.failed)} of {len(units)} units failed; the same command tries those again")
@@ -116,7 +119,7 @@ def _settings(arguments: Namespace) -> Any:
     from ..prepare.settings import Settings
 
     names = ("flip", "min_share", "min_boxes", "captions", "detector", "box_threshold", "text_threshold", "detect_text",
-             "latents", "seed", "dtype", "vae_at_once")  # fmt: skip
+             "latents", "seed", "dtype", "at_once")  # fmt: skip
     framing = Framing(
         resolutions=tuple(arguments.resolution),
         buckets=arguments.buckets,
@@ -129,10 +132,11 @@ def _settings(arguments: Namespace) -> Any:
 class _Shown:
     """Weight and pictures on a progress bar: how far, how fast, how long still."""
 
-    def __init__(self, bar: Any):
-        self.bar, self.pictures = bar, 0
+    def __init__(self, bar: Any, check: Callable[[], None]):
+        self.bar, self.check, self.pictures = bar, check, 0
 
     def __call__(self, weight: int, pictures: int) -> None:
+        self.check()
         self.pictures += pictures
         if not pictures and not self.pictures:
             self.bar.initial += weight  # done before: no part of the speed
@@ -142,5 +146,26 @@ class _Shown:
         self.bar.update(weight)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM are KeyboardInterrupts; the function given raises one that has come.
+
+    It has to be asked now and then: an exception that a signal raises within a weak reference's callback is swallowed.
+    """
+    came = False
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

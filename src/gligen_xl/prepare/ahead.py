@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
@@ -55,7 +56,7 @@ class Decoders:
                 yield item, framed
 
     def _there(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
-        pool, stop = self._processes(), threading.Event()
+        stop = threading.Event()
         entries: queue.Queue[Any] = queue.Queue(self.ahead + 2 * self.workers)
 
         def put(entry: Any) -> None:
@@ -81,8 +82,10 @@ class Decoders:
                 put(error)
 
         thread = threading.Thread(target=feed, name="read", daemon=True)
-        thread.start()
         try:
+            with report.timed("start"):
+                pool = self._processes()
+            thread.start()
             while True:
                 with report.timed("wait"):
                     entry = entries.get()
@@ -97,10 +100,12 @@ class Decoders:
             raise RuntimeError("a decoding process died: too little memory, or a picture that breaks it") from error
         finally:
             stop.set()
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:
             # Not forked: a copy of a process with threads of torch may hang.
             self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=begin_process)
+            wait([self._pool.submit(os.getpid) for _ in range(self.workers)])
         return self._pool

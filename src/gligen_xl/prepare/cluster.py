@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .item import Unit
-from .run import Execute, Local, Machine
+from .run import ENDS, Execute, Local, Machine
 from .settings import Settings
-from .unit import Progress, UnitMaker
+from .unit import Progress
 
 
 class Cluster(Local):
@@ -24,9 +24,20 @@ class Cluster(Local):
         except ImportError as error:
             raise ValueError("--runner ray wants Ray; pip install 'gligen-xl[ray]'") from error
         self.ray = ray
+        self.idle: list[Any] = []
         self.began = not ray.is_initialized()
         if self.began:
             ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+        try:
+            self._plan()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self.execute
+
+    def _plan(self) -> None:
+        """How many runners there are, and of what kind."""
+        ray = self.ray
         resources, gpus = ray.cluster_resources(), int(self.machine.device.startswith("cuda"))
         cpus = self.machine.workers + 1
         room = int(resources.get("GPU", 0)) if gpus else int(resources.get("CPU", 1)) // cpus
@@ -34,44 +45,50 @@ class Cluster(Local):
             raise ValueError(f"the Ray cluster has no room for a runner of {cpus} CPUs and {gpus} GPUs: {resources}")
         self.count = self.machine.runners or room
         self.kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Runner)
-        return self.execute
 
     def __exit__(self, *_: object) -> None:
+        self.idle.clear()
         if self.began:
             self.ray.shutdown()
 
     def execute(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, str]]:
         """Whichever comes first; a runner that dies fails its unit, and another takes its place."""
+        from ray.exceptions import RayError, RayTaskError
+
         waiting, running = list(units), {}
         while waiting or running:
             while waiting and len(running) < self.count:
-                self._begin(self._new_runner(), waiting.pop(0), running)
+                runner, unit = self.idle.pop() if self.idle else self._new_runner(), waiting.pop(0)
+                running[runner.run.remote(unit)] = (runner, unit)
             (ready,), _ = self.ray.wait(list(running), num_returns=1)
             runner, unit = running.pop(ready)
             try:
-                what = self.ray.get(ready)
-                if waiting:
-                    self._begin(runner, waiting.pop(0), running)
-            except self.ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None  # of the settings or the disk: nobody else would do better
-            except self.ray.exceptions.RayError as error:
-                what = f"the runner was lost ({type(error).__name__})"
-            self.progress(unit.weight, 0)
+                what, pictures = self.ray.get(ready)
+                self.idle.append(runner)
+            except RayTaskError as error:
+                raise error.cause from None  # of the settings or the disk: nobody else would do better
+            except RayError as error:
+                what, pictures = f"the runner was lost ({type(error).__name__})", 0
+            self.progress(unit.weight if what in ENDS else 0, pictures)
             yield unit, what
 
     def _new_runner(self) -> Any:
         return self.kind.remote(self.out, self.settings, self.machine)
 
-    def _begin(self, runner: Any, unit: Unit, running: dict[Any, tuple[Any, Unit]]) -> None:
-        running[runner.run.remote(unit)] = (runner, unit)
-
 
 class _Runner:
     def __init__(self, out: Path, settings: Settings, machine: Machine):
-        options = {"workers": machine.workers, "device": machine.device, "batch_size": machine.batch_size}
-        self.maker = UnitMaker(out, settings, **options)  # type: ignore[arg-type]
+        self.local = Local(out, settings, machine, self._count)
+        self.begun, self.pictures = False, 0
 
-    def run(self, unit: Unit) -> str:
-        from .run import run_unit
+    def run(self, unit: Unit) -> tuple[str, int]:
+        """What became of a unit, and how many of its pictures were seen."""
+        if not self.begun:  # here, since an error of an actor's beginning does not reach the one who began it
+            self.local.__enter__()
+            self.begun = True
+        self.pictures = 0
+        ((_, what),) = self.local.execute([unit])
+        return what, self.pictures
 
-        return run_unit(self.maker, unit)
+    def _count(self, weight: int, pictures: int) -> None:
+        self.pictures += pictures

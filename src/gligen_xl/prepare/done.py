@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..files import read_json, write_json
 from .item import Unit
 from .report import UnitReport
 from .settings import Settings
-from .unit import WORK_FOLDER
+from .unit import WORK_FOLDER, shard_files
 
 
 class Done:
@@ -48,7 +49,7 @@ class Done:
             former is not None
             and former["settings"] == self.settings.to_dict()
             and former["identity"] == unit.identity()
-            and all(path.is_file() for shard in former["shards"] for path in self._files(shard))
+            and all(path.is_file() for shard in former["shards"] for path in shard_files(self.out / shard))
         )
 
     def report(self, unit: Unit) -> UnitReport:
@@ -62,11 +63,11 @@ class Done:
             identity: of the unit when it was begun; one that was changed meanwhile is done again.
         """
         former = self._read(unit)
+        for shard in set(former["shards"]) - set(shards) if former is not None else ():  # while that still names them
+            for path in shard_files(self.out / shard):
+                path.unlink(missing_ok=True)
         values = {"settings": self.settings.to_dict(), "identity": identity, "shards": shards}
         write_json(self.folder / f"{unit.name}.json", values | {"report": report.to_dict()})
-        for shard in set(former["shards"]) - set(shards) if former is not None else ():
-            for path in self._files(shard):
-                path.unlink(missing_ok=True)
 
     @contextmanager
     def hold(self, unit: Unit) -> Iterator[bool]:
@@ -79,17 +80,20 @@ class Done:
             yield False
             return
         try:
-            for folder in {self.out, *(self.out / str(size) for size in self.settings.framing.resolutions)}:
-                for rest in [*folder.glob(f".{unit.name}.*.partial"), *folder.glob(f".{unit.name}-*.partial")]:
-                    rest.unlink(missing_ok=True)
+            self._remove_rests(unit)
             yield True
         finally:
             lock.release()
 
+    def _remove_rests(self, unit: Unit) -> None:
+        """Of this unit alone: another one, whose name begins as this one's, may be in work."""
+        name = rf"\.{re.escape(unit.name)}(-\d+x\d+)?\.(safetensors|parquet|json)\.\d+\.partial"
+        resolutions = {str(size) for size in self.settings.framing.resolutions}
+        for folder in (self.out, self.folder, *(self.out / size for size in resolutions)):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if re.fullmatch(name, path.name):
+                    path.unlink(missing_ok=True)
+
     def _read(self, unit: Unit) -> dict[str, Any] | None:
         path = self.folder / f"{unit.name}.json"
         return read_json(path) if path.is_file() else None
-
-    def _files(self, shard: str) -> list[Path]:
-        stem = self.out / shard
-        return [stem.with_name(stem.name + ending) for ending in (".safetensors", ".parquet")]

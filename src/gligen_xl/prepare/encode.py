@@ -25,7 +25,7 @@ def load_vae(name: str) -> AutoencoderKL:
     """A VAE in float32: a folder of it or of a pipeline, a Hub repository, or "shapes".
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or it lacks weights.
     """
     if name == "shapes":
         from ..shapes.model import model_folder
@@ -33,11 +33,17 @@ def load_vae(name: str) -> AutoencoderKL:
         name = str(model_folder())
     options: dict[str, Any] = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").is_file() else {}
     try:
-        return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, **options).eval()
+        loaded: Any = AutoencoderKL.from_pretrained(
+            name, torch_dtype=torch.float32, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the VAE {name} is not to be had ({str(error).splitlines()[0]}); give a folder (--vae)"
         ) from error
+    vae, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # diffusers would go on with numbers by chance
+        raise ValueError(f"the VAE {name} lacks {len(missing)} weights of its own config.json, as {missing[0]}")
+    return vae.eval()
 
 
 class Encoder:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .frame import Frame, bucket_frame, square_frame
-from .pictures import PictureError, decode, framed, picture_size
+from .pictures import MAX_PIXELS, PictureError, decode, framed, picture_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,8 @@ def frame_picture(source: bytes | Path, stated: tuple[int, int] | None, framing:
         if min(size) < framing.min_side:
             return "too small"
         frames = framing.frames(*size)
+        if max(height * width for height, width in (frame.resized for frame in frames)) > MAX_PIXELS:
+            return "too long and narrow"  # it is resized before it is cut: a line of pixels would fill the memory
         least = tuple(max(frame.resized[axis] for frame in frames) for axis in range(2))
         image = decode(source, at_least=least if framing.fast_jpeg else None)  # type: ignore[arg-type]
         pixels = [framed(image, frame) for frame in frames]

@@ -18,8 +18,9 @@ class UnitReport:
 
     Args:
         seen: pictures in the source. written: rows in shards (a mirrored picture, or another resolution, is a row too).
-        used: pictures that became rows.
-        skipped: reason -> number and examples of pictures. dropped_boxes: reason -> number.
+        used, skipped: pictures that became rows, and those that did not: reason -> number and examples.
+        incomplete: used ones that lack a row, in one resolution or mirrored: reason -> number.
+        dropped_boxes: reason -> number, in every resolution anew.
         boxes: in the rows.
         seconds: by stage. `decode` is the sum over processes; `wait` is how long the device had nothing to do for want
             of pictures.
@@ -33,6 +34,7 @@ class UnitReport:
     repeated_in_float32: int = 0
     bytes: int = 0
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    incomplete: Counter[str] = field(default_factory=Counter)
     dropped_boxes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -60,6 +62,7 @@ class UnitReport:
             mine = self.skipped.setdefault(reason, {"count": 0, "examples": []})
             mine["count"] += entry["count"]
             mine["examples"] = (mine["examples"] + entry["examples"])[:EXAMPLES]
+        self.incomplete.update(other.incomplete)
         self.dropped_boxes.update(other.dropped_boxes)
         for stage, seconds in other.seconds.items():
             self.spend(stage, seconds)
@@ -67,12 +70,13 @@ class UnitReport:
     def to_dict(self) -> dict[str, Any]:
         values = {part.name: getattr(self, part.name) for part in fields(self)}
         seconds = {stage: round(value, 3) for stage, value in self.seconds.items()}
-        return values | {"dropped_boxes": dict(self.dropped_boxes), "seconds": seconds}
+        counts = {"incomplete": dict(self.incomplete), "dropped_boxes": dict(self.dropped_boxes)}
+        return values | counts | {"seconds": seconds}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UnitReport:
         report = cls(**values)
-        report.dropped_boxes = Counter(report.dropped_boxes)
+        report.incomplete, report.dropped_boxes = Counter(report.incomplete), Counter(report.dropped_boxes)
         return report
 
 
@@ -81,7 +85,7 @@ class PrepareReport:
     """Of a whole source, as far as it is done.
 
     Args:
-        units: name -> "written", "already there", "held by another process", "not of this part", or why it failed.
+        units: name -> one of the states below, or why it failed.
         total: of all units that are done.
     """
 
@@ -112,7 +116,7 @@ class PrepareReport:
 
     def __str__(self) -> str:
         total, states = self.total, Counter(self.units.values())
-        done = states["written"] + states["already there"]
+        done = states[WRITTEN] + states[ALREADY]
         lines = [f"{done} of {len(self.units)} units done" + _rest(states)]
         lines += [
             f"pictures: {total.seen} seen, {total.used} used, {total.written} rows of {_size(total.bytes)} written, "
@@ -120,6 +124,7 @@ class PrepareReport:
         ]
         for reason, entry in sorted(total.skipped.items(), key=lambda item: -item[1]["count"]):
             lines.append(f"  skipped, {reason}: {entry['count']} (as {_some(entry['examples'])})")
+        lines += [f"  used, but lack a row, {reason}: {number}" for reason, number in total.incomplete.most_common()]
         lines += [f"  boxes dropped, {reason}: {number}" for reason, number in total.dropped_boxes.most_common()]
         if total.repeated_in_float32:
             lines.append(f"  encoded again in float32: {total.repeated_in_float32}")
@@ -132,12 +137,13 @@ class PrepareReport:
         return "\n".join(lines + [f"failed: {name}: {what}" for name, what in self.failed.items()])
 
 
-WRITTEN, ALREADY, HELD, ELSEWHERE = "written", "already there", "held by another process", "not of this part"
-_FINE = (WRITTEN, ALREADY, HELD, ELSEWHERE)
+WRITTEN, ALREADY, WAITING = "written", "already there", "not done yet"
+HELD, ELSEWHERE = "held by another process", "not of this part"
+_FINE = (WRITTEN, ALREADY, WAITING, HELD, ELSEWHERE)
 
 
 def _rest(states: Counter[str]) -> str:
-    parts = [f"{states[what]} {what}" for what in (ALREADY, HELD, ELSEWHERE) if states[what]]
+    parts = [f"{states[what]} {what}" for what in (ALREADY, WAITING, HELD, ELSEWHERE) if states[what]]
     return f" ({', '.join(parts)})" if parts else ""
 
 

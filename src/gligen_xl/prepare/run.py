@@ -9,9 +9,9 @@ tried once more at the end. Several processes may share one folder: each unit is
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,11 +19,13 @@ from typing import Literal
 from ..files import whole_file, write_json
 from .done import Done
 from .item import Unit
-from .report import ALREADY, ELSEWHERE, HELD, WRITTEN, PrepareReport
+from .report import ALREADY, ELSEWHERE, HELD, WAITING, WRITTEN, PrepareReport
 from .settings import Settings
 from .unit import Progress, UnitMaker
 
 REPORT_NAME = "prepare"  # .json and .txt, beside the shards
+
+ENDS = (WRITTEN, ALREADY, HELD)  # what becomes of a unit that does not fail
 
 Execute = Callable[[Sequence[Unit]], Iterator[tuple[Unit, str]]]
 
@@ -68,7 +70,7 @@ def prepare(
 
     Args:
         part: (k, n): every n-th unit from the k-th, 1 to n; n such calls do all.
-        progress: told (weight, pictures) that came to an end.
+        progress: told (weight, pictures) that came to an end; a unit that fails takes its weight back.
 
     Returns:
         The report, of all that is done in `out`; also written there, as `prepare.json` and `prepare.txt`.
@@ -82,32 +84,44 @@ def prepare(
     done.check_settings(mine)
     report = PrepareReport({unit.name: ELSEWHERE for unit in units})
     waiting = [unit for unit in mine if not done.is_done(unit)]
-    for unit in mine:
-        report.units[unit.name] = ALREADY
-    for unit in waiting:
-        report.units[unit.name] = "not begun"
+    report.units |= {unit.name: ALREADY for unit in mine} | {unit.name: WAITING for unit in waiting}
     progress(sum(unit.weight for unit in mine) - sum(unit.weight for unit in waiting), 0)
-    try:
-        if waiting:
-            with _executor(out, settings, machine, progress) as execute:
-                failed = _pass(execute, waiting, report)
-                _pass(execute, failed, report)
-    finally:
-        for unit in units:
-            if report.units[unit.name] in (WRITTEN, ALREADY) or done.is_done(unit):
-                report.total.add(done.report(unit))
-        _write_report(Path(out), report)
+    with _executor(out, settings, machine, progress) if waiting else nullcontext(_nothing) as execute:
+        try:
+            failed = _pass(execute, waiting, report)
+            _pass(execute, failed, report)
+        except BaseException:
+            with suppress(OSError):  # of a disk that is full: the first error says more
+                _finish(units, done, report)
+            raise
+        _finish(units, done, report)
     return report
 
 
 def _pass(execute: Execute, units: list[Unit], report: PrepareReport) -> list[Unit]:
     """Do the units; those that failed come back."""
     failed = []
-    for unit, what in execute(units) if units else ():
+    for unit, what in execute(units):
         report.units[unit.name] = what
-        if what not in (WRITTEN, ALREADY, HELD):
+        if what not in ENDS:
             failed.append(unit)
     return failed
+
+
+def _nothing(units: Sequence[Unit]) -> Iterator[tuple[Unit, str]]:
+    return iter(())
+
+
+def _finish(units: Sequence[Unit], done: Done, report: PrepareReport) -> None:
+    """The report of all that is done, also where other processes did it."""
+    for unit in units:
+        if report.units[unit.name] in (WRITTEN, ALREADY) or done.is_done(unit):
+            report.total.add(done.report(unit))
+            if report.units[unit.name] == WAITING:  # an interrupt came just then
+                report.units[unit.name] = WRITTEN
+    write_json(done.out / f"{REPORT_NAME}.json", report.to_dict())
+    with whole_file(done.out / f"{REPORT_NAME}.txt") as partial:
+        partial.write_text(f"{report}\n", encoding="utf-8")
 
 
 def _executor(out: str | Path, settings: Settings, machine: Machine, progress: Progress) -> Local:
@@ -146,17 +160,24 @@ def run_unit(maker: UnitMaker, unit: Unit, progress: Progress = lambda weight, p
         OSError: the disk is full.
     """
     done = Done(maker.out, maker.settings)
+    told = 0
+
+    def tell(weight: int, pictures: int) -> None:
+        nonlocal told
+        told += weight
+        progress(weight, pictures)
+
     with done.hold(unit) as free:
-        if not free:
-            return HELD
-        if done.is_done(unit):  # by another process, since this one looked
-            return ALREADY
+        if not free or done.is_done(unit):  # by another process, since this one looked
+            tell(unit.weight, 0)
+            return ALREADY if free else HELD
         try:
             identity = unit.identity()
-            report, shards = maker.make(unit, progress)
+            report, shards = maker.make(unit, tell)
             done.mark(unit, identity, report, shards)
             return WRITTEN
         except Exception as error:  # whatever it is, other units may still be done
+            tell(-told, 0)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(
                     error.errno, f"the disk of {maker.out} is full; make room, and the same command goes on"
@@ -171,11 +192,3 @@ def parse_part(text: str) -> tuple[int, int]:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"part is {text!r}; expected k/n with k from 1 to n, as 3/16")
     return int(match[1]), int(match[2])
-
-
-def _write_report(out: Path, report: PrepareReport) -> None:
-    if not os.access(out if out.exists() else out.parent, os.W_OK):
-        return
-    write_json(out / f"{REPORT_NAME}.json", report.to_dict())
-    with whole_file(out / f"{REPORT_NAME}.txt") as partial:
-        partial.write_text(f"{report}\n", encoding="utf-8")

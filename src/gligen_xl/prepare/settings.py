@@ -29,7 +29,8 @@ class Settings:
         latents: a sample of the posterior, or its mean.
         seed: of samples and of random flips.
         dtype: that the VAE and the detector compute in.
-        vae_at_once: see `gligen_xl.prepare.encode.Encoder`.
+        at_once: pictures in one pass of the VAE or the detector. More than one may be faster on a GPU; the last bit
+            then depends on their number.
     """
 
     framing: Framing
@@ -45,7 +46,7 @@ class Settings:
     latents: Literal["sample", "mean"] = "sample"
     seed: int = 0
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    vae_at_once: int = 1
+    at_once: int = 1
 
     def __post_init__(self) -> None:
         resolutions = self.framing.resolutions
@@ -54,7 +55,7 @@ class Settings:
         for name in ("min_share", "box_threshold", "text_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
-        for name, least in (("min_boxes", 0), ("seed", 0), ("vae_at_once", 1)):
+        for name, least in (("min_boxes", 0), ("seed", 0), ("at_once", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
         if self.detect_text is not None and self.detector is None:

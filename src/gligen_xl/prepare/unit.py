@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from ..data.shards import Row, Shard, ShardWriter
+from ..data.shards import Row, ShardWriter, read_header
 from .ahead import Decoders
 from .captions import CaptionTable
 from .detect import Detector
@@ -27,10 +28,11 @@ from .framing import Framed, Framing
 from .item import Item, Skipped, Unit
 from .report import UnitReport
 from .settings import Settings
-from .views import MIRRORED, views
+from .views import views
 
 WORK_FOLDER = ".prepared"  # beside the shards: what is done, and what is made on the way
 
+_Entry = tuple[int, np.ndarray, Row]  # place in the batch, picture (h, w, 3) uint8, row
 Progress = Callable[[int, int], None]  # (weight, pictures) that came to an end since the last call
 
 
@@ -53,7 +55,7 @@ class UnitMaker:
         dtype = getattr(torch, settings.dtype)
         seed = settings.seed if settings.latents == "sample" else None
         vae = load_vae(settings.vae)
-        self.encoder = Encoder(vae, device=device, dtype=dtype, seed=seed, at_once=settings.vae_at_once)
+        self.encoder = Encoder(vae, device=device, dtype=dtype, seed=seed, at_once=settings.at_once)
         _check_resolutions(settings.framing, self.encoder.downsampling)
         self.detector = None
         if settings.detector is not None:
@@ -64,11 +66,14 @@ class UnitMaker:
                 text=settings.detect_text,
                 device=device,
                 dtype=dtype,
-                batch_size=batch_size,
+                batch_size=settings.at_once,
             )
         self.captions = None
         if settings.captions is not None:
-            self.captions = CaptionTable.open(settings.captions, self.out / WORK_FOLDER)
+            with tqdm(desc="reading captions", unit="caption", unit_scale=True, leave=False, disable=None) as bar:
+                self.captions = CaptionTable.open(
+                    settings.captions, self.out / WORK_FOLDER, progress=lambda count: bar.update(count - bar.n)
+                )
         self.decoders = Decoders(workers, settings.framing, batch_size)
 
     def make(self, unit: Unit, progress: Progress = lambda weight, pictures: None) -> tuple[UnitReport, list[str]]:
@@ -157,27 +162,42 @@ class UnitMaker:
         if self.detector is not None:
             with report.timed("detect"):
                 batch = self._detect(self.detector, batch)
-        used = set()
+        used: set[int] = set()  # places in the batch
+        lost: dict[int, str] = {}  # those that lack a row, and why
         for place in range(len(self.settings.framing.resolutions)):
-            groups: dict[tuple[int, int], list[tuple[np.ndarray, Row]]] = {}
-            for item, framed in batch:
+            groups: dict[tuple[int, int], list[_Entry]] = {}
+            for number, (item, framed) in enumerate(batch):
                 frame = framed.frames[place]
-                found = views(item, frame, framed.pixels[place], self.settings, report)
-                groups.setdefault(frame.size, []).extend(found)
+                found = list(views(item, frame, framed.pixels[place], self.settings, report))
+                if not found:
+                    lost.setdefault(number, "too few boxes")
+                for pixels, row in found:
+                    groups.setdefault(frame.size, []).append((number, pixels, row))
             for size, group in groups.items():
-                with report.timed("encode"):
-                    latents, finite = self.encoder([pixels for pixels, _ in group], [row.image_id for _, row in group])
-                rows = [row for (_, row), good in zip(group, finite, strict=True) if good]
-                for (_, row), good in zip(group, finite, strict=True):
-                    if not good:
-                        report.skip(row.image_id, "its latents are not finite")
-                with report.timed("write"):
-                    writers.add(place, size, latents[finite], rows)
-                report.written += len(rows)
-                report.boxes += sum(len(row.boxes) for row in rows)
-                report.bytes += latents[finite].nbytes
-                used |= {row.image_id.removesuffix(MIRRORED) for row in rows}
+                finite = self._write(group, place, size, writers, report)
+                used.update(number for (number, _, _), good in zip(group, finite, strict=True) if good)
+                for k in np.flatnonzero(~finite):
+                    lost.setdefault(group[k][0], "its latents are not finite")
         report.used += len(used)
+        for number, reason in sorted(lost.items()):
+            if number in used:
+                report.incomplete[reason] += 1
+            else:
+                report.skip(batch[number][0].image_id, reason)
+
+    def _write(
+        self, group: list[_Entry], place: int, size: tuple[int, int], writers: _Writers, report: UnitReport
+    ) -> np.ndarray:
+        """Encode pictures of one size and write those whose latents are finite: (n,) bool."""
+        with report.timed("encode"):
+            latents, finite = self.encoder([pixels for _, pixels, _ in group], [row.image_id for _, _, row in group])
+        rows = [row for (_, _, row), good in zip(group, finite, strict=True) if good]
+        with report.timed("write"):
+            writers.add(place, size, latents[finite], rows)
+        report.written += len(rows)
+        report.boxes += sum(len(row.boxes) for row in rows)
+        report.bytes += latents[finite].nbytes
+        return finite
 
     def _detect(self, detector: Detector, batch: Sequence[tuple[Item, Framed]]) -> list[tuple[Item, Framed]]:
         """The same pictures with the boxes that are found in their first frame."""
@@ -212,19 +232,34 @@ class _Writers:
 
     def _check_place(self, stem: Path) -> None:
         """Shards that something else has made are not written over."""
-        if not stem.with_name(stem.name + ".parquet").is_file():
-            return
-        if Shard(stem).metadata.get("prepared") != self.settings.fingerprint:
+        latents, table = shard_files(stem)
+        if latents.is_file():  # alone, after a kill between the two
+            ours = read_header(latents)[0].get("prepared") == self.settings.fingerprint
+        else:
+            ours = not table.is_file()
+        if not ours:
             raise ValueError(f"the shard {stem} stands there, made otherwise; remove it, or choose another folder")
 
     def commit(self) -> list[str]:
-        for path in sorted(self.writers):
-            self.writers[path].commit()
+        """All take their places. Where one cannot, none stays."""
+        try:
+            for path in sorted(self.writers):
+                self.writers[path].commit()
+        except BaseException:
+            for path in self.writers:
+                for file in shard_files(self.out / path):
+                    file.unlink(missing_ok=True)
+            raise
         return sorted(self.writers)
 
     def discard(self) -> None:
         for writer in self.writers.values():
             writer.discard()
+
+
+def shard_files(stem: Path) -> tuple[Path, Path]:
+    """Latents and table of a shard."""
+    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".parquet")
 
 
 def _check_resolutions(framing: Framing, downsampling: int) -> None:

@@ -22,7 +22,7 @@ _SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards|side)?\b", re.IGNORECA
 def views(
     item: Item, frame: Frame, pixels: np.ndarray, settings: Settings, report: UnitReport
 ) -> Iterator[tuple[np.ndarray, Row]]:
-    """What of a picture goes into one resolution: it, or its mirror image, or both.
+    """What of a picture goes into one resolution: it, or its mirror image, or both; nothing if it has too few boxes.
 
     Args:
         pixels: the picture in the frame, (h, w, 3) uint8.
@@ -37,7 +37,6 @@ def views(
         if count:
             report.dropped_boxes[reason] += count
     if len(named) < settings.min_boxes:
-        report.skip(item.image_id, "too few boxes")
         return
     row = Row(
         image_id=item.image_id,
