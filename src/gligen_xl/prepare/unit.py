@@ -70,10 +70,7 @@ class UnitMaker:
             )
         self.captions = None
         if settings.captions is not None:
-            with tqdm(desc="reading captions", unit="caption", unit_scale=True, leave=False, disable=None) as bar:
-                self.captions = CaptionTable.open(
-                    settings.captions, self.out / WORK_FOLDER, progress=lambda count: bar.update(count - bar.n)
-                )
+            self.captions = _open_captions(settings.captions, self.out / WORK_FOLDER)
         self.decoders = Decoders(workers, settings.framing, batch_size)
 
     def make(self, unit: Unit, progress: Progress = lambda weight, pictures: None) -> tuple[UnitReport, list[str]]:
@@ -255,6 +252,16 @@ class _Writers:
     def discard(self) -> None:
         for writer in self.writers.values():
             writer.discard()
+
+
+def _open_captions(source: str, folder: Path) -> CaptionTable:
+    """The first time it is read whole, which takes minutes for ten million."""
+    with tqdm(desc="reading captions", unit="caption", unit_scale=True, leave=False, disable=None) as bar:
+
+        def show(count: int) -> None:
+            bar.update(count - bar.n)
+
+        return CaptionTable.open(source, folder, progress=show)
 
 
 def shard_files(stem: Path) -> tuple[Path, Path]:
