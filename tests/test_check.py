@@ -1,5 +1,7 @@
 """Looking at shards: what is wrong with them is said, and their samples become pictures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from gligen_xl.cli import main
 from gligen_xl.data.check import check_shards
-from gligen_xl.data.shards import Row, write_shard
+from gligen_xl.data.shards import Row, Shard, write_shard
 from gligen_xl.prepare.look import show_samples
 from gligen_xl.shapes.data import write_shards
 from gligen_xl.shapes.detect import detect
@@ -65,6 +67,41 @@ def test_every_problem_is_named_with_its_place(tmp_path, capsys):
         assert says in problems, problems
     assert main(["check", str(tmp_path)]) == 2
     assert "7 problems" in capsys.readouterr().err
+
+
+def test_sizes_that_cannot_be_are_problems(tmp_path):
+    good = rows(3)
+    odd = [
+        replace(good[0], image_id="b0", crop_left=1),  # a square has nothing to cut off
+        replace(good[1], image_id="b1", original_height=128, crop_top=65),
+        replace(good[2], image_id="b2", original_height=128, crop_top=64),
+    ]
+    write_shard(tmp_path / "crops", latents(3), [replace(odd[0], crop_left=3), *odd[1:]], METADATA)
+    write_shard(tmp_path / "size", latents(2), rows(2), METADATA | {"resolution": "512"})
+    problems = check_shards(tmp_path).problems
+    assert problems == [
+        "crops: row 0 (b0): its crop begins at 0, 3, too far for a picture of 64 x 64, resized to fill 64 x 64",
+        "size: its pictures have 64 x 64 pixels, its resolution is 512",
+    ]
+
+
+def test_many_problems_are_told_in_short(tmp_path):
+    write_shard(tmp_path / "one", latents(60), rows(60), METADATA)
+    write_shard(tmp_path / "same", latents(60), rows(60), METADATA)
+    problems = check_shards(tmp_path).problems
+    assert len(problems) == 21
+    assert problems[:2] == ["same: row 0 (a0) stands in one too", "same: row 1 (a1) stands in one too"]
+    assert problems[-1] == "and 40 more of this kind"
+
+
+def test_to_show_one_sample_one_table_is_read(tmp_path, shapes_pipeline, monkeypatch):
+    for seed in range(3):
+        write_shards(shapes_pipeline.vae, tmp_path, 4, seed=seed, captions="plain")
+    read = []
+    real = Shard.read_table
+    monkeypatch.setattr(Shard, "read_table", lambda shard: read.append(shard.stem.name) or real(shard))
+    show_samples(tmp_path, index=5)
+    assert len(read) == 1
 
 
 def test_folders_without_shards(tmp_path):

@@ -1,17 +1,26 @@
-"""Whether a folder of shards can be trained on: every shard opened, every latent and every row looked at."""
+"""Whether a folder of shards can be trained on: every shard opened, every latent and every row looked at.
+
+One shard is in memory at a time, and of those before it eight bytes a picture, to know it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from ..layout import validate
+from ..layout import TOLERANCE, validate
 from .shards import Shard, shard_stems
 
 AT_ONCE = 256  # latents
+SHOWN = 20  # problems of one kind in a shard, and pictures that stand twice
 
 
 @dataclass
@@ -35,20 +44,26 @@ def check_shards(folder: str | Path, *, progress: Callable[[list[Path]], Iterabl
     """
     folder = Path(folder)
     report = CheckReport()
-    seen: dict[str, str] = {}  # where each picture stands
+    stems: list[Path] = []
+    names: list[np.ndarray] = []  # of the pictures of each
     scales: dict[tuple[str, ...], str] = {}  # which shard first had these settings
     for stem in progress(shard_stems(folder)):
         try:
-            shard = Shard(stem)
+            shard = Shard(stem, with_table=False)
+            table = shard.read_table()
         except (ValueError, OSError) as error:
             report.problems.append(str(error))
             continue
         report.shards += 1
         report.pictures += len(shard)
-        report.problems += [f"{stem.name}: {problem}" for problem in _latents(shard)]
-        report.problems += [f"{stem.name}: {problem}" for problem in _rows(shard, stem.name, seen, report)]
+        report.boxes += len(_flat(table["phrases"]))
+        for kind in (_shape(shard), _latents(shard), _rows(shard, table)):
+            report.problems += [f"{stem.name}: {problem}" for problem in _some(kind)]
+        stems.append(stem)
+        names.append(np.array([_hash(name) for name in table["image_id"].to_pylist()], np.uint64))
         settings = tuple(shard.metadata.get(name, "unknown") for name in ("vae", "scaling_factor"))
         scales.setdefault(settings, stem.name)
+    report.problems += _some(_twice(stems, names))
     if len(scales) > 1:
         kinds = "; ".join(f"{vae}, scaling factor {factor} (as {name})" for (vae, factor), name in scales.items())
         report.problems.append(f"latents of different VAEs: {kinds}")
@@ -57,30 +72,96 @@ def check_shards(folder: str | Path, *, progress: Callable[[list[Path]], Iterabl
     return report
 
 
-def _latents(shard: Shard) -> Iterable[str]:
+def _some(problems: Iterable[str]) -> list[str]:
+    """The first of them, and how many more."""
+    problems = iter(problems)
+    shown = list(islice(problems, SHOWN))
+    more = sum(1 for _ in problems)
+    return shown + ([f"and {more} more of this kind"] if more else [])
+
+
+def _shape(shard: Shard) -> Iterator[str]:
+    """A square or a bucket has about as many pixels as the resolution says."""
+    resolution = shard.metadata.get("resolution", "")
+    _, height, width = (shard.downsampling * side for side in shard.latent_shape)
+    if resolution.isdigit() and not 0.7 <= height * width / max(int(resolution), 1) ** 2 <= 1.3:
+        yield f"its pictures have {height} x {width} pixels, its resolution is {resolution}"
+
+
+def _latents(shard: Shard) -> Iterator[str]:
     latents = shard.latents
     for first in range(0, len(shard), AT_ONCE):
         part = np.asarray(latents[first : first + AT_ONCE], np.float32).reshape(-1, np.prod(shard.latent_shape))
-        for k in np.flatnonzero(~np.isfinite(part).all(axis=1)):
+        finite = np.isfinite(part).all(axis=1)
+        for k in np.flatnonzero(~finite):
             yield f"latents of row {first + k} hold NaN or infinity"
-        for k in np.flatnonzero(part.std(axis=1) == 0):
+        for k in np.flatnonzero(finite & (part.max(axis=1) == part.min(axis=1))):
             yield f"latents of row {first + k} are all the same number"
 
 
-def _rows(shard: Shard, name: str, seen: dict[str, str], report: CheckReport) -> Iterable[str]:
-    for k in range(len(shard)):
-        row = shard.row(k)
-        report.boxes += len(row.boxes)
-        where = f"row {k} ({row.image_id})"
-        try:
-            validate(row.phrases, row.boxes)
-        except ValueError as error:
-            yield f"{where}: {error}"
-        if not all(0 <= score <= 1 for score in row.scores):
+def _rows(shard: Shard, table: pa.Table) -> Iterator[str]:
+    """Rows that look odd as a column are looked at one by one."""
+    of_box = np.repeat(np.arange(len(table)), pc.call_function("list_value_length", [table["boxes"]]).to_numpy())
+    boxes = _flat(_flat(table["boxes"])).to_numpy().reshape(-1, 4)
+    scores = _flat(table["scores"]).to_numpy()
+    blank = pc.call_function("equal", [pc.call_function("utf8_trim_whitespace", [_flat(table["phrases"])]), ""])
+    outside = ~((boxes >= -TOLERANCE) & (boxes <= 1 + TOLERANCE)).all(axis=1)
+    thin = ~(boxes.clip(0, 1)[:, 2:] > boxes.clip(0, 1)[:, :2]).all(axis=1)
+    no_share = ~((scores >= 0) & (scores <= 1))
+    height, width, top, left = (
+        table[name].to_numpy().astype(np.int64)
+        for name in ("original_height", "original_width", "crop_top", "crop_left")
+    )
+    no_size = (height < 1) | (width < 1) | (top < 0) | (left < 0)
+    _, h, w = (shard.downsampling * side for side in shard.latent_shape)
+    scale = np.maximum(h / height.clip(1), w / width.clip(1))  # the picture fills the frame
+    beyond = ~no_size & ((top + h > height * scale + 2) | (left + w > width * scale + 2))
+    odd = {*of_box[outside | thin | blank.to_numpy(zero_copy_only=False)].tolist()}
+    bad_scores = {*of_box[no_share].tolist()}
+    for k in sorted(odd | bad_scores | {*np.flatnonzero(no_size | beyond).tolist()}):
+        row = table.slice(k, 1).to_pylist()[0]
+        where = f"row {k} ({row['image_id']})"
+        if k in odd:
+            try:
+                validate(row["phrases"], row["boxes"])
+            except ValueError as error:
+                yield f"{where}: {error}"
+        if k in bad_scores:
             yield f"{where}: a score is not within 0-1"
-        if row.original_height < 1 or row.original_width < 1 or row.crop_top < 0 or row.crop_left < 0:
-            size = f"{row.original_height} x {row.original_width}, crop {row.crop_top}, {row.crop_left}"
-            yield f"{where}: its original size is {size}"
-        if row.image_id in seen:
-            yield f"{where} stands in {seen[row.image_id]} too"
-        seen[row.image_id] = name
+        if no_size[k]:
+            yield f"{where}: its original size is {height[k]} x {width[k]}, crop {top[k]}, {left[k]}"
+        elif beyond[k]:
+            size = f"{height[k]} x {width[k]}, resized to fill {h} x {w}"
+            yield f"{where}: its crop begins at {top[k]}, {left[k]}, too far for a picture of {size}"
+
+
+def _twice(stems: list[Path], names: list[np.ndarray]) -> Iterator[str]:
+    """Pictures that stand in two places."""
+    if not names:
+        return
+    every = np.concatenate(names)
+    order = np.argsort(every, kind="stable")
+    again = np.flatnonzero(every[order][1:] == every[order][:-1]) + 1
+    ends = np.cumsum([len(part) for part in names])
+    opened: dict[int, Any] = {}
+
+    def place(number: int) -> tuple[int, int, str]:
+        which = int(np.searchsorted(ends, number, side="right"))
+        if which not in opened:
+            opened.clear()  # one table at a time
+            opened[which] = Shard(stems[which]).read_table()["image_id"]
+        row = number - int(ends[which]) + len(names[which])
+        return which, row, opened[which][row].as_py()
+
+    for k in sorted(again, key=lambda k: order[k]):
+        (first, _, name), (which, row, other) = place(int(order[k - 1])), place(int(order[k]))
+        if name == other:  # else they only look alike in eight bytes
+            yield f"{stems[which].name}: row {row} ({other}) stands in {stems[first].name} too"
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _flat(lists: Any) -> Any:
+    return pc.call_function("list_flatten", [lists])

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from ..data.shards import Row, Shard, find_shards
+from ..data.shards import Row, Shard, shard_stems
 from ..layout import Layout
 from ..show import draw_boxes, enlarged, grid
 from .encode import load_vae
@@ -29,7 +29,7 @@ def show_samples(
     Raises:
         ValueError: no such sample, or a VAE that is not of these latents.
     """
-    shards = find_shards(folder)
+    shards = [Shard(stem, with_table=False) for stem in shard_stems(folder)]
     total = sum(map(len, shards))
     if not total:
         raise ValueError(f"{folder} holds no samples")
