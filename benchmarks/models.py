@@ -79,11 +79,17 @@ def parts(
     dtype: torch.dtype,
     *,
     unet_dtype: torch.dtype | None = None,
+    max_tokens: int | None = None,
     **unet_options,
 ) -> dict:
-    """Components of an SDXL pipeline."""
+    """Components of an SDXL pipeline.
+
+    Args:
+        max_tokens: of a caption; by default those of the shapes model. SDXL's are 77.
+    """
     with TemporaryDirectory() as folder:
         tokenizer = new_tokenizer(Path(folder))
+    tokenizer.model_max_length = max_tokens or tokenizer.model_max_length
     common = {
         "vocab_size": 49408,
         "max_position_embeddings": tokenizer.model_max_length,

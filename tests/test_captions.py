@@ -19,8 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from gligen_xl.prepare.captions import CaptionTable
+from gligen_xl.prepare.item import Item
+from gligen_xl.prepare.sources import open_source
 
 KNOWN = {"sa_1": "a red circle on grass", "sa_2": "ein grüner Kreis", "sa_30": "two squares, one behind the other"}
 
@@ -38,6 +41,10 @@ def tar_bytes(members, mode="w"):
 
 def texts(folder=""):
     return [(f"{folder}{key}.txt", text.encode()) for key, text in KNOWN.items()]
+
+
+def captions_of(table, image_ids):
+    return {key: text for key in image_ids if (text := table.get(key)) is not None}
 
 
 def write_parquet(path, columns):
@@ -92,25 +99,108 @@ def test_every_format_gives_the_same_table(tmp_path, name):
     SOURCES[name](tmp_path / name)
     with CaptionTable.open(tmp_path / name, tmp_path / "cache") as table:
         assert len(table) == 3
-        assert table.get_many(["sa_30", "sa_1", "none", "sa_2"]) == KNOWN
+        assert captions_of(table, ["sa_30", "sa_1", "none", "sa_2"]) == KNOWN
         assert table.get("sa_2") == KNOWN["sa_2"]
         assert table.get("none") is None
-        assert (table.duplicates, table.counts.empty, table.counts.oversized) == (0, 0, 0)
+        assert (table.duplicates, table.counts.empty, table.counts.refused) == (0, 0, 0)
 
 
-def test_columns_of_other_names(tmp_path):
-    write_parquet(tmp_path / "a.parquet", columns("file", "words") | {"caption": ["x"] * 3, "id": ["y"] * 3})
-    write_jsonl(tmp_path / "a.jsonl", rows("file", "words"))
-    for name in ("a.parquet", "a.jsonl"):
-        table = CaptionTable.open(tmp_path / name, tmp_path / "c", id_column="file", text_column="words")
-        assert table.get_many(KNOWN) == KNOWN
-    # The same file, read otherwise, is another table.
-    assert CaptionTable.open(tmp_path / "a.parquet", tmp_path / "c").get("y") == "x"
+# Pictures of every kind of source, and captions of every format, both with a part of the ids being folders ------------
+
+PICTURES = ("000/0", "000/1", "001/2", "3", "001/dots.in.4")
+
+
+def picture():
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def sources(folder, names):
+    """The same pictures as each kind of source: arguments of `open_source` by kind."""
+    files = [(f"{name}.png", picture()) for name in names]
+    (folder / "a.tar").write_bytes(tar_bytes([("./" + name, data) for name, data in files]))
+    for name, data in files:
+        (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "set" / name).write_bytes(data)
+    write_jsonl(folder / "set" / "mine.jsonl", [{"image": name} for name, _ in files])
+    images = [{"id": name.removesuffix(".png"), "file_name": name} for name, _ in files]
+    (folder / "coco.json").write_text(json.dumps({"images": images, "categories": [{"id": 1, "name": "dog"}]}))
+    yield "webdataset", {"path": folder / "a.tar"}
+    yield "folder", {"path": folder / "set"}
+    yield "layouts", {"path": folder / "set" / "mine.jsonl"}
+    yield "coco", {"path": folder / "set", "instances": folder / "coco.json"}
+    write_jsonl(folder / "set" / "metadata.jsonl", [{"file_name": f"./{name}"} for name, _ in files])
+    yield "imagefolder", {"path": folder / "set"}
+
+
+def write_caption_files(folder, known):
+    """The same captions in each format."""
+    for name in ("plain.tar", "packed.tar.gz"):
+        members = [(f"./{key}.txt", text.encode()) for key, text in known.items()]
+        (folder / name).write_bytes(tar_bytes(members, "w:gz" if "gz" in name else "w"))
+    write_parquet(folder / "keys.parquet", {"__key__": list(known), "txt": list(known.values())})
+    write_jsonl(folder / "lines.jsonl", [{"image_id": key, "caption": text} for key, text in known.items()])
+    (folder / "whole.json").write_text(json.dumps(known))
+    annotations = [{"image_id": key, "id": k, "caption": text} for k, (key, text) in enumerate(known.items())]
+    (folder / "coco.json").write_text(json.dumps({"annotations": annotations}))
+    for key, text in known.items():
+        (folder / "texts" / f"{key}.txt").parent.mkdir(parents=True, exist_ok=True)
+        (folder / "texts" / f"{key}.txt").write_text(text)
+    return ["plain.tar", "packed.tar.gz", "keys.parquet", "lines.jsonl", "whole.json", "coco.json", "texts"]
+
+
+@pytest.mark.parametrize("change", ["same", "bare captions", "deeper captions", "bare pictures"])
+def test_captions_of_every_format_join_pictures_of_every_source(tmp_path, change):
+    def bare(name):
+        return name.rpartition("/")[2]
+
+    pictures = list(map(bare, PICTURES)) if change == "bare pictures" else PICTURES
+    keys = {"bare captions": bare, "deeper captions": "all/of/{}".format}.get(change, str)
+    known = {keys(name): f"caption of {bare(name)}" for name in PICTURES}
+    for folder in ("pictures", "captions"):
+        (tmp_path / folder).mkdir()
+    for name in write_caption_files(tmp_path / "captions", known):
+        (tmp_path / "pictures" / name).mkdir()
+        with CaptionTable.open(tmp_path / "captions" / name, tmp_path / "c") as table:
+            assert len(table) == len(PICTURES)
+            for kind, source in sources(tmp_path / "pictures" / name, pictures):
+                found = [item for unit in open_source(**source) for item in unit.items()]
+                # In a webdataset, names with several dots are refused.
+                good = [item.image_id for item in found if isinstance(item, Item)]
+                assert len(good) == len(PICTURES) - (kind == "webdataset")
+                assert {bare(key): table.get(key) for key in good} == {
+                    bare(key): f"caption of {bare(key)}" for key in good
+                }
+
+
+def test_sa1b_joins_captions_in_folders(tmp_path):
+    (tmp_path / "captions.tar.gz").write_bytes(tar_bytes(texts("some/dir/"), "w:gz"))
+    (tmp_path / "sa_000000.tar").write_bytes(tar_bytes([(f"./{key}.jpg", picture()) for key in KNOWN]))
+    (unit,) = open_source(tmp_path / "sa_000000.tar")
+    with CaptionTable.open(tmp_path / "captions.tar.gz", tmp_path / "c") as table:
+        assert {item.image_id: table.get(item.image_id) for item in unit.items()} == KNOWN
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_an_id_is_joined_by_its_end(tmp_path, data):
+    """As in so many words: itself, else the only one that ends with it, else the longest that it ends with."""
+    ids = st.lists(st.sampled_from(["a", "b", "a0", "a-", "é"]), min_size=1, max_size=4).map("/".join)
+    known = {key: f"caption of {key}" for key in data.draw(st.sets(ids, min_size=1, max_size=12))}
+    image_id = data.draw(ids)
+    deeper = [key for key in known if key.endswith("/" + image_id)]
+    shorter = max((key for key in known if image_id.endswith("/" + key)), key=len, default=None)
+    expected = image_id if image_id in known else shorter if not deeper else deeper[0] if len(deeper) == 1 else None
+    source = tmp_path / f"{time.monotonic_ns()}.json"
+    source.write_text(json.dumps(known))
+    with CaptionTable.open(source, tmp_path / "c") as table:
+        assert table.get(image_id) == (None if expected is None else known[expected])
 
 
 def test_numbers_are_ids_too(tmp_path):
     write_parquet(tmp_path / "a.parquet", {"image_id": [9, 25], "caption": ["a cat", "a dog"]})
-    assert CaptionTable.open(tmp_path / "a.parquet", tmp_path / "c").get_many(["9", "25"]) == {
+    assert captions_of(CaptionTable.open(tmp_path / "a.parquet", tmp_path / "c"), ["9", "25"]) == {
         "9": "a cat",
         "25": "a dog",
     }
@@ -127,7 +217,7 @@ def test_coco_gives_the_caption_of_the_lowest_annotation(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(content))
     table = CaptionTable.open(tmp_path / "captions.json", tmp_path / "c")
     assert (len(table), table.duplicates) == (2, 0)
-    assert table.get_many(["9", "25", "30"]) == {"9": "A cat sits.", "25": "A dog."}
+    assert captions_of(table, ["9", "25", "30"]) == {"9": "A cat sits.", "25": "A dog."}
     (tmp_path / "instances.json").write_text(json.dumps({"annotations": [{"image_id": 9, "id": 1, "bbox": [0] * 4}]}))
     with pytest.raises(ValueError, match=r"instances\.json: expected COCO captions"):
         CaptionTable.open(tmp_path / "instances.json", tmp_path / "c")
@@ -139,9 +229,13 @@ def test_texts_become_one_line_and_what_is_none_is_counted(tmp_path):
         ("sa_4.txt", b"x" * ((1 << 20) + 1)), ("sa_5.txt", b"x" * (1 << 20)), ("._sa_1.txt", b"\x00\x05"),
     ]  # fmt: skip
     (tmp_path / "a.tar").write_bytes(tar_bytes(members))
-    table = CaptionTable.open(tmp_path / "a.tar", tmp_path / "c")
-    assert table.get("sa_1") == "The first and the  second."
-    assert (len(table), table.counts.empty, table.counts.oversized) == (2, 2, 1)
+    # The same as JSONL.
+    lines = [{"id": name.removesuffix(".txt"), "text": data.decode("utf-8-sig")} for name, data in members[:-1]]
+    write_jsonl(tmp_path / "a.jsonl", lines)
+    for name in ("a.tar", "a.jsonl"):
+        table = CaptionTable.open(tmp_path / name, tmp_path / "c")
+        assert table.get("sa_1") == "The first and the  second."
+        assert (len(table), table.counts.empty, table.counts.refused) == (2, 2, 1)
 
 
 def test_the_first_of_several_captions_stays(tmp_path):
@@ -153,7 +247,7 @@ def test_the_first_of_several_captions_stays(tmp_path):
         ],
     )
     table = CaptionTable.open(tmp_path / "a.jsonl", tmp_path / "c")
-    assert table.get_many("ab") == {"a": "2", "b": "1"}
+    assert captions_of(table, "ab") == {"a": "2", "b": "1"}
     assert (len(table), table.duplicates, table.counts.empty) == (2, 2, 1)
 
 
@@ -173,7 +267,7 @@ def test_a_table_is_a_dict_of_first_captions(tmp_path, pairs):
             CaptionTable.open(source, tmp_path / "c")
         return
     with CaptionTable.open(source, tmp_path / "c") as table:
-        assert table.get_many("abcdé'\"%_") == expected
+        assert captions_of(table, "abcdé'\"%_") == expected
         assert (len(table), table.duplicates) == (len(expected), others)
 
 
@@ -186,13 +280,13 @@ def test_a_cut_short_archive_is_refused_wherever_it_is_cut(tmp_path, packed):
     path = tmp_path / ("a.tar.gz" if packed else "a.tar")
     for length in (0, 100, 512, 700, 1024, 1500, 2048, 3072):
         path.write_bytes(gzip.compress(plain[:length]) if packed else plain[:length])
-        with pytest.raises(ValueError, match=r"a\.tar.* is cut short or damaged"):
+        with pytest.raises(ValueError, match=r"a\.tar.* is (empty|cut short|damaged)"):
             CaptionTable.open(path, tmp_path / "c")
     if packed:
         whole = gzip.compress(plain)
         for data in (whole[:-1], whole[:-9], whole[: len(whole) // 2], whole[:-8] + b"\0" * 8):
             path.write_bytes(data)
-            with pytest.raises(ValueError, match=r"a\.tar\.gz is cut short or damaged"):
+            with pytest.raises(ValueError, match=r"a\.tar\.gz is (cut short|damaged)"):
                 CaptionTable.open(path, tmp_path / "c")
     assert not list((tmp_path / "c").glob("*.sqlite"))
 
@@ -201,7 +295,7 @@ def test_a_damaged_header_in_the_middle_is_no_end(tmp_path):
     plain = bytearray(tar_bytes(texts()))
     plain[1024 + 148 : 1024 + 156] = b"9" * 8  # the second member's checksum
     (tmp_path / "a.tar").write_bytes(plain)
-    with pytest.raises(ValueError, match="cut short or damaged"):
+    with pytest.raises(ValueError, match=r"a\.tar is damaged .*invalid header"):
         CaptionTable.open(tmp_path / "a.tar", tmp_path / "c")
 
 
@@ -216,9 +310,12 @@ def test_nothing_of_an_archive_is_extracted(tmp_path):
         link = tarfile.TarInfo("link.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
+        good = tarfile.TarInfo("good.txt")
+        good.size = 4
+        tar.addfile(good, io.BytesIO(b"good"))
     (tmp_path / "a.tar").write_bytes(stream.getvalue())
     table = CaptionTable.open(tmp_path / "a.tar", tmp_path / "c")
-    assert (len(table), table.get("evil")) == (1, "evil")
+    assert (len(table), table.get("good"), table.get("evil"), table.counts.refused) == (1, "good", None, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "c"}
 
 
@@ -226,7 +323,7 @@ def test_a_name_of_gigabytes_is_refused(tmp_path):
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
     (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
-    with pytest.raises(ValueError, match="a name of 3221225472 bytes"):
+    with pytest.raises(ValueError, match="a header of 3221225472 bytes"):
         CaptionTable.open(tmp_path / "a.tar", tmp_path / "c")
 
 
@@ -240,7 +337,7 @@ WRONG = {
     "bytes.jsonl": (lambda path: path.write_bytes(b'{"id": "a", "text": "b"}\n{"id": "caf\xe9"'), "line 2 is not JSON"),
     "half.jsonl": (lambda path: path.write_text('{"id": "a", "text": "\\ud800"}'), "caption of 'a' is not Unicode"),
     "list.jsonl": (lambda path: path.write_text("[1]\n"), "line 1 is .*expected an object"),
-    "keys.jsonl": (lambda path: path.write_text('{"id": "a", "words": "b"}'), "has id, words; expected texts in txt"),
+    "keys.jsonl": (lambda path: path.write_text('{"id": "a", "words": "b"}'), "has id, words; expected .*texts in txt"),
     "id.jsonl": (lambda path: path.write_text('{"id": null, "text": "b"}'), "line 1: id is None; expected the id"),
     "text.jsonl": (lambda path: path.write_text('{"id": "a", "text": ["b"]}'), r"line 1: text is .*expected a caption"),
     "broken.json": (lambda path: path.write_text("{"), r"broken\.json is not JSON"),
@@ -379,8 +476,8 @@ def table(tmp_path):
 
 
 def test_many_ids_at_once(table):
-    assert table.get_many(map(str, range(5000))) == {str(k): f"caption {k}" for k in range(3000)}
-    assert table.get_many([]) == {}
+    assert captions_of(table, map(str, range(5000))) == {str(k): f"caption {k}" for k in range(3000)}
+    assert captions_of(table, []) == {}
 
 
 def test_other_threads_and_processes_may_read(table):

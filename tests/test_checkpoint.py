@@ -35,6 +35,13 @@ def test_the_newest_are_kept_in_order_of_position(tmp_path):
     assert [int(path.name.split("-")[1]) for path in list_checkpoints(tmp_path)] == [1000, 99_999_999, 100_000_064]
 
 
+def test_some_stay_for_good(tmp_path):
+    """The first at or after every multiple, however many come between and are removed."""
+    for position in (60, 120, 180, 200, 240, 300, 360, 420, 480, 540):
+        save_checkpoint(tmp_path, position, some(), {}, keep=1, keep_every=200)
+    assert [int(path.name.split("-")[1]) for path in list_checkpoints(tmp_path)] == [200, 420, 540]
+
+
 def test_half_written_ones_are_not_checkpoints(tmp_path):
     save_checkpoint(tmp_path, 64, some(), {}, keep=3)
     (tmp_path / ".checkpoint-00000128.99.partial").mkdir()
@@ -130,6 +137,12 @@ def test_the_average_follows_its_formula_and_steps_aside():
         decay = min(0.5, (1 + k) / (10 + k))
         expected = decay * expected + (1 - decay) * value.detach()
     torch.testing.assert_close(ema.average["v"], expected)
+    average = ema.average["v"].clone()
+    with torch.no_grad():
+        value.add_(1)
+    ema.update(torch.tensor(False))
+    assert torch.equal(ema.average["v"], average)
+    assert ema.steps == 5
     own = value.detach().clone()
     with ema.applied():
         torch.testing.assert_close(value.detach(), expected)

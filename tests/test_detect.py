@@ -29,7 +29,8 @@ from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProce
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
 from gligen_xl.layout import box_iou, xyxy_from_cxcywh
-from gligen_xl.prepare.detect import Detections, Detector, Tokens, candidates, collect
+from gligen_xl.prepare.detect import Detector
+from gligen_xl.prepare.detections import Detections, Tokens, candidates, collect
 from gligen_xl.shapes.world import draw, sample_scene
 
 WORDS = (

@@ -294,8 +294,8 @@ def test_a_pipeline_without_a_unet_encodes_prompts_and_is_saved(tmp_path):
 
 def test_only_the_adapter_of_a_folder_is_uploaded(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr("gligen_xl.pipelines.loading.create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
-    monkeypatch.setattr("gligen_xl.pipelines.loading.upload_folder", lambda **options: asked.update(options))
+    monkeypatch.setattr("gligen_xl.hub.create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr("gligen_xl.hub.upload_folder", lambda **options: asked.update(options))
     (tmp_path / "secrets.txt").write_text("mine")
     grounded(sdxl_pipeline()).save_gligen_adapter(tmp_path, push_to_hub=True, repo_id="someone/adapter", variant="fp16")
     assert asked["allow_patterns"] == ["gligen_adapter.json", "gligen_adapter.fp16.safetensors"]
@@ -382,8 +382,8 @@ def uploads(tmp_path, monkeypatch):
         shutil.copytree(folder_path, seen["folder"])
         return "the commit"
 
-    monkeypatch.setattr("gligen_xl.pipelines.loading.create_repo", create_repo)
-    monkeypatch.setattr("gligen_xl.pipelines.loading.upload_folder", upload_folder)
+    monkeypatch.setattr("gligen_xl.hub.create_repo", create_repo)
+    monkeypatch.setattr("gligen_xl.hub.upload_folder", upload_folder)
     return seen
 
 

@@ -157,10 +157,10 @@ def test_a_run_on_two_sources_resumed_equals_uninterrupted(config, folders, tmp_
     finished = loop.train(replace(config, out=str(tmp_path / "whole")))
     real = loop.denoising_loss
 
-    def fail(unet, scheduler, batch, conditioning):
+    def fail(unet, scheduler, batch, *rest):
         if batch.position == 16:
             raise KeyboardInterrupt
-        return real(unet, scheduler, batch, conditioning)
+        return real(unet, scheduler, batch, *rest)
 
     monkeypatch.setattr(loop, "denoising_loss", fail)
     with pytest.raises(KeyboardInterrupt):

@@ -21,11 +21,13 @@ from tiny import sdxl_vae
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shards import Row, Shard, find_shards, write_shard
 from gligen_xl.layout import box_iou
+from gligen_xl.prepare.detect import Detector
+from gligen_xl.prepare.detections import Detections
 from gligen_xl.prepare.done import Done
 from gligen_xl.prepare.encode import load_vae
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import Item, Skipped
-from gligen_xl.prepare.run import Machine, parse_part, prepare
+from gligen_xl.prepare.run import Machine, parse_part, prepare, run_unit
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.unit import UnitMaker
 from gligen_xl.shapes.detect import detect
@@ -219,11 +221,13 @@ def die_once(attempt):
         os._exit(1)
 
 
-def test_the_same_bytes_on_a_cluster(tmp_path, units, how, undisturbed, ray):
-    """With a unit that fails beside them, and one that brings its runner down; both are tried twice."""
-    told, out = Counter(), tmp_path / "out"
-    fails = Eventful("fails", folder=tmp_path, event=fail)
-    dies = Eventful("dies", folder=tmp_path, event=die_once)
+def test_the_same_bytes_on_a_cluster(tmp_path, units, how, undisturbed, ray, monkeypatch):
+    """With a unit that fails beside them, and one that brings its runner down; both are tried twice. Paths are relative
+    to a folder that runners do not begin in."""
+    monkeypatch.chdir(tmp_path)
+    told, out = Counter(), Path("out")
+    fails = Eventful("fails", folder=Path(), event=fail)
+    dies = Eventful("dies", folder=Path(), event=die_once)
     machine = Machine(batch_size=3, runner="ray", runners=2)
     report = prepare(
         [units[0], dies, *units[1:], fails], out, how, machine,
@@ -306,9 +310,128 @@ def test_a_unit_that_has_changed_is_done_again(tmp_path, vae, made):
 def test_a_folder_has_one_kind_of_shards(tmp_path, units, how, made, change, says):
     prepare(units[:1], tmp_path, how, HERE)
     before = hashes(tmp_path)
-    with pytest.raises(ValueError, match=f"holds a prepared with {says}; go on with the same settings"):
+    with pytest.raises(ValueError, match=f"holds shards prepared with {says}; go on with the same settings"):
         prepare(units, tmp_path, replace(how, **change), HERE)
     assert (made, hashes(tmp_path)) == (["a"], before)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": 1}, "seed 0, now it is 1"),
+        ({"framing": Framing(resolutions=(32, 64), min_side=9)}, "min_side 0, now it is 9"),
+    ],
+)
+@pytest.mark.parametrize("source", ["/one", "/two"])
+def test_a_folder_has_one_kind_of_shards_whatever_the_part_or_source(tmp_path, units, how, made, change, says, source):
+    prepare(units[:2], tmp_path, how, HERE, source="/one", part=(1, 2))
+    with pytest.raises(ValueError, match=f"holds shards prepared with {says}; go on with the same settings"):
+        prepare(units[:2], tmp_path, replace(how, **change), HERE, source=source, part=(2, 2))
+    assert made == ["a"]
+
+
+def test_settings_of_a_source_agree_in_it_and_may_be_others_in_another(tmp_path, units, how, made):
+    prepare(units[:2], tmp_path, how, HERE, source="/one", part=(1, 2))
+    other = replace(how, min_boxes=1)
+    with pytest.raises(ValueError, match="holds a prepared with min_boxes 0, now it is 1"):
+        prepare(units[:2], tmp_path, other, HERE, source="/one", part=(2, 2))
+    prepare(units[2:], tmp_path, other, HERE, source="/two")
+    assert made == ["a", "c"]
+
+
+def test_settings_that_made_nothing_bind_nobody(tmp_path, units, how, undisturbed):
+    with pytest.raises(ValueError, match="resolution is 33"):
+        prepare(units, tmp_path, replace(how, framing=Framing(resolutions=(33,))), HERE)
+    prepare(units, tmp_path, how, HERE)
+    assert hashes(tmp_path) == undisturbed
+
+
+def test_two_that_begin_at_once_agree(tmp_path, how):
+    """Where one has looked before the other wrote anything, it finds out before its first unit."""
+    first, second = Done(tmp_path, how), Done(tmp_path, replace(how, seed=1))
+    second.check([])
+    first.claim()
+    first.claim()
+    with pytest.raises(ValueError, match="holds shards prepared with seed 0, now it is 1"):
+        second.claim()
+
+
+def test_a_second_source_replaces_nothing_of_the_first(tmp_path, how, made):
+    prepare([Scenes("a"), Scenes("b")], tmp_path, how, HERE, source="/day1/images")
+    before = hashes(tmp_path)
+    second = [Scenes("new", 1), Scenes("a", 4)]
+    with pytest.raises(ValueError, match=r"holds a of /day1/images, and /day2/images has another one .*another folder"):
+        prepare(second, tmp_path, how, HERE, source="/day2/images", part=(1, 2))
+    assert (made, hashes(tmp_path)) == (["a", "b"], before)
+    report = prepare([Scenes("new", 1)], tmp_path, how, HERE, source="/day3")  # other names have room beside them
+    assert (report.removed, report.total.seen) == ([], 1)
+    assert before.items() < hashes(tmp_path).items()
+
+
+def test_a_source_that_was_moved_is_the_same_until_it_changes(tmp_path, how, made):
+    prepare([Scenes("a"), Scenes("b")], tmp_path, how, HERE, source="/old")
+    report = prepare([Scenes("a"), Scenes("b")], tmp_path, how, HERE, source="/new")
+    assert (made, report.moved) == (["a", "b"], {"a": "/old", "b": "/old"})
+    assert "taken for the same, made from /old: a, b" in str(report)
+    changed = [Scenes("a"), Scenes("b", 6)]
+    with pytest.raises(
+        ValueError, match=r"moved and then changed, remove .*\.prepared/units/b\.json: the unit is then"
+    ):
+        prepare(changed, tmp_path, how, HERE, source="/new")
+    (tmp_path / ".prepared" / "units" / "b.json").unlink()
+    prepare(changed, tmp_path, how, HERE, source="/new")
+    prepare(changed, tmp_path / "other", how, HERE, source="/new")
+    assert (
+        hashes(tmp_path / "other").items()
+        <= {name.removeprefix("other/"): value for name, value in hashes(tmp_path).items()}.items()
+    )
+
+
+def test_another_source_that_comes_while_one_is_at_work_fails_its_unit(tmp_path, units, how):
+    def meanwhile(weight, pictures):
+        if pictures and not Done(tmp_path, how, "/one").is_done(units[1]):
+            with UnitMaker(tmp_path, how) as maker:
+                run_unit(maker, Done(tmp_path, how, "/one"), units[1])
+
+    report = prepare([units[0], Scenes("b", 3)], tmp_path, how, HERE, source="/two", progress=meanwhile)
+    assert report.units["a"] == "written"
+    assert "holds b of /one, and /two has another one" in report.failed["b"]
+    assert len(Shard(tmp_path / "32" / "b")) == 8
+
+
+def test_units_that_the_source_has_no_more_go(tmp_path, how):
+    """As with another unit_size: else their pictures are trained on twice."""
+    prepare([Scenes(f"x-{k}", 2) for k in range(4)], tmp_path, how, HERE, source="/x")
+    prepare([Scenes("y", 1)], tmp_path, how, HERE, source="/y")
+    prepare([Scenes("z", 1)], tmp_path, how, HERE)
+    larger = [Scenes("x-0", 4), Scenes("x-1", 4)]
+    with Done(tmp_path, how).hold("x-3"):
+        report = prepare(larger, tmp_path, how, HERE, source="/x", part=(1, 2))
+    assert report.removed == ["x-2"]  # x-1 is of another part, x-3 in other hands
+    assert "removed, the source has them no more: x-2" in str(report)
+    assert [name for name in names(tmp_path) if name.startswith("32")] == [
+        "32/x-0", "32/x-1", "32/x-3", "32/y", "32/z"
+    ]  # fmt: skip
+    report = prepare(larger, tmp_path, how, HERE, source="/x")
+    assert json.loads((tmp_path / "prepare.json").read_text())["removed"] == report.removed == ["x-3"]
+    assert [len(shard) for shard in find_shards(tmp_path / "32")] == [8, 8, 2, 2]
+    assert prepare(larger, tmp_path, how, HERE, source="/x").removed == []
+
+
+@dataclass(frozen=True)
+class Tar(Scenes):
+    def identity(self):
+        return super().identity() | {"kind": "sa1b", "file": f"{self.name}.tar"}
+
+
+def test_shards_of_an_archive_that_was_deleted_stay(tmp_path, how):
+    """Archives are deleted to make room for the next."""
+    prepare([Tar("sa_0", 1), Tar("sa_1", 1)], tmp_path, how, HERE, source="/sa1b")
+    before = hashes(tmp_path)
+    report = prepare([Tar("sa_1", 1), Tar("sa_2", 1)], tmp_path, how, HERE, source="/sa1b")
+    assert (report.removed, report.stay) == ([], ["sa_0"])
+    assert before.items() < hashes(tmp_path).items()
+    assert "left, of archives that the source has no more (were they renamed, remove these): sa_0" in str(report)
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -453,7 +576,7 @@ def test_an_interrupt_leaves_whole_shards_and_a_report(tmp_path, units, how, und
 
 def test_units_that_another_process_is_at_are_left_to_it(tmp_path, units, how, undisturbed):
     told = Counter()
-    with Done(tmp_path, how).hold(units[1]) as free:
+    with Done(tmp_path, how).hold("b") as free:
         assert free
         report = prepare(units, tmp_path, how, HERE, progress=lambda weight, _: told.update(weight=weight))
     assert report.units == {"a": "written", "b": "held by another process", "c": "written"}
@@ -464,7 +587,7 @@ def test_units_that_another_process_is_at_are_left_to_it(tmp_path, units, how, u
 
 
 def test_rests_of_a_killed_process_are_removed_and_others_left(tmp_path, units, how):
-    work = tmp_path / ".prepared"
+    work = tmp_path / ".prepared" / "units"
     for folder in (tmp_path / "32", tmp_path / "64", work):
         folder.mkdir(parents=True, exist_ok=True)
     rests = [tmp_path / "32" / ".a.parquet.1.partial", tmp_path / "64" / ".a-64x48.safetensors.77.partial"]
@@ -478,10 +601,11 @@ def test_rests_of_a_killed_process_are_removed_and_others_left(tmp_path, units, 
     assert all(path.exists() for path in others)  # of units whose names are alike
 
 
-def test_a_damaged_mark_is_named(tmp_path, units, how):
+@pytest.mark.parametrize(("content", "says"), [("{", "is not valid JSON"), ("[]", "is no mark of a unit; remove it")])
+def test_a_damaged_mark_is_named(tmp_path, units, how, content, says):
     prepare(units[:1], tmp_path, how, HERE)
-    (tmp_path / ".prepared" / "a.json").write_text("{")
-    with pytest.raises(ValueError, match=r"\.prepared/a\.json is not valid JSON"):
+    (tmp_path / ".prepared" / "units" / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"\.prepared/units/a\.json {says}"):
         prepare(units, tmp_path, how, HERE)
 
 
@@ -602,6 +726,22 @@ def test_a_picture_that_lacks_a_resolution_is_used_and_told(tmp_path, how):
     assert prepare([Edge("a", 3)], tmp_path, replace(how, min_boxes=1), HERE).total == total
 
 
+def test_boxes_that_are_all_dropped_are_warned_of(tmp_path, how):
+    far = {"boxes": ((30.0, 40.0, 50.0, 60.0),), "phrases": ("a pole",), "scores": (1.0,)}
+
+    @dataclass(frozen=True)
+    class Far(Scenes):
+        def items(self):
+            yield scene_item(self.name, 0, **far)
+
+    report = prepare([Far("a", 1)], tmp_path / "far", how, HERE)
+    assert report.total.dropped_boxes == {"cut away by the crop": 2}
+    (warning,) = json.loads((tmp_path / "far" / "prepare.json").read_text())["warnings"]
+    assert "whether box_format is that of the source" in warning
+    assert f"warning: {warning}" in str(report)
+    assert prepare([Mixed("b", 9), Far("a", 1)], tmp_path / "some", how, HERE).warnings == []
+
+
 # Memory and overlap -------------------------------------------------------------------------------------------------
 
 
@@ -711,6 +851,65 @@ def test_captions_are_joined_by_image_id(tmp_path, how, units):
     assert hashes(tmp_path / "0") == hashes(tmp_path / "1")
 
 
+def test_captions_that_are_corrected_are_joined_anew(tmp_path, how, units, made):
+    captions, out = tmp_path / "captions.jsonl", tmp_path / "out"
+    joined = replace(how, captions=str(captions))
+    for text in ("a dgo", "a dog"):
+        captions.write_text(json.dumps({"image_id": "c-0", "caption": text}))
+        for _ in range(2):
+            prepare(units[2:], out, joined, HERE, source="/c")
+        assert [row.caption for row in all_rows(out / "32")] == [text] * 2
+    assert made == ["c", "c"]
+
+
+def test_captions_that_are_left_out_are_told(tmp_path, how, units):
+    captions = tmp_path / "captions.jsonl"
+    lines = [("c-0", "first"), ("c-0", "second"), ("c-1", " "), ("d-0", "third")]
+    captions.write_text("".join(json.dumps({"id": k, "caption": text}) + "\n" for k, text in lines))
+    report = prepare([units[2], Scenes("d", 1)], tmp_path / "out", replace(how, captions=str(captions)), HERE)
+    written = json.loads((tmp_path / "out" / "prepare.json").read_text())["captions"]  # once, not for every unit
+    assert (written["captions"], written["duplicates"], written["empty"]) == (2, 1, 1)
+    assert "captions left out, of a picture that had one already: 1" in str(report)
+    assert "captions left out, empty: 1" in str(report)
+
+
+# Detectors ----------------------------------------------------------------------------------------------------------
+
+
+class Cutting(Detector):
+    """Finds nothing, and every text is too long for it."""
+
+    reads_captions = True
+
+    def detect(self, pictures, captions):
+        self.cut_texts += len(captions)
+        return [Detections() for _ in pictures]
+
+
+@dataclass(frozen=True)
+class Silent(Scenes):
+    """Every second picture has no caption."""
+
+    def items(self):
+        for index in range(self.count):
+            yield scene_item(self.name, index, **({"caption": ""} if index % 2 else {}))
+
+
+def test_texts_that_were_cut_are_told(tmp_path, how, monkeypatch):
+    monkeypatch.setattr(Detector, "load", lambda *_, **__: Cutting())
+    report = prepare([Silent("a", 5), Silent("b", 4)], tmp_path, replace(how, detector="d"), HERE)
+    assert report.total.cut_texts == 5
+    assert report.total.skipped["no caption"]["count"] == 4
+    assert "texts cut, too long for the detector: 5" in str(report)
+    assert prepare([Silent("a", 5)], tmp_path, replace(how, detector="d"), HERE).total.cut_texts == 3
+
+
+def test_a_detector_that_reads_no_captions_leaves_out_no_picture_without_one(tmp_path, how):
+    report = prepare([Silent("a", 4)], tmp_path, replace(how, detector="shapes"), HERE)
+    assert (report.total.used, report.total.skipped) == (4, {})
+    assert report.total.boxes > 8
+
+
 # Settings -----------------------------------------------------------------------------------------------------------
 
 
@@ -725,7 +924,11 @@ def test_captions_are_joined_by_image_id(tmp_path, how, units):
         ({"seed": -1}, "seed is -1; expected at least 0"),
         ({"at_once": 0}, "at_once is 0; expected at least 1"),
         ({"min_boxes": -1}, "min_boxes is -1"),
-        ({"detect_text": "a dog."}, "no detector; name one"),
+        ({"detect_text": "a dog."}, "detect_text is 'a dog.' but there is no detector; name one"),
+        ({"box_threshold": 0.2}, "box_threshold is 0.2 but there is no detector; name one"),
+        ({"text_threshold": 0.0}, "text_threshold is 0.0 but there is no detector; name one"),
+        ({"detector": "shapes", "text_threshold": 0.3}, "text_threshold is 0.3, but the detector of shapes has no"),
+        ({"detector": "shapes", "detect_text": "x"}, "detect_text is 'x', but the detector of shapes has no"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(how, change, says):
@@ -741,6 +944,11 @@ def test_a_resolution_fits_the_vae(tmp_path, units, how):
         with pytest.raises(ValueError, match=says):
             prepare(units, tmp_path / "out", replace(how, framing=framing), HERE)
     assert not (tmp_path / "out").exists()
+
+
+def test_thresholds_that_are_not_given_are_those_that_are_given_so(how):
+    assert replace(how, detector="d") == replace(how, detector="d", box_threshold=0.2, text_threshold=0.2)
+    assert replace(how, detector="shapes").box_threshold is how.box_threshold is None
 
 
 def test_the_fingerprint_is_of_every_setting(how):

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import signal
+import tarfile
 
 import numpy as np
 import pytest
@@ -95,7 +97,12 @@ def test_from_pictures_to_a_trained_adapter(capsys, source, tmp_path):
 
 def test_several_resolutions_and_shapes(capsys, source, tiny, tmp_path):
     words = ("prepare", source, "--vae", tiny, "--resolution", 64, "--resolution", 32, "--unit_size", 5)
-    succeeds(capsys, *words, "--out", tmp_path / "squares", "--workers", 0, "--flip", "both")
+    output = succeeds(capsys, *words, "--out", tmp_path / "squares", "--workers", 0, "--flip", "both")
+    assert output.splitlines()[-3:] == [
+        "each resolution is a folder of its own, to train on, check and show:",
+        f"in {tmp_path / 'squares' / '64'}",
+        f"in {tmp_path / 'squares' / '32'}",
+    ]
     for resolution in (64, 32):
         shards = find_shards(tmp_path / "squares" / f"{resolution}")
         assert [len(shard) for shard in shards] == [10, 10, 4]
@@ -132,6 +139,37 @@ def test_boxes_are_detected_and_captions_joined(capsys, source, tmp_path):
             same = [other for other, name in zip(row.boxes, row.phrases, strict=True) if name.split()[1] in phrase]
             overlaps.append(box_iou(np.array([box]), np.array(same)).max() if same else 0.0)
     assert np.mean(np.array(overlaps) > 0.7) > 0.9
+
+
+def test_a_second_source_of_that_name_is_refused(capsys, source, tiny, tmp_path, monkeypatch):
+    out, other = tmp_path / "out", tmp_path / "scenes"
+    shutil.copytree(source, other)
+    rows = (other / "metadata.jsonl").read_text().splitlines()
+    (other / "metadata.jsonl").write_text("\n".join(rows[1:]))
+    options = ("--out", out, "--vae", tiny, "--resolution", 32, "--workers", 0)
+    succeeds(capsys, "prepare", source, *options, "--unit_size", 4)
+    said = fails(capsys, "prepare", other, *options)
+    assert f"holds scenes-00000 of {source}, and {other} has another one of that name" in said
+    monkeypatch.chdir(source.parent)  # the same source, called otherwise and cut otherwise
+    output = succeeds(capsys, "prepare", "scenes", *options, "--unit_size", 20)
+    assert "removed, the source has them no more: scenes-00001, scenes-00002" in output
+    assert [len(shard) for shard in find_shards(out)] == [COUNT]
+
+
+def test_the_annotations_are_part_of_what_a_coco_source_is():
+    (arguments,) = command.parse(Parser(), ["x", "--out", "y", "--instances", "/a.json"])
+    (others,) = command.parse(Parser(), ["x", "--out", "y", "--instances", "/b.json"])
+    assert command._name(arguments) != command._name(others)
+
+
+def test_a_source_without_a_picture_is_an_error(capsys, tiny, tmp_path):
+    (tmp_path / "wds").mkdir()
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / "wds" / f"{name}.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo("readme.md"))
+    words = ("prepare", tmp_path / "wds", "--vae", tiny, "--resolution", 32, "--workers", 0)
+    assert f"no picture was found in {tmp_path / 'wds'}" in fails(capsys, *words, "--out", tmp_path / "out")
+    succeeds(capsys, *words, "--out", tmp_path / "parts", "--part", "1/2")  # the other part may have some
 
 
 def settings_of(*words):
@@ -184,6 +222,8 @@ def test_wrong_input_is_one_line(capsys, source, tiny, tmp_path):
         ((source, *good, "--batch_size", 0), "batch_size is 0; expected at least 1"),
         ((source, *good, "--runners", 2), "runners is 2 with runner 'local'"),
         ((source, *good, "--detect_text", "a dog."), "no detector; name one"),
+        ((source, *good, "--box_threshold", 0.3), "box_threshold is 0.3 but there is no detector"),
+        ((source, *good, "--detector", "shapes", "--text_threshold", 0.2), "the detector of shapes has no text"),
         ((source, *good, "--detector", tmp_path / "empty"), "holds no config.json"),
         ((source, *good, "--captions", tmp_path / "none.jsonl"), "none.jsonl"),
         ((source, *good, "--min_share", 2), "min_share is 2.0; expected a share"),

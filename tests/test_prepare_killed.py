@@ -158,7 +158,7 @@ def test_killed_at_any_moment_and_run_again_the_shards_are_the_same(tmp_path, so
     out, chance, landed = tmp_path / "out", random.Random(0), []
     # Some time after a unit is begun; or a shard's latents, its table, or the mark of a unit just took their place.
     moments = [("*.partial", chance.uniform(0, 0.15)) for _ in range(3)]
-    moments[1:1] = [("64/*.safetensors", 0), ("32/*.parquet", 0), (".prepared/*.json", 0)]
+    moments[1:1] = [("64/*.safetensors", 0), ("32/*.parquet", 0), (".prepared/units/*.json", 0)]
     for pattern, delay in moments:
         run = Run(server, words(source, out), tmp_path / "log")
         if kill_when(run, out, pattern, delay) == -signal.SIGKILL:
@@ -179,12 +179,12 @@ def test_stopped_it_ends_cleanly_and_goes_on(tmp_path, source, server, undisturb
     """By SIGTERM, as a cluster's scheduler does it."""
     out, log = tmp_path / "out", tmp_path / "log"
     run = Run(server, words(source, out), log)
-    wait_for(lambda: run.watch() and list(out.glob(".prepared/*.json")))
+    wait_for(lambda: run.watch() and list(out.glob(".prepared/units/*.json")))
     os.kill(run.pid, signal.SIGTERM)
     assert run.end() == 130, log.read_text()
     assert log.read_text().rstrip().endswith("interrupted")
     assert not partials(out)
-    made, done = hashes(out), len(list(out.glob(".prepared/*.json")))
+    made, done = hashes(out), len(list(out.glob(".prepared/units/*.json")))
     assert 0 < len(made) < len(undisturbed)
     assert made.items() <= undisturbed.items()
     written = json.loads((out / "prepare.json").read_text())
@@ -216,7 +216,7 @@ def test_ctrl_c_in_a_terminal_ends_all_of_it(tmp_path, source, undisturbed):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "gligen_xl.cli", *words(source, out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: list(out.glob(".prepared/*.json")) or process.poll() is not None)
+    wait_for(lambda: list(out.glob(".prepared/units/*.json")) or process.poll() is not None)
     decoders = psutil.Process(process.pid).children(recursive=True)
     assert decoders
     os.killpg(process.pid, signal.SIGINT)

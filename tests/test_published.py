@@ -1,23 +1,29 @@
 """The published `.npy` files: read without running their pickles, and made into shards that give the same samples."""
 
+import io
 import json
 import os
 import pickle
+import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from gligen_xl.cli import main
 from gligen_xl.data.batch import Augmentation, ShardDataset
 from gligen_xl.data.check import check_shards
+from gligen_xl.data.object_array import read_object_array
 from gligen_xl.data.published import read_boxes, read_latents
-from gligen_xl.data.shards import Shard, find_shards
-from gligen_xl.prepare.imports import import_published
+from gligen_xl.data.shards import Shard, find_shards, write_shard
+from gligen_xl.prepare.imports import LOCK_FOLDER, import_published
 
 SIDE = 8  # latents
 
@@ -31,8 +37,6 @@ def write_object(path, value, numpy="numpy._core"):
     np.save(path, array, allow_pickle=True)
     if numpy == "numpy.core":
         header, _, body = path.read_bytes().partition(b"\n")
-        import io
-
         stream = io.BytesIO()
         pickle.dump(array, stream, protocol=2)
         body = stream.getvalue().replace(b"numpy._core", b"numpy.core")
@@ -129,6 +133,178 @@ def test_hostile_pickles_are_refused(tmp_path):
         (tmp_path / f"{name}.npy").write_bytes(header + body)
         with pytest.raises(ValueError, match=f"{name}.npy"):
             read_latents(tmp_path / f"{name}.npy")
+
+
+# Pickles that are put together by hand --------------------------------------------------------------------------------
+
+
+def spelled(value):
+    """The instructions of protocol 2 that put a value on the stack."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def named(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def spelled_dtype(kind, subarray=None, names=None, fields=None, size=-1, flags=0):
+    made = named("numpy", "dtype") + b"(" + spelled(kind) + b"K\x00K\x01tR"
+    state = [b"K\x03", spelled("|"), spelled(subarray), names or b"N", fields or b"N", spelled(size), spelled(1)]
+    return made + b"(" + b"".join(state) + spelled(flags) + b"tb"
+
+
+OBJECT = spelled_dtype("O8", flags=63)
+# Eight bytes that hold a reference to an object, by a type that says it does not.
+DISGUISED = spelled_dtype("V8", names=spelled(("a",)), fields=b"}" + spelled("a") + OBJECT + b"K\x00\x86s", size=8)
+
+
+def spelled_array(shape, dtype, data):
+    made = named("numpy._core.multiarray", "_reconstruct") + named("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+    return made + b"(K\x01" + spelled(shape) + dtype + b"\x89" + data + b"tb"
+
+
+def npy(body, shape=()):
+    header = f"{{'descr': '|O', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + b"\x80\x02" + body + b"."
+
+
+def table_with(boxes):
+    """One row, whose boxes are given by their instructions."""
+    row = b"](" + b"K\x07" + spelled("a dog.") + boxes + spelled([0.5]) + spelled(["dog"]) + b"e"
+    return npy(spelled_array((1, 5), OBJECT, row), (1, 5))
+
+
+def tensor_of(offset, size, stride):
+    """Of a storage of six numbers."""
+    storage = io.BytesIO()
+    torch.save(torch.arange(6.0)._typed_storage(), storage, _use_new_zipfile_serialization=False)
+    made = named("torch._utils", "_rebuild_tensor_v2") + b"(" + named("torch.storage", "_load_from_bytes")
+    made += pickle.dumps(storage.getvalue(), 3)[2:-1] + b"\x85R" + spelled(offset) + spelled(size) + spelled(stride)
+    return made + b"\x89" + named("collections", "OrderedDict") + b")RtR"
+
+
+POINTERS = b"B" + struct.pack("<I", 32) + struct.pack("<Q", 0xDEAD00) * 4
+LAUGHS = b"(" * 12 + b"]q\x01" + (b"h\x01" * 99 + b"tq\x01") * 12  # 100 ** 12 lists, if each is looked at
+MEGABYTE = b"X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20)
+
+HOSTILE = {
+    "disguise": table_with(spelled_array((4,), DISGUISED, POINTERS)),
+    "bomb": npy(spelled_array((200_000_000,), OBJECT, b"]")),
+    "short": npy(spelled_array((1000,), OBJECT, spelled([1, 2]))),
+    "bytes": table_with(spelled_array((100, 4), spelled_dtype("f2"), b"C\x04abcd")),
+    "negative": table_with(spelled_array((-1, -1), spelled_dtype("f2"), b"C\x02ab")),
+    "overflow": table_with(spelled_array((2**32, 2**32), spelled_dtype("f2"), b"C\x00")),
+    "subarray": table_with(spelled_array((1,), spelled_dtype("f2", subarray=("f2", (4,))), b"C\x02ab")),
+    "nothing wide": table_with(spelled_array((10**12,), spelled_dtype("S0"), b"C\x00")),
+    "scalar": table_with(named("numpy._core.multiarray", "scalar") + OBJECT + b"C\x08abcdefgh\x86R"),
+    "header": npy(spelled_array((), OBJECT, spelled([{}])), (10**9,)),
+    "cycle": npy(spelled_array((), OBJECT, b"](]q\x01h\x01ae")),
+    "deep": npy(spelled_array((), OBJECT, b"](" + b"(" * 50_000 + b"l" * 50_000 + b"e")),
+    "deep key": npy(spelled_array((), OBJECT, b"](})" + b"\x85" * 200_000 + b"K\x01se")),
+    "deep shape": npy(spelled_array((), OBJECT, b"]").replace(b")", b")" + b"\x85" * 100_000, 1)),
+    "laughs": table_with(LAUGHS),
+    "laughing shape": npy(named("numpy", "dtype") + LAUGHS + b"\x85R"),
+    "memo": npy(spelled_array((), OBJECT, b"](K\x01r\xff\xff\xff\x7fe")),
+    "copies": npy(MEGABYTE + b"q\x01" + (named("_codecs", "encode") + b"h\x01X\x06\x00\x00\x00latin1\x86R") * 1000),
+    "setstate of a function": npy(named("_codecs", "encode") + b"N}" + spelled("__defaults__") + b"Ns\x86b"),
+    "setstate of a list": npy(b"]}" + spelled("__class__") + b"Nsb"),
+    "tensor beyond": table_with(tensor_of(0, (100, 4), (4, 1))),
+    "tensor before": table_with(tensor_of(-4, (1, 4), (4, 1))),
+    "tensor backwards": table_with(tensor_of(4, (1, 4), (4, -1))),
+    "tensor around": table_with(tensor_of(0, (5, 4), (2**62, 1))),
+    "tensor repeated": table_with(tensor_of(0, (10**9, 4), (0, 1))),
+}
+
+# Reads files with both readers: each ends in a result or in a ValueError, in little memory. Apart, for it may crash.
+READ = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from gligen_xl.data.published import read_boxes, read_latents
+folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+rng = np.random.default_rng(0)
+before, good = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+for path in sorted(folder.glob("*.npy")):
+    whole = path.read_bytes()
+    for number in range(rounds or 1):
+        content = bytearray(whole)
+        if rounds and number % 4 == 0:
+            del content[int(rng.integers(len(content))):]
+        elif rounds:
+            for place in rng.integers(len(content), size=int(rng.integers(1, 4))):
+                content[place] = int(rng.integers(256))
+        (folder / "tried").write_bytes(content)
+        for read in (read_boxes, read_latents):
+            try:
+                read(folder / "tried")
+                good += 1
+            except ValueError as error:
+                assert "tried" in str(error)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+assert grown < 300, f"{grown} MiB"
+print(good)
+"""
+
+
+def read_apart(folder, rounds=0):
+    """How many readings gave something."""
+    words = [sys.executable, "-W", "ignore", "-c", READ, str(folder), str(rounds)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, preexec_fn=_without_core_dump)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
+    return int(done.stdout)
+
+
+def _without_core_dump():
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def test_no_file_makes_numpy_or_torch_follow_it_out_of_its_bytes(tmp_path):
+    for name, content in HOSTILE.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+    assert read_apart(tmp_path) == 0
+
+
+def test_by_hand_as_numpy_and_torch_do_it(tmp_path):
+    """What the hostile files are put together with makes good ones too."""
+    values = np.array([[0.5, 0.5, 0.25, 0.25]], np.float16)
+    for boxes in (
+        spelled_array((1, 4), spelled_dtype("f2"), b"C\x08" + values.tobytes()),
+        tensor_of(1, (1, 4), (4, 1)),
+    ):
+        (tmp_path / "b.npy").write_bytes(table_with(boxes))
+        (row,) = read_boxes(tmp_path / "b.npy")
+        expected = [[0.375, 0.375, 0.625, 0.625]] if b"torch" not in boxes else [[-0.5, 0.0, 2.5, 4.0]]
+        assert row.boxes.tolist() == expected
+
+
+@pytest.mark.parametrize("torch_tensors", [False, True])
+def test_damaged_files_are_read_or_refused(tmp_path, torch_tensors):
+    for number, numpy in enumerate(("numpy._core", "numpy.core")):
+        latents = made_latents([1, 2])[:, :, :2, :2].copy()
+        latents = torch.from_numpy(latents) if torch_tensors else latents
+        write_object(tmp_path / f"l{number}.npy", {"indices": [1, 2], "latents": latents}, numpy)
+        write_object(tmp_path / f"b{number}.npy", made_table([1, 2, 3], torch_tensors=torch_tensors), numpy)
+    assert 0 < read_apart(tmp_path, rounds=200) < 800
+
+
+def test_arrays_of_every_order_and_type_are_as_numpy_reads_them(tmp_path):
+    grid = np.arange(6).reshape(2, 3)
+    values = [
+        np.asfortranarray(grid), grid.T, grid.astype(">i4"), grid.astype("<u2"), grid > 2, np.float32(3), np.int64(7),
+        np.array(["a", "bc"]), np.array([b"a", b"bc"]), np.zeros((0, 4), np.float16), np.str_("x"), np.str_(""),
+        (1, 2.5, None), np.bool_(True), np.array([1, "a", None], object), np.float16([[1, 2], [3, 4]])[:, 1],
+    ]  # fmt: skip
+    table = np.empty((len(values), 2), object)
+    for k, value in enumerate(values):
+        table[k] = [value, k]
+    for array in (table, np.asfortranarray(table)):
+        for numpy in ("numpy._core", "numpy.core"):
+            read = read_object_array(write_object(tmp_path / "a.npy", array, numpy))
+            for got, expected in zip(read[:, 0], values, strict=True):
+                assert type(got) is type(expected)
+                np.testing.assert_array_equal(got, expected)
+                assert getattr(got, "dtype", None) == getattr(expected, "dtype", None)
+            assert read[:, 1].tolist() == list(range(len(values)))
 
 
 def test_what_is_no_such_file_says_what_it_is(tmp_path):
@@ -229,10 +405,80 @@ def test_killed_and_run_again_the_shards_are_the_same(published, tmp_path_factor
         time.sleep(delay)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+    for name in ("sa_000000.safetensors", "sa_000001.parquet", "import.json"):  # wherever the kills came
+        (root / "shards").mkdir(exist_ok=True)
+        (root / "shards" / f".{name}.12345.partial").write_bytes(b"a rest")
     import_published(root / "latents", root / "boxes", root / "shards")
-    for file in sorted(undisturbed.iterdir()):
-        if file.suffix in (".safetensors", ".parquet"):
-            assert (root / "shards" / file.name).read_bytes() == file.read_bytes()
+    names = {path.name for path in undisturbed.iterdir()}
+    assert {path.name for path in (root / "shards").iterdir()} == names
+    for name in names - {"import.json", LOCK_FOLDER}:
+        assert (root / "shards" / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_what_stands_there_is_kept_only_if_it_was_made_of_the_same_files(tmp_path):
+    indices = [1, 2, 3]
+    write_object(tmp_path / "latents" / "sa_0.npy", {"indices": indices, "latents": made_latents(indices)})
+    write_object(tmp_path / "five" / "sa_0.npy", made_table(indices, 5))
+    write_object(tmp_path / "six" / "sa_0.npy", made_table(indices[:2], 6))
+
+    def go(latents="latents", boxes="five", sizes=None):
+        sizes = tmp_path / sizes if sizes else None
+        report = import_published(tmp_path / latents, tmp_path / boxes, tmp_path / "out", sizes=sizes)
+        return report.archives["sa_0"], report.without_size
+
+    assert go() == ("written", 3)
+    before = (tmp_path / "out" / "sa_0.safetensors").read_bytes()
+    os.utime(tmp_path / "latents" / "sa_0.npy", (0, 0))
+    assert go() == ("already there", 3)
+    assert go(sizes="six") == ("written", 1)
+    assert go(sizes="six") == ("already there", 1)
+    assert Shard(tmp_path / "out" / "sa_0").row(0).original_height == made_table(indices[:2], 6)[0, 5][0]
+    assert go() == ("written", 3)
+    assert (tmp_path / "out" / "sa_0.safetensors").read_bytes() == before
+    write_object(tmp_path / "others" / "sa_0.npy", {"indices": indices, "latents": made_latents(indices, seed=1)})
+    assert go("others") == ("written", 3)  # a file of as many bytes
+    np.testing.assert_array_equal(Shard(tmp_path / "out" / "sa_0").latents, made_latents(indices, seed=1))
+    (tmp_path / "out" / "sa_0.parquet").unlink()  # killed between the two
+    assert go("others") == ("written", 3)
+    wide = np.zeros((3, 4, 2 * SIDE, 2 * SIDE), np.float16)
+    write_object(tmp_path / "wide" / "sa_0.npy", {"indices": indices, "latents": wide})
+    what, _ = go("wide")
+    assert "has latents of 64 pixels" in what
+    assert "those of 128; choose another folder" in what
+
+
+def test_a_shard_that_was_not_imported_is_not_written_over(published):
+    root, _ = published
+    import_published(root / "latents", root / "boxes", root / "shards")
+    shard = Shard(root / "shards" / "sa_000000")
+    row, prepared = shard.row(0), {"resolution": "64", "vae": "x", "scaling_factor": "1", "prepared": "abc"}
+    write_shard(shard.stem, np.array(shard.latents[:1]), [row], prepared)
+    (root / "shards" / "sa_000001.safetensors").unlink()
+    report = import_published(root / "latents", root / "boxes", root / "shards")
+    for name in ("sa_000000", "sa_000001"):
+        assert f"{name} stands there, not imported; remove it" in report.archives[name]
+    assert len(Shard(shard.stem)) == 1
+
+
+def test_two_imports_at_once_share_the_archives(published):
+    root, _ = published
+    folders = [str(root / name) for name in ("latents", "boxes", "shards")]
+    (root / "shards" / LOCK_FOLDER).mkdir(parents=True)
+    with ThreadPoolExecutor() as pool, FileLock(root / "shards" / LOCK_FOLDER / "sa_000000.lock"):
+        other = pool.submit(import_published, *folders)
+        while not (other.done() or (root / "shards" / "sa_000001.parquet").exists()):
+            time.sleep(0.01)
+        assert not other.done()
+        assert not (root / "shards" / "sa_000000.parquet").exists()
+        _archive_by_somebody_else(root)
+    assert other.result().archives == {"sa_000000": "already there", "sa_000001": "written"}
+    assert other.result().pictures == 18
+
+
+def _archive_by_somebody_else(root):
+    import_published(root / "latents", root / "boxes", root / "elsewhere")
+    for ending in (".safetensors", ".parquet"):
+        (root / "elsewhere" / f"sa_000000{ending}").rename(root / "shards" / f"sa_000000{ending}")
 
 
 def test_the_import_command_says_what_it_did_and_fails_where_it_failed(published, capsys):

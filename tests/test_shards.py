@@ -1,7 +1,10 @@
 """Shards: what is written is what is read; whole or not at all; damage is named."""
 
+import json
 import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from gligen_xl.data.shards import ROW_GROUP, TABLE, Row, Shard, ShardWriter, find_shards, write_shard
+from gligen_xl.files import read_json, write_json
 
 METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.18215"}
 
@@ -95,6 +99,72 @@ def test_damage_is_named(stem):
     table.write_bytes(table.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a\.0\.parquet is not a readable"):
         Shard(stem)
+
+
+LATENTS = {"dtype": "F16", "shape": [3, 4, 4, 4], "data_offsets": [0, 384]}
+INFORMATION = {"format": "gligen-xl-shard", "version": "1", **METADATA}
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ([], "has no latents with metadata"),
+        ({"latents": LATENTS}, "has no latents with metadata"),
+        ({"latents": [], "__metadata__": INFORMATION}, "has no latents with metadata"),
+        ({"latents": LATENTS, "__metadata__": ["format"]}, "expected texts by name"),
+        ({"latents": LATENTS, "__metadata__": INFORMATION | {"seed": 3}}, "expected texts by name"),
+        ({"latents": LATENTS, "__metadata__": INFORMATION, "more": LATENTS}, "holds more beside its latents"),
+        *(
+            ({"latents": LATENTS, "__metadata__": INFORMATION | {name: value}}, f"says that {name} is")
+            for name, value in [
+                ("downsampling", "eight"), ("downsampling", "8.5"), ("downsampling", "0"), ("scaling_factor", "nan"),
+                ("scaling_factor", "-1"), ("scaling_factor", ""), ("resolution", "512px"), ("shift_factor", "inf"),
+            ]
+        ),
+        *(
+            ({"latents": LATENTS | {"shape": shape}, "__metadata__": INFORMATION}, r"holds latents F16 .*; expected")
+            for shape in [
+                ["a", 4, 4, 4], [2**32, 2**32, 1, 1], [-1, -4, 8, 8], [3.0, 4, 4, 4], [True, 12, 4, 4], [3, 4, 16], 7,
+                None, [3, 4, 4, 5], [0, 4, 0, 4], [2**70, 4, 4, 4], "3444", {"3": 4},
+            ]
+        ),
+        *(
+            ({"latents": LATENTS | {"data_offsets": offsets}, "__metadata__": INFORMATION}, "holds latents F16")
+            for offsets in [[-512, 0], [384, 0], [0, 383], [0], ["0", "384"], [0.0, 384.0], None]
+        ),
+        ({"latents": LATENTS | {"data_offsets": [100, 484]}, "__metadata__": INFORMATION}, "cut short"),
+        ({"latents": LATENTS | {"dtype": ["F16"]}, "__metadata__": INFORMATION}, "holds latents"),
+    ],
+)  # fmt: skip
+def test_a_header_that_is_not_a_shards_is_refused_by_name(stem, header, says):
+    file = stem.with_name("a.0.safetensors")
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(384))
+    with pytest.raises(ValueError, match=says) as error:
+        Shard(stem)
+    assert str(file) in str(error.value)
+
+
+def test_a_header_of_brackets_is_refused(stem):
+    file = stem.with_name("a.0.safetensors")
+    file.write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    with pytest.raises(ValueError, match=r"a\.0\.safetensors has no latents"):
+        Shard(stem)
+
+
+def test_json_is_read_as_it_was_written_whatever_the_locale(tmp_path):
+    names = {"file": os.fsdecode(b"caf\xe9.jpg"), "text": "кошка \u2028 \\udce9 \U0001f408", "\udcff": ["\\\udc80"]}
+    write_json(tmp_path / "a.json", names)
+    assert read_json(tmp_path / "a.json") == names
+    assert "кошка" in (tmp_path / "a.json").read_bytes().decode("utf-8")
+    code = "import sys, locale; from gligen_xl.files import *; assert locale.getencoding() != 'utf-8'; "
+    code += "write_json(sys.argv[2], read_json(sys.argv[1]))"
+    words = [sys.executable, "-X", "utf8=0", "-c", code, str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    subprocess.run(words, env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, check=True)
+    assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()
+    (tmp_path / "a.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON"):
+        read_json(tmp_path / "a.json")
 
 
 def test_folders(stem, tmp_path):

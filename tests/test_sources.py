@@ -1,10 +1,13 @@
 """Sources: what is recognised, the items each kind gives, and how bad rows are told."""
 
+import errno
 import io
 import json
+import os
 import pickle
 import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gligen_xl.prepare import rows
+from gligen_xl.prepare import row_chunks, rows
+from gligen_xl.prepare.folders import find_pictures
 from gligen_xl.prepare.item import Item, Skipped
 from gligen_xl.prepare.json_members import members
 from gligen_xl.prepare.pictures import DAMAGED
 from gligen_xl.prepare.rows import BOX_FORMATS, convert_boxes
 from gligen_xl.prepare.sources import open_source, recognise
+from gligen_xl.prepare.tars import DOTS
 
 HEIGHT, WIDTH = 40, 80
 
@@ -187,9 +192,33 @@ def test_webdataset(tmp_path):
 def test_a_webdataset_whose_first_boxes_are_of_no_format(tmp_path):
     sample = [("0.jpg", picture()), ("0.json", {"boxes": [[0, 0, 1, 1]], "phrases": ["x"]})]
     path = tar(tmp_path / "a.tar", sample)
-    with pytest.raises(ValueError, match=r"a\.tar, first sample: .*name one of xyxy, xywh, .*--box_format"):
+    with pytest.raises(ValueError, match=r"a\.tar, sample 0: .*name one of xyxy, xywh, .*--box_format"):
         open_source(path)
     assert len(items(path, box_format="xywh")) == 1
+
+
+@pytest.mark.parametrize("kind", ["sa1b", "webdataset"])
+def test_texts_that_are_too_large_are_not_read(tmp_path, kind):
+    bomb = b"[" + b"{}," * 6_000_000 + b"{}]"
+    files = [("0.jpg", picture()), ("0.json", bomb), ("1.jpg", picture()), ("1.txt", b"x" * (2**20 + 1))]
+    path = tar(tmp_path / "a.tar", [*files, ("2.jpg", picture())])
+    (unit,) = open_source(path, kind=kind)
+    tracemalloc.start()
+    found = list(unit.items())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    if kind == "webdataset":
+        assert reasons(found) == {"0": "its .json: too large", "1": "its .txt: too large"}
+    assert list(kept(found)) == (["2"] if kind == "webdataset" else ["0", "1", "2"])
+    assert peak < 4 * 2**20
+
+
+@pytest.mark.parametrize("kind", ["sa1b", "webdataset"])
+def test_pictures_with_several_dots_in_their_names_are_told(tmp_path, kind):
+    names = ["img.2020.0.png", "img.2020.1.PNG", "other.png", "other.mask.png"]
+    found = items(tar(tmp_path / "a.tar", [(f"d/{name}", picture()) for name in names]), kind=kind)
+    assert reasons(found) == dict.fromkeys(["d/img.2020.0.png", "d/img.2020.1.png"], DOTS)
+    assert len(kept(found)) == 1
 
 
 # Image folders ------------------------------------------------------------------------------------------------------
@@ -230,6 +259,8 @@ def test_conversions_agree(boxes, height, width):
     }
     for form, values in other.items():
         for name, given_values in ((form, values), (f"{form}_pixels", values * scale)):
+            if "pixels" in name and 0 < max(given_values.max(initial=0), 0) <= 1:
+                continue  # these are taken for shares
             converted = np.array(convert_boxes(given_values.tolist(), name, (height, width))).reshape(-1, 4)
             np.testing.assert_allclose(converted, xyxy, atol=1e-9)
 
@@ -254,7 +285,9 @@ def test_hugging_face_objects_are_cocos(tmp_path):
     assert (item.phrases, item.scores, item.caption) == (("cat", "dog"), (1.0, 1.0), "pets")
     objects = {"bbox": [[20, 10, 40, 20]], "categories": [3]}
     put(tmp_path / "metadata.jsonl", lines([{"file_name": "a.jpg", "objects": objects}]))
-    with pytest.raises(ValueError, match=r"row 1: .*expected a list of strings \(names, not class numbers\)"):
+    with pytest.raises(
+        ValueError, match=r"row 1: phrases are numbers: they are \[3\]; expected the names of the classes"
+    ):
         open_source(tmp_path)
 
 
@@ -270,15 +303,19 @@ def test_bad_rows_are_told_apart(tmp_path):
         "deep": "[" * 100_000,
         "no-file": row("no-file", file_name=None),
         "nul": row("nul", file_name="a\0.jpg"),
+        "half": row("half", file_name="a\ud800.jpg", box_format="xyxy_pixels"),
         "up": row("up", file_name="../secret.jpg"),
         "deep-up": row("deep-up", file_name="x/../../secret.jpg"),
         "absolute": row("absolute", file_name=str(secret)),
         "missing": row("missing", file_name="none.jpg"),
-        "long": row("long", file_name="n" * 5000),
+        "below-a-file": row("below-a-file", file_name="a.jpg/b.jpg"),
+        "long": row("long", file_name="n" * 300, box_format="xyxy_pixels"),
+        "loop": row("loop", file_name="loop.jpg", box_format="xyxy_pixels"),
         "missing-pixels": row("missing-pixels", file_name="none.jpg", box_format="xyxy_pixels"),
         "a-folder": row("a-folder", file_name="sub", box_format="xyxy_pixels"),
         "damaged": row("damaged", file_name="cut.jpg", box_format="xyxy_pixels"),
         "pixels": row("pixels", boxes=[[3, 4, 50, 60]]),
+        "shares": row("shares", boxes=[[0.1, 0.2, 0.5, 1]], box_format="xywh_pixels"),
         "few": row("few", boxes=[[0, 0, 1]]),
         "text": row("text", boxes=[["0", 0, 1, 1]]),
         "bool": row("bool", boxes=[[True, 0, 1, 1]]),
@@ -307,17 +344,21 @@ def test_bad_rows_are_told_apart(tmp_path):
     path = folder(tmp_path / "set", entries.values())
     put(path / "cut.jpg", picture()[:30])
     (path / "sub").mkdir()
+    (path / "loop.jpg").symlink_to("loop.jpg")
     found = items(path, box_format="xyxy")
     told = reasons(found)
     assert told.pop("metadata.jsonl row 4") == rows.NOT_JSON
     assert told == (
         dict.fromkeys(["metadata.jsonl row 2", "metadata.jsonl row 3"], rows.NOT_JSON)
-        | dict.fromkeys(["no-file", "nul"], rows.NO_PATH)
+        | dict.fromkeys(["no-file", "nul", "half"], rows.NO_PATH)
         | dict.fromkeys(["up", "deep-up", "absolute"], rows.OUTSIDE)
-        | dict.fromkeys(["missing", "long", "missing-pixels", "a-folder"], rows.MISSING)
+        | dict.fromkeys(["missing", "below-a-file", "missing-pixels", "a-folder"], rows.MISSING)
+        | {"long": "file cannot be read (File name too long)"}
+        | {"loop": "file cannot be read (Too many levels of symbolic links)"}
+        | {"shares": rows.SHARES, "number": rows.NUMBERS}
         | {"damaged": DAMAGED, "pixels": rows.PIXELS, "format": rows.NO_FORMAT, "good": rows.TWICE}
         | dict.fromkeys(["few", "text", "bool", "nan", "inf", "huge", "bare", "object"], rows.WRONG)
-        | dict.fromkeys(["more", "no-phrases", "number", "string", "scores", "score", "caption", "size"], rows.WRONG)
+        | dict.fromkeys(["more", "no-phrases", "string", "scores", "score", "caption", "size"], rows.WRONG)
     )
     good = kept(found)
     assert list(good) == ["good", "reversed", "overstepping", "blank", "surrogate"]
@@ -328,16 +369,58 @@ def test_bad_rows_are_told_apart(tmp_path):
     assert len(found) == len(entries)
 
 
-def test_a_wrong_first_row_ends_it_at_once(tmp_path):
-    for row, what in (
-        ("{", "its row is not JSON"),
-        ({"image": "a.jpg"}, r"its row names no file: it is None; expected a path relative to"),
-        ({"file_name": "a.jpg", "boxes": [[9, 9, 50, 50]], "phrases": ["x"]}, "boxes look like pixels: .*xyxy_pixels"),
-        ({"file_name": "a.jpg", "boxes": [[0, 0, 1, 1]], "phrases": []}, "1 boxes but 0 phrases"),
-    ):
-        folder(tmp_path, [row, {"file_name": "b.jpg"}])
-        with pytest.raises(ValueError, match=rf"metadata\.jsonl, row 1: {'.*' if 'boxes but' in what else ''}{what}"):
-            open_source(tmp_path, box_format="xyxy")
+BAD_ROWS = [
+    "{",
+    "3",
+    {"image": "a.jpg"},
+    {"file_name": "../a.jpg"},
+    {"file_name": "none.jpg"},
+    {"file_name": "cut.jpg", "boxes": [[0, 0, 9, 9]], "phrases": ["x"], "box_format": "xyxy_pixels"},
+    {"file_name": "a.jpg", "boxes": [[0, 0, 1, 1]], "phrases": []},
+]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "form", "what"),
+    [
+        ([[9, 9, 50, 50]], "xyxy", "boxes look like pixels: .*say xyxy_pixels"),
+        ([[0.1, 0.2, 0.5, 1]], "xywh_pixels", "boxes look like shares of the picture: .*say xywh"),
+        ([[0, 0, 1, 1]], None, "its box_format is not known"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 8])
+def test_a_fault_of_all_rows_ends_it_at_once(tmp_path, boxes, form, what, before):
+    """Also where other rows stand before it, damaged ones as well."""
+    rows_ = [*BAD_ROWS, {"file_name": "b.jpg"}][:before]
+    folder(tmp_path, [*rows_, {"file_name": "a.jpg", "boxes": boxes, "phrases": ["x"]}])
+    put(tmp_path / "cut.jpg", picture()[:30])
+    for unit_size in (1, 100):
+        with pytest.raises(ValueError, match=rf"metadata\.jsonl, row {before + 1}: {what}"):
+            open_source(tmp_path, box_format=form, unit_size=unit_size)
+    samples = [("00.jpg", picture()), ("00.json", b"{"), ("01.jpg", b"cut"), ("02.jpg", picture())][: before // 2]
+    samples += [("09.jpg", picture()), ("09.json", {"boxes": boxes, "phrases": ["x"]})]
+    with pytest.raises(ValueError, match=rf"a\.tar, sample 09: {what}"):
+        open_source(tar(tmp_path / "a.tar", samples), box_format=form)
+
+
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_a_first_row_that_is_damaged_is_one_row(tmp_path, row):
+    folder(tmp_path, [row, {"file_name": "b.jpg"}])
+    put(tmp_path / "cut.jpg", picture()[:30])
+    found = items(tmp_path, box_format="xyxy")
+    assert list(kept(found)) == ["b"]
+    assert len(reasons(found)) == 1
+
+
+def test_no_more_than_the_first_rows_are_looked_at(tmp_path, monkeypatch):
+    folder(tmp_path, [{"file_name": "a.jpg"}] * 1000)
+    asked = []
+    monkeypatch.setattr(row_chunks, "read_row", lambda line: asked.append(line) or json.loads(line))
+    open_source(tmp_path)
+    assert len(asked) <= rows.FIRST_ROWS + 1
+
+
+def test_a_file_without_rows(tmp_path):
     put(tmp_path / "metadata.jsonl", "\n \n")
     with pytest.raises(ValueError, match=r"metadata\.jsonl holds no rows"):
         open_source(tmp_path)
@@ -423,6 +506,69 @@ def test_a_folder_of_pictures_alone(tmp_path):
     put(tmp_path / "set/c.tiff", picture() + b"more")
     after = [unit.identity() for unit in open_source(tmp_path / "set", unit_size=3)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_captions_beside_pictures_are_part_of_the_identity(tmp_path):
+    for k in range(6):
+        put(tmp_path / f"{k}.jpg", picture())
+        put(tmp_path / f"{k}.txt", "a cat")
+
+    def identities():
+        return [unit.identity() for unit in open_source(tmp_path, unit_size=2)]
+
+    before = identities()
+    put(tmp_path / "3.txt", "a dog")  # as long as it was
+    (tmp_path / "0.txt").touch()
+    assert [a == b for a, b in zip(before, identities(), strict=True)] == [True, False, True]
+    (tmp_path / "5.txt").unlink()
+    assert identities()[2] != before[2]
+
+
+def test_files_that_cannot_be_read_are_single_pictures(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        put(tmp_path / name, picture())
+    (tmp_path / "b.txt").symlink_to("b.txt")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "nowhere.jpg").symlink_to("none.jpg")
+    found = items(tmp_path)
+    assert reasons(found) == {"b": "file cannot be read (Too many levels of symbolic links)"}
+    assert list(kept(found)) == ["a", "c", "loop", "nowhere"]  # the last two are found out when they are decoded
+
+
+def test_a_disk_that_fails_takes_one_row(tmp_path, monkeypatch):
+    def failing(path):
+        if path.name == "a.jpg":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return HEIGHT, WIDTH
+
+    monkeypatch.setattr(rows, "picture_size", failing)
+    row = {"boxes": [[0, 0, 8, 8]], "phrases": ["x"], "box_format": "xyxy_pixels"}
+    found = items(folder(tmp_path, [row | {"file_name": "a.jpg"}, row | {"file_name": "b.jpg"}]))
+    assert (reasons(found), list(kept(found))) == ({"a": "file cannot be read (Input/output error)"}, ["b"])
+
+
+@given(st.sets(st.sampled_from([f"{a}{b}" for a in ("", "a/", "b/", "a/b/", "a.b/") for b in "0ab"]), min_size=1))
+def test_units_of_pictures_begin_where_the_last_ended(tmp_path_factory, names):
+    path = tmp_path_factory.mktemp("set")
+    for name in names:
+        put(path / f"{name}.jpg", b"x")
+    whole = list(find_pictures(path))
+    assert whole == sorted(whole, key=lambda picture: picture.parts)
+    for size in (1, 2, 3):
+        units = open_source(path, unit_size=size)
+        parts = [[item.picture for item in unit.items()] for unit in units]
+        assert parts == [whole[k : k + size] for k in range(0, len(whole), size)]
+        assert all(len(pickle.dumps(unit)) < 700 for unit in units)
+
+
+def test_folders_before_a_unit_are_not_looked_into(tmp_path, monkeypatch):
+    for k in range(20):
+        put(tmp_path / f"set/{k:02d}/0.jpg", picture())
+    units = open_source(tmp_path / "set", unit_size=1)
+    looked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(Path(path).name) or scandir(path))
+    assert [item.image_id for item in units[15].items()] == ["15/0"]
+    assert looked == ["set", "15", "16"]
 
 
 def test_metadata_that_would_be_overlooked(tmp_path):
@@ -567,9 +713,25 @@ def test_coco_paths_and_sizes(tmp_path):
     content["images"][0]["file_name"] = "../val/0.jpg"
     content["images"][1]["file_name"] = "/etc/passwd"
     del content["images"][2]["height"]
-    found = items(**coco_folder(tmp_path, content))
-    assert reasons(found) == {"10": rows.OUTSIDE, "11": rows.OUTSIDE, "13": rows.MISSING}
+    names = ["a\ud800.jpg", "n" * 300, "loop.jpg", "a\0.jpg"]
+    content["images"] += [{"id": 20 + k, "file_name": name} for k, name in enumerate(names)]
+    where = coco_folder(tmp_path, content)
+    (where["path"] / "loop.jpg").symlink_to("loop.jpg")
+    found = items(**where)
+    assert reasons(found) == {
+        "10": rows.OUTSIDE, "11": rows.OUTSIDE, "13": rows.MISSING, "20": rows.NO_PATH, "23": rows.NO_PATH,
+        "21": "file cannot be read (File name too long)",
+        "22": "file cannot be read (Too many levels of symbolic links)",
+    }  # fmt: skip
     assert kept(found)["12"].size == (HEIGHT, WIDTH)
+
+
+def test_coco_boxes_that_are_shares(tmp_path):
+    content = coco()
+    for entry in content["annotations"]:
+        entry["bbox"] = [0.1, 0.2, 0.3, 0.4]
+    with pytest.raises(ValueError, match=r"instances_val\.json: boxes look like shares .* COCO's are xywh in pixels"):
+        open_source(**coco_folder(tmp_path, content))
 
 
 def test_big_coco_files_make_small_units(tmp_path):

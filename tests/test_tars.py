@@ -8,11 +8,10 @@ import tracemalloc
 
 import pytest
 
-from gligen_xl.prepare import tars
 from gligen_xl.prepare.pictures import TOO_LARGE
-from gligen_xl.prepare.tars import BAD_NAME, NO_FILE, read_samples
+from gligen_xl.prepare.tars import BAD_NAME, DOTS, NO_FILE, read_samples
 
-ENDINGS = {"jpg", "json", "txt"}
+LIMITS = dict.fromkeys(["jpg", "png", "json", "txt"], 2**22)
 
 
 def tar(path, members, format=tarfile.PAX_FORMAT, compressed=False):  # noqa: A002, tarfile's own name
@@ -38,7 +37,7 @@ def special(name, kind, target="", size=0):
 
 
 def keys(path):
-    return [(sample.key, sample.files, sample.refused) for sample in read_samples(path, ENDINGS)]
+    return [(sample.key, sample.files, sample.refused) for sample in read_samples(path, LIMITS)]
 
 
 def pairs(count, seed=0):
@@ -52,7 +51,7 @@ def pairs(count, seed=0):
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_samples_are_what_tarfile_finds(tmp_path, form, compressed):
     long = "d" * 90 + "/" + "n" * 70
-    members = [*pairs(5), (f"{long}.jpg", b"long"), (f"{long}.json", b"{}"), ("./b.c.d.jpg", b"?"), ("é.JPG", b"upper")]
+    members = [*pairs(5), (f"{long}.jpg", b"long"), (f"{long}.json", b"{}"), ("./b.c.d.txt", b"?"), ("é.JPG", b"upper")]
     members += [("notes.md", b"no"), ("a.jpg", b"1"), ("a.jpg", b"2"), ("x.json", b"{}"), ("y.jpg", b"")]
     # The ending does not say what it is.
     path = tar(tmp_path / "any.name", members, form, compressed)
@@ -67,7 +66,7 @@ def test_samples_are_what_tarfile_finds(tmp_path, form, compressed):
 def test_done_counts_bytes_of_the_file(tmp_path):
     for compressed in (False, True):
         path = tar(tmp_path / "a.tar", pairs(200), compressed=compressed)
-        done = [sample.done for sample in read_samples(path, ENDINGS)]
+        done = [sample.done for sample in read_samples(path, LIMITS)]
         assert done == sorted(done)
         assert 0 < done[0] < path.stat().st_size
         assert 0.8 * path.stat().st_size < done[-1] <= path.stat().st_size
@@ -124,15 +123,45 @@ def test_sparse_files_are_refused(tmp_path):
     assert keys(path) == [("old", {}, {"jpg": NO_FILE}), ("new", {}, {"jpg": NO_FILE}), ("good", {"jpg": b"good"}, {})]
 
 
-def test_members_above_the_limit_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "MAX_BYTES", 2**20)
-    path = tar(tmp_path / "a.tar", [("big.jpg", bytes(20 * 2**20)), ("big.json", b"{}"), ("small.jpg", b"x")])
+def test_members_above_their_limit_are_not_read(tmp_path):
+    big = bytes(20 * 2**20)
+    path = tar(
+        tmp_path / "a.tar",
+        [("a.jpg", big), ("a.json", b"{}"), ("b.jpg", b"x"), ("b.json", big), ("b.txt", b"xy"), ("c.txt", b"xyz")],
+    )
+    limits = {"jpg": 2**20, "json": 1000, "txt": 2}
     tracemalloc.start()
-    found = keys(path)
+    found = [(sample.key, sample.files, sample.refused) for sample in read_samples(path, limits)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == [("big", {"json": b"{}"}, {"jpg": TOO_LARGE}), ("small", {"jpg": b"x"}, {})]
+    assert found == [
+        ("a", {"json": b"{}"}, {"jpg": TOO_LARGE}),
+        ("b", {"jpg": b"x", "txt": b"xy"}, {"json": TOO_LARGE}),
+        ("c", {}, {"txt": TOO_LARGE}),
+    ]
     assert peak < 4 * 2**20
+
+
+def test_of_several_pictures_the_first_is_read(tmp_path):
+    big = bytes(2**21)
+    path = tar(
+        tmp_path / "a.tar",
+        [("a.png", big), ("a.jpg", big), ("a.txt", b"x"), ("b.jpg", bytes(2**23)), ("b.png", big), ("c.jpg", b"c")],
+    )
+    tracemalloc.start()
+    found = [(sample.key, list(sample.files), sample.picture) for sample in read_samples(path, LIMITS)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [("a", ["png", "txt"], "png"), ("b", ["png"], "png"), ("c", ["jpg"], "jpg")]
+    assert peak < 2.5 * 2**21  # one picture of the sample that is left, and one of the next
+
+
+def test_names_with_several_dots(tmp_path):
+    members = [("d/a.0.png", b"0"), ("d/a.1.PNG", b"1"), ("d/a.2.txt", b"2"), ("b.png", b"b"), ("b.mask.png", b"m")]
+    path = tar(tmp_path / "a.tar", [*members, ("._c.0.png", b"macOS")])
+    assert keys(path) == [("d/a", {}, {"0.png": DOTS, "1.png": DOTS}), ("b", {"png": b"b"}, {"mask.png": DOTS})]
+    dotted = [(sample.key, sample.files) for sample in read_samples(path, {"txt": 9}, dotted=True)]
+    assert dotted == [("d/a.2", {"txt": b"2"})]
 
 
 def test_headers_cannot_ask_for_memory(tmp_path):
@@ -163,7 +192,7 @@ def test_every_cut_is_noticed(tmp_path, form, compressed):
         path.write_bytes(whole[:cut])
         found = []
         with pytest.raises(ValueError, match=r"sa_000000\.tar is cut short, after \d samples; fetch it again") as error:
-            for sample in read_samples(path, ENDINGS):
+            for sample in read_samples(path, LIMITS):
                 found.append((sample.key, sample.files, sample.refused))
         assert f"after {len(found)} samples" in str(error.value)
         assert found == complete[: len(found)]
@@ -206,7 +235,7 @@ def test_what_is_no_tar(tmp_path):
 def test_samples_come_before_the_end_is_seen(tmp_path):
     path = tar(tmp_path / "a.tar", pairs(50))
     path.write_bytes(path.read_bytes()[:20_000])
-    samples = read_samples(path, ENDINGS)
+    samples = read_samples(path, LIMITS)
     assert next(samples).key == "sa_0"
     with pytest.raises(ValueError, match="is cut short"):
         list(samples)
@@ -217,7 +246,7 @@ def test_memory_is_that_of_one_sample(tmp_path, compressed):
     block = random.Random(0).randbytes(2**20)
     path = tar(tmp_path / "a.tar", ((f"{k}.jpg", block) for k in range(50)), compressed=compressed)
     tracemalloc.start()
-    count = sum(len(sample.files["jpg"]) for sample in read_samples(path, ENDINGS))
+    count = sum(len(sample.files["jpg"]) for sample in read_samples(path, LIMITS))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 50 * 2**20
@@ -227,7 +256,7 @@ def test_memory_is_that_of_one_sample(tmp_path, compressed):
 def test_memory_does_not_grow_with_members(tmp_path):
     path = tar(tmp_path / "a.tar", ((f"{k}.jpg", b"") for k in range(5_000)), tarfile.USTAR_FORMAT)
     tracemalloc.start()
-    assert sum(1 for _ in read_samples(path, ENDINGS)) == 5_000
+    assert sum(1 for _ in read_samples(path, LIMITS)) == 5_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**19

@@ -19,6 +19,8 @@ from .commands import (
     generate,
     import_,
     prepare,
+    push,
+    report,
     shapes,
     show,
     train,
@@ -39,13 +41,15 @@ COMMANDS = {
     "import": import_,
     "check": check,
     "show": show,
+    "report": report,
+    "push": push,
     "shapes": shapes,
     "version": version,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for wrong input, 130 when interrupted."""
+    """Run a command; returns the exit code: 0 or what the command says, 2 for wrong input, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -56,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"there is no command {words[0]!r}; there are {', '.join(COMMANDS)}")
         command = COMMANDS[name]
         parser = Parser(prog=f"gligen-xl {name}", description=command.HELP, default_env=False)
-        command.run(*command.parse(parser, words[1:]))
-        return 0
+        return command.run(*command.parse(parser, words[1:])) or 0
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:  # the last is torch's, as for memory
         if os.environ.get(TRACEBACK):
             raise

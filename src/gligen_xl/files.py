@@ -66,16 +66,18 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """As UTF-8. A file name that is not text, and has surrogates for its bytes, is written with JSON's escapes."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
 
 def read_json(path: str | Path) -> Any:
     """Parsed JSON; a broken file is a ValueError that names it."""
     path = Path(path)
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 

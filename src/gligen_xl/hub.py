@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub: which of a repository are fetched. Code never is."""
+"""Files of the Hugging Face Hub: which of a repository are fetched (code never is), and a folder uploaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, create_repo, snapshot_download, upload_folder
 
 INDEX_NAME = "model_index.json"  # of a pipeline: names its parts
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -52,6 +52,19 @@ def local_folder(
     except Exception:  # no network, but the index came from the cache: then so does the rest
         return root
     return Path(snapshot_download(str(source), allow_patterns=choose(files, root), **hub))
+
+
+def upload(folder: str | Path, repo_id: str, message: str, *, private: bool | None = None, **options: Any) -> Any:
+    """The contents of a folder into a repository, which is made where there is none.
+
+    Args:
+        message: of the commit, where there is no commit_message.
+        options: token, commit_message, create_pr, revision, allow_patterns.
+    """
+    token = options.pop("token", None)
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    message = options.pop("commit_message", None) or message
+    return upload_folder(repo_id=repo_id, folder_path=str(folder), token=token, commit_message=message, **options)
 
 
 def pipeline_files(files: list[str], variant: str | None) -> list[str]:

@@ -7,12 +7,14 @@ projected `text_embeds`. Stable Diffusion 1.x / 2.x: the one encoder's `pooler_o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPTokenizer, PreTrainedModel
+
+from .device import to_device
 
 
 def phrase_width(text_encoders: Sequence[PreTrainedModel]) -> int:
@@ -31,45 +33,81 @@ def embed_phrases(
     device: torch.device | None = None,
     *,
     expand: Callable[[list[str], CLIPTokenizer], list[str]] | None = None,
+    shapes: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """One embedding a phrase, (len(phrases), width), in the encoders' dtype.
 
     Args:
         device: to run on, by default that of the encoders; offloaded ones have none of their own.
         expand: writes out what a tokenizer knows under a name of its own (textual inversion).
+        shapes: (rows, tokens) of the groups to encode, shortest first; a phrase goes into the first that holds it, and
+            a group is filled up. Then a phrase has the same embedding to the last bit whatever else is asked for:
+            matrix products of another shape round otherwise.
 
-    Each distinct phrase is encoded once, padded to the longest of them: CLIP's attention is causal, so what follows
-    the end-of-text token cannot change the pooled output, and 77 columns of padding would be ten times the work.
+    Each distinct phrase is encoded once, padded to the longest of them or of its group: CLIP's attention is causal, so
+    what follows the end-of-text token cannot change the pooled output, and 77 columns of padding would be ten times the
+    work.
     """
     distinct = list(dict.fromkeys(phrases))
     if not distinct:
         raise ValueError("no phrases to embed")
-    parts = []
-    for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
-        limit = tokenizer.model_max_length
-        texts = expand(distinct, tokenizer) if expand is not None else distinct
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        for phrase, length in zip(texts, tokens.attention_mask.sum(1).tolist(), strict=True):
-            if length == limit and len(tokenizer(phrase).input_ids) > limit:
-                warnings.warn(f"the phrase {phrase!r} is longer than {limit} tokens; its end is ignored", stacklevel=2)
-        ids = tokens.input_ids.to(device or encoder.device)
-        output = encoder(ids)
-        if encoder.config.eos_token_id == 2 and bool((ids > tokenizer.eos_token_id).any()):
-            parts.append(_pooled_at_end(encoder, output.last_hidden_state, ids, tokenizer.eos_token_id))
-        else:
-            parts.append(output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output)
-    rows = torch.cat(parts, dim=-1)
-    place = {phrase: k for k, phrase in enumerate(distinct)}
-    return rows[[place[phrase] for phrase in phrases]]
+    tokens = [_tokens(distinct, tokenizer, expand) for tokenizer in tokenizers]
+    lengths = [max(len(ids) for ids in of_phrase) for of_phrase in zip(*tokens, strict=True)]
+    limit = max(tokenizer.model_max_length for tokenizer in tokenizers)
+    blocks, order = [], []
+    for numbers, shape in _groups(lengths, shapes or [(len(distinct), max(lengths))], limit):
+        parts = []
+        for of_tokenizer, tokenizer, encoder in zip(tokens, tokenizers, text_encoders, strict=True):
+            filler: Any = tokenizer.pad_token_id
+            ids = torch.full(shape, filler)
+            for row, k in zip(ids, numbers, strict=False):
+                row[: len(of_tokenizer[k])] = torch.tensor(of_tokenizer[k])
+            parts.append(_pooled(encoder, tokenizer, ids, device or encoder.device)[: len(numbers)])
+        blocks.append(torch.cat(parts, dim=-1))
+        order += numbers
+    embeddings = torch.cat(blocks)
+    place = {distinct[k]: row for row, k in enumerate(order)}
+    return embeddings[to_device(torch.tensor([place[phrase] for phrase in phrases]), embeddings.device)]
 
 
-def _pooled_at_end(encoder: PreTrainedModel, hidden: Tensor, ids: Tensor, end: Any) -> Tensor:
-    """The pooled output at the first end-of-text token.
+def _tokens(
+    phrases: list[str], tokenizer: CLIPTokenizer, expand: Callable[[list[str], CLIPTokenizer], list[str]] | None
+) -> list[list[int]]:
+    """Token numbers of each phrase, start and end included."""
+    limit = tokenizer.model_max_length
+    texts = expand(phrases, tokenizer) if expand is not None else phrases
+    tokens = tokenizer(texts, truncation=True, max_length=limit).input_ids
+    for phrase, ids in zip(texts, tokens, strict=True):
+        if len(ids) == limit and len(tokenizer(phrase).input_ids) > limit:
+            warnings.warn(f"the phrase {phrase!r} is longer than {limit} tokens; its end is ignored", stacklevel=3)
+    return tokens
+
+
+def _groups(
+    lengths: list[int], shapes: Sequence[tuple[int, int]], limit: int
+) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """Numbers of the phrases that are encoded together, at most as many as there are rows, and the shape of all."""
+    least = 0
+    for rows, tokens in shapes:
+        alike = [k for k, length in enumerate(lengths) if least < length <= tokens]
+        for first in range(0, len(alike), rows):
+            yield alike[first : first + rows], (rows, min(tokens, limit))
+        least = tokens
+
+
+def _pooled(encoder: PreTrainedModel, tokenizer: CLIPTokenizer, ids: Tensor, device: torch.device) -> Tensor:
+    """The pooled output at the first end-of-text token, (len(ids), width).
 
     Encoders with settings as old as SDXL's look for the highest token in its place, which is another one once textual
     inversion has added some.
     """
-    pooled = hidden[torch.arange(len(ids), device=hidden.device), (ids == end).int().argmax(dim=-1)]
+    end: Any = tokenizer.eos_token_id
+    on_device = to_device(ids, device)
+    output = encoder(on_device)
+    if encoder.config.eos_token_id != 2 or not (ids > end).any():
+        return output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
+    hidden = output.last_hidden_state
+    pooled = hidden[torch.arange(len(ids), device=hidden.device), (on_device == end).int().argmax(dim=-1)]
     projection: Any = getattr(encoder, "text_projection", None)
     if projection is None:
         return pooled

@@ -21,6 +21,7 @@ from .model import (
     lora_targets,
     reattach,
     set_adapter_scale,
+    set_grounding_logit_bias,
     set_slots,
 )
 from .store import load_adapter, read_adapter, save_adapter, write_adapter
@@ -49,6 +50,7 @@ __all__ = [
     "reattach",
     "save_adapter",
     "set_adapter_scale",
+    "set_grounding_logit_bias",
     "set_slots",
     "write_adapter",
 ]

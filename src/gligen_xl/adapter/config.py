@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
+
+Blocks = Literal["all", "first"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,9 @@ class AdapterConfig:
         phrase_dim: width of a phrase embedding (SDXL 768 + 1280, SD 1.x 768).
         slots: grounding tokens a picture. Empty ones are learned nulls that are attended to, so the number is part of
             the model; published weights are trained with 32 and used with 30.
-        every: a fuser on every k-th transformer block; 1, on all, is the published form.
+        blocks: the transformer blocks that fusers may stand on: "all", or the "first" of each group (of each of the
+            U-Net's transformers: 11 of SDXL's 70). "all" is the published form.
+        every: a fuser on every k-th of those; 1 is the published form.
         grounding_logit_bias: added to the logits of the grounding tokens in the fusers' attention. A fresh fuser
             spreads its attention over thousands of visual tokens; a bias gives grounding a real share from the start.
             0 is the published form.
@@ -26,6 +30,7 @@ class AdapterConfig:
     cross_attention_dim: int
     phrase_dim: int
     slots: int = 30
+    blocks: Blocks = "all"
     every: int = 1
     grounding_logit_bias: float = 0.0
     inpaint: bool = False
@@ -35,6 +40,8 @@ class AdapterConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer")
+        if self.blocks not in get_args(Blocks):
+            raise ValueError(f"blocks is {self.blocks!r}; expected one of {', '.join(get_args(Blocks))}")
         if not isinstance(self.grounding_logit_bias, int | float) or not abs(self.grounding_logit_bias) < 100:
             raise ValueError(f"grounding_logit_bias is {self.grounding_logit_bias!r}; expected a moderate number")
         if not isinstance(self.inpaint, bool):
@@ -43,7 +50,7 @@ class AdapterConfig:
     @property
     def published_form(self) -> bool:
         """Whether a U-Net of diffusers with `attention_type="gated"` computes the same."""
-        return self.every == 1 and self.grounding_logit_bias == 0
+        return self.blocks == "all" and self.every == 1 and self.grounding_logit_bias == 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,8 +2,8 @@
 
 Understood are folders of diffusers (a pipeline, or its U-Net) with safetensors, sharded or not, or pickled weights;
 single files, safetensors or pickled, with diffusers' names or those of the original latent diffusion code, the adapter
-alone or among everything else; and adapter folders of this library. Pickles are read by torch's restricted reader,
-which builds tensors and runs nothing.
+alone or among everything else; and adapter folders of this library, or of its training runs. Pickles are read by
+torch's restricted reader, which builds tensors and runs nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_published(
     path = Path(source)
     if not path.is_file():
         path = local_folder(source, "adapter", lambda files, _: _files_to_fetch(files, variant), **hub)
-        for folder in (path, path / "gligen_adapter"):
+        for folder in (path, path / "gligen_adapter", path / "adapter"):  # itself, of a pipeline, of a training run
             if (folder / CONFIG_NAME).is_file():
                 config, state, about = read_adapter(folder, weights_name(variant) if variant else only_weights(folder))
                 changed = {} if slots is None else {"slots": slots}

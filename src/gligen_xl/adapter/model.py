@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,16 +142,26 @@ def _new_modules(unet: UNet2DConditionModel, config: AdapterConfig) -> dict[str,
     blocks = transformer_blocks(unet)
     if not blocks:
         raise ValueError("this U-Net has no transformer blocks to put fusers on")
+    chosen = _fuser_blocks(list(blocks), config)
     made: dict[str, nn.Module] = {
-        f"{name}.fuser": PassThrough()
-        if k % config.every
-        else Fuser(block.dim, block.num_attention_heads, config.cross_attention_dim, config.grounding_logit_bias)
-        for k, (name, block) in enumerate(blocks.items())
+        f"{name}.fuser": Fuser(
+            block.dim, block.num_attention_heads, config.cross_attention_dim, config.grounding_logit_bias
+        )
+        if name in chosen
+        else PassThrough()
+        for name, block in blocks.items()
     }
     made["position_net"] = PositionNet(config.phrase_dim, config.cross_attention_dim)
     if config.inpaint:
         made["conv_in"] = InpaintConv(unet.conv_in)
     return made
+
+
+def _fuser_blocks(names: list[str], config: AdapterConfig) -> set[str]:
+    """Which of the transformer blocks, by name in the U-Net's order, carry a fuser."""
+    if config.blocks == "first":
+        names = [name for name in names if name.endswith(".0")]  # a group numbers its own from 0
+    return set(names[:: config.every])
 
 
 def _put(unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -359,6 +369,22 @@ def set_slots(unet: nn.Module, slots: int) -> None:
     """Give the attached adapter another number of grounding tokens: a gated U-Net's file does not say it."""
     attachment = _attachment(unet)
     attachment.config = AdapterConfig.from_dict(attachment.config.to_dict() | {"slots": slots})
+
+
+def set_grounding_logit_bias(unet: UNet2DConditionModel, bias: float) -> None:
+    """Change the logit bias of the attached adapter, in its fusers and in what is saved with it."""
+    unet, attachment = _bare(unet), _attachment(unet)
+    if bias == attachment.config.grounding_logit_bias:
+        return
+    former = attachment.config
+    attachment.config = replace(former, grounding_logit_bias=float(bias))
+    for fuser in fusers(unet).values():
+        fuser.attn.grounding_logit_bias = float(bias)
+    if former.published_form != attachment.config.published_form:
+        _set_config(unet, attachment.former_config)
+        changed = _changed_settings(attachment.config)
+        attachment.former_config = {name: unet.config[name] for name in changed}
+        _set_config(unet, changed)
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter, Any]]:

@@ -68,7 +68,7 @@ def write_adapter(
     if (
         others
         and (folder / CONFIG_NAME).is_file()
-        and read_json(folder / CONFIG_NAME).get("config") != config.to_dict()
+        and AdapterConfig.from_dict(read_json(folder / CONFIG_NAME).get("config", {})) != config
     ):
         raise ValueError(f"{folder} holds {sorted(others)} of an adapter of another form; save into another folder")
     for name, value in state.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,16 +15,15 @@ from .common import DTYPES, Parser, UsageError, best_device, quiet_imports
 
 HELP = "Pictures to shards, for training: SA-1B archives, COCO, webdatasets, or a folder of your own."
 
-KINDS = ("auto", "sa1b", "webdataset", "coco", "imagefolder", "layouts")
-BOX_FORMATS = ("xyxy", "xywh", "cxcywh", "xyxy_pixels", "xywh_pixels", "cxcywh_pixels")
-
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
+    from ..prepare.sources import BOX_FORMATS, KINDS  # a third of a second that other commands need not wait
+
     parser.add_argument(
         "source", help="folder of pictures with metadata.jsonl, of .tar archives, or a .jsonl of layouts"
     )
     parser.add_argument("--out", required=True, help="folder for the shards; the same command goes on after a kill")
-    parser.add_argument("--kind", choices=KINDS, default="auto", help="of the source")
+    parser.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="of the source")
     parser.add_argument("--box_format", choices=BOX_FORMATS, help="of boxes that do not say it themselves")
     parser.add_argument("--instances", help="COCO: the JSON file of annotations; the source is the folder of pictures")
     parser.add_argument("--classes", help="COCO: JSON or YAML of category -> phrase, or null to leave it out")
@@ -46,8 +46,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument(
         "--detector", help="finds the boxes: a zero-shot detector of transformers, folder or repository"
     )
-    parser.add_argument("--box_threshold", type=float, default=0.2, help="of the detector")
-    parser.add_argument("--text_threshold", type=float, default=0.2, help="of the detector")
+    parser.add_argument("--box_threshold", type=float, help="of the detector, by default 0.2")
+    parser.add_argument("--text_threshold", type=float, help="of the detector, by default 0.2")
     parser.add_argument("--detect_text", help='what to detect, as "a dog. a cat."; by default the caption')
 
     parser.add_argument("--vae", help="folder, repository, or shapes; by default SDXL's fp16-safe one")
@@ -105,12 +105,24 @@ def run(arguments: Namespace) -> None:
     weight = sum(unit.weight for unit in units[part[0] - 1 :: part[1]])
     form = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     with _interrupts() as check, tqdm(total=weight, desc="prepare", bar_format=form) as bar:
-        report = prepare(units, arguments.out, settings, machine, part=part, progress=_Shown(bar, check))
-    print(f"{report}\nin {arguments.out}")
+        report = prepare(
+            units, arguments.out, settings, machine,
+            source=_name(arguments), part=part, progress=_Shown(bar, check),
+        )  # fmt: skip
+    print(report)
     if report.failed:
         raise ValueError(f"{len(report.failed)} of {len(units)} units failed; the same command tries those again")
-    if report.total.seen and not report.total.used and not report.in_work:
-        raise ValueError("no picture could be used; the reasons are above")
+    if report.in_work or report.total.used:
+        return
+    if not report.total.seen:
+        raise ValueError(f"no picture was found in {arguments.source}")
+    raise ValueError("no picture could be used; the reasons are above")
+
+
+def _name(arguments: Namespace) -> str:
+    """What the units are of, wherever the command is given."""
+    source = str(Path(arguments.source).resolve())
+    return f"{source} with {Path(arguments.instances).resolve()}" if arguments.instances else source
 
 
 def _settings(arguments: Namespace) -> Any:

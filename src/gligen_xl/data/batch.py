@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..device import to_device
 from .chance import noise_of, uniforms
 from .mixture import MixtureOrder
 from .order import SampleOrder
@@ -86,6 +87,15 @@ class Batch:
     def noise(self) -> Tensor:
         """(B, C, h, w) float32, of this machine's CPU."""
         return self.noise_on("cpu")
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same with its tensors on `device`; see `to_device`."""
+        names = ("latents", "time", "boxes", "mask", "size")
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its samples."""
+        return replace(self, **{name: value[rows] for name, value in vars(self).items() if name != "seed"})
 
     def noise_on(self, device: torch.device | str) -> Tensor:
         """(B, C, h, w) float32, drawn on `device`, where training runs."""

@@ -2,26 +2,23 @@
 
 `jiuntian/sa1b-sdxl-latents-{512,1024}` hold a dictionary of indices and latents, `longlian/sa-1b_boxes` and
 `jiuntian/sa-1b_boxes_sdxl` a table of five or six columns, both as object arrays: `numpy.load` would want
-`allow_pickle=True`, which runs whatever a file contains. The reader here knows the few names that such files need, each
-bound to a function of its own that can build arrays and nothing else; a file that names anything else is refused.
+`allow_pickle=True`, which runs whatever a file contains. `object_array` reads them instead, and this module says what
+their contents mean.
 """
 
 from __future__ import annotations
 
-import codecs
-import io
-import pickle
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..layout import xyxy_from_cxcywh
+from .object_array import read_object_array
 
 VAE, SCALING_FACTOR = "madebyollin/sdxl-vae-fp16-fix", "0.13025"  # of the published latents; safe in half precision
+MAX_SIDE = 65_535  # pixels: no JPEG has more
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,9 @@ def read_latents(path: str | Path) -> PublishedLatents:
     entries = content.item()
     if missing := {"indices", "latents"} - set(entries):
         raise ValueError(f"{path} lacks {sorted(missing)}; it has {sorted(map(str, entries))[:8]}")
-    latents, indices = _array(entries["latents"]), np.asarray(entries["indices"])
-    if latents.ndim != 4 or latents.dtype.kind != "f" or latents.shape[1] != 4:
-        raise ValueError(f"{path}: latents are {latents.dtype} {latents.shape}; expected float16 (N, 4, h, w)")
+    latents, indices = entries["latents"], _numbers(entries["indices"])
+    if not isinstance(latents, np.ndarray) or latents.ndim != 4 or latents.dtype.kind != "f" or latents.shape[1] != 4:
+        raise ValueError(f"{path}: latents are {_kind(latents)}; expected float16 (N, 4, h, w)")
     if indices.dtype.kind not in "iu" or indices.shape != latents.shape[:1]:
         raise ValueError(f"{path}: {indices.shape} indices of {indices.dtype} for {len(latents)} latents")
     if len(np.unique(indices)) != len(indices):
@@ -82,121 +79,53 @@ def read_boxes(path: str | Path) -> list[PublishedRow]:
     for number, columns in enumerate(table.tolist()):
         try:
             rows.append(_row(columns))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}, row {number}: {error}") from error
     return rows
 
 
 def _row(columns: list[Any]) -> PublishedRow:
     index, caption, boxes, scores, phrases = columns[:5]
-    boxes = _array(boxes).astype(np.float32).reshape(-1, 4)
-    scores = _array(scores).astype(np.float32).reshape(-1)
-    phrases = [str(phrase) for phrase in phrases]
+    if (index := _numbers(index)).dtype.kind not in "iu" or index.shape != () or not 0 <= index < 2**63:
+        raise ValueError(f"the index is {_kind(index)}; expected a whole number")
+    if not isinstance(caption, str):
+        raise ValueError(f"the caption is {_kind(caption)}; expected text")
+    boxes, scores, phrases = _numbers(boxes).reshape(-1, 4), _numbers(scores).reshape(-1), _texts(phrases)
     if not len(boxes) == len(scores) == len(phrases):
         raise ValueError(f"{len(boxes)} boxes, {len(scores)} scores, {len(phrases)} phrases")
-    if not isinstance(caption, str):
-        raise ValueError(f"the caption is {caption!r:.60}; expected text")
     size = None
     if len(columns) == 6 and columns[5] is not None:
-        height, width = (int(value) for value in columns[5])
-        if height < 1 or width < 1:
-            raise ValueError(f"the original size is {height} x {width}")
+        height, width = (int(value) for value in _numbers(columns[5]))
+        if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+            raise ValueError(f"the original size is {height} x {width}; expected 1 to {MAX_SIDE} pixels")
         size = (height, width)
-    return PublishedRow(int(index), caption, xyxy_from_cxcywh(boxes), scores, phrases, size)
+    corners = xyxy_from_cxcywh(boxes.astype(np.float32))
+    return PublishedRow(int(index), str(caption), corners, scores.astype(np.float32), phrases, size)
 
 
-def _array(value: Any) -> np.ndarray:
-    return value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+def _numbers(values: Any) -> np.ndarray:
+    """A number, an array of them, or lists of them."""
+    array = np.asarray(values) if _are_numbers(values) else None
+    if array is None or (array.dtype.kind not in "iuf" and array.size):
+        raise ValueError(f"{_kind(values)}; expected numbers")
+    return array
 
 
-class _Refused(Exception):
-    """A pickle asks for more than arrays."""
+def _are_numbers(values: Any) -> bool:
+    if isinstance(values, np.ndarray):
+        return values.dtype.kind in "iuf" or _are_numbers(values.tolist())
+    if isinstance(values, list | tuple):
+        return all(map(_are_numbers, values))
+    return isinstance(values, int | float | np.number)
 
 
-_DAMAGED = (
-    pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError, RuntimeError,
-)  # fmt: skip
+def _texts(values: Any) -> list[str]:
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"the phrases are {_kind(values)}; expected a list of texts")
+    return [str(value) for value in values]
 
 
-# The reader ---------------------------------------------------------------------------------------------------------
-
-
-def read_object_array(path: str | Path) -> np.ndarray:
-    """The object array of a `.npy` file, its pickle read with an allow-list."""
-    path = Path(path)
-    with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            shape, _, dtype = read_header[version[0]](file)
-        except (ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"{path} is not a .npy file: {error}") from error
-        if not dtype.hasobject:
-            raise ValueError(f"{path} holds {dtype} {shape}; expected objects, as the published files have")
-        try:
-            content = _ArrayUnpickler(file).load()
-        except _Refused as error:
-            raise ValueError(f"{path} {error}; nothing of it was run") from error
-        except _DAMAGED as error:
-            raise ValueError(f"{path} is damaged, or not of this kind: {error}") from error
-    if not isinstance(content, np.ndarray) or content.dtype != object:
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected an array of objects")
-    return content.reshape(shape)
-
-
-_NDARRAY = "numpy.ndarray"  # stands for the class, which called itself would reserve any memory it is told to
-
-
-def _reconstruct(kind: Any, shape: tuple, code: bytes) -> np.ndarray:
-    """An empty array, whose contents come in the next steps: numpy writes it no other way."""
-    if kind is not _NDARRAY:
-        raise _Refused(f"asks for an array of the class {kind!r}")
-    return np.ndarray.__new__(np.ndarray, (0,), "b")
-
-
-def _scalar(dtype: np.dtype, data: bytes) -> Any:
-    if dtype.hasobject:
-        raise _Refused("asks for a scalar that is an object")
-    return np.frombuffer(data, dtype)[0]
-
-
-def _encode(text: str, encoding: str = "utf-8") -> bytes:
-    if encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
-        raise _Refused(f"asks for the encoding {encoding!r}")
-    return codecs.encode(text, encoding)
-
-
-def _no_bytes() -> bytes:
-    return b""  # how the protocols of Python 2 spell it
-
-
-def _storage(data: bytes) -> Any:
-    """A tensor's storage, itself a pickle, through torch's restricted reader."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:
-    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, size, stride)
-
-
-ALLOWED: dict[tuple[str, str], Any] = {
-    **{(f"{numpy}.multiarray", "_reconstruct"): _reconstruct for numpy in ("numpy.core", "numpy._core")},
-    **{(f"{numpy}.multiarray", "scalar"): _scalar for numpy in ("numpy.core", "numpy._core")},
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): _no_bytes,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.storage", "_load_from_bytes"): _storage,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise _Refused(f"asks for {module}.{name}, which no file of arrays needs")
-        return ALLOWED[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise _Refused("asks for objects outside of itself")
+def _kind(value: Any) -> str:
+    """A few words for a value that may be of any size."""
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"{value!r:.60}"

@@ -9,6 +9,7 @@ Latents are mapped into memory or read one by one, so a shard of any size costs 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ from ..layout import validate
 FORMAT, VERSION = "gligen-xl-shard", "1"
 ROW_GROUP = 1024  # rows of the table that are written at once
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
+METADATA_NUMBERS = {"resolution": int, "downsampling": int, "scaling_factor": float, "shift_factor": float}
 
 TABLE = pa.schema(
     [
@@ -315,6 +317,9 @@ def read_header(path: Path, size: int | None = None) -> tuple[dict[str, str], tu
 
     Args:
         size: bytes of the whole file, where `path` holds only its beginning.
+
+    Raises:
+        ValueError: not such a file, or not a shard; it names the file.
     """
     size = path.stat().st_size if size is None else size
     with path.open("rb") as file:
@@ -324,15 +329,44 @@ def read_header(path: Path, size: int | None = None) -> tuple[dict[str, str], tu
         try:
             header = json.loads(file.read(length))
             entry, metadata = header["latents"], header["__metadata__"]
-            begin, end = entry["data_offsets"]
-            kind, shape = entry["dtype"], tuple(entry["shape"])
-        except (ValueError, KeyError, TypeError) as error:
+            kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} has no latents with metadata in its header: {error}") from error
+    _check_metadata(path, metadata)
+    if others := sorted(header.keys() - {"latents", "__metadata__"}):
+        raise ValueError(f"{path} holds {', '.join(others)[:60]} beside its latents; expected nothing else")
+    if kind != "F16" or not _are_counts(shape, 4) or 0 in shape[1:] or not _are_counts(offsets, 2):
+        raise ValueError(
+            f"{path} holds latents {kind!s:.60} {shape!s:.60}; expected F16 (N, C, h, w) and where they are"
+        )
+    begin, end = offsets
+    if end - begin != 2 * math.prod(shape):
+        raise ValueError(f"{path} holds latents {kind} {shape} in {end - begin} bytes; expected {2 * math.prod(shape)}")
+    if 8 + length + end > size:
+        raise ValueError(f"{path} is cut short: {size} bytes, its header asks for {8 + length + end}")
+    return metadata, tuple(shape), 8 + length + begin  # type: ignore[return-value]
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path} has metadata {metadata!s:.60}; expected texts by name")
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         got = f"{metadata.get('format')} version {metadata.get('version')}"
         raise ValueError(f"{path} is {got}; this program reads {FORMAT} version {VERSION}")
-    if kind != "F16" or len(shape) != 4 or end - begin != 2 * int(np.prod(shape)):
-        raise ValueError(f"{path} holds latents {kind} {shape}; expected F16 (N, C, h, w)")
-    if 8 + length + end > size:
-        raise ValueError(f"{path} is cut short: {size} bytes, its header asks for {8 + length + end}")
-    return metadata, shape, 8 + length + begin
+    for name, kind in METADATA_NUMBERS.items():
+        if name in metadata and not _is_number(metadata[name], kind, positive=name != "shift_factor"):
+            what = "whole number" if kind is int else "number"
+            raise ValueError(f"{path} says that {name} is {metadata[name]!r:.60}; expected a {what}")
+
+
+def _is_number(text: str, kind: type[int] | type[float], *, positive: bool) -> bool:
+    try:
+        value = kind(text)
+        return math.isfinite(value) and (value > 0 or not positive)
+    except (ValueError, OverflowError):
+        return False
+
+
+def _are_counts(values: Any, number: int) -> bool:
+    """Whether these are so many whole numbers that can be sizes or places."""
+    return isinstance(values, list) and len(values) == number and all(type(n) is int and 0 <= n < 2**63 for n in values)

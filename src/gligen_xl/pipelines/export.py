@@ -41,7 +41,7 @@ def export_pipeline(pipeline: AdapterLoaderMixin, folder: str | Path, **saving: 
     if not config.published_form:
         raise ValueError(
             "diffusers' gated U-Net has a fuser on every block and no logit bias; this adapter has "
-            f"every={config.every} and grounding_logit_bias={config.grounding_logit_bias:g}"
+            f"every={config.every} and grounding_logit_bias={config.grounding_logit_bias:g} (blocks={config.blocks})"
         )
     if any(fuser.scale != 1 for fuser in fusers(pipeline.unet).values()):
         raise ValueError("the adapter's scale is not 1, which no file can say; set_gligen_adapter_scale(1) first")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError, safe_open
 
 from ..adapter import (
@@ -29,7 +28,7 @@ from ..adapter import (
 )
 from ..adapter.store import CONFIG_NAME, weights_name
 from ..files import read_json, write_json
-from ..hub import INDEX_NAME, OPTIONS, local_folder, pipeline_files
+from ..hub import INDEX_NAME, OPTIONS, local_folder, pipeline_files, upload
 from ..phrases import phrase_width
 
 ADAPTER_SUBFOLDER = "gligen_adapter"
@@ -111,7 +110,7 @@ class AdapterLoaderMixin(DiffusionPipeline):
         if push_to_hub:
             files = [CONFIG_NAME, weights_name(variant)]  # and nothing else that may lie there
             name = hub.pop("repo_id", Path(folder).resolve().name)
-            _upload(folder, name, "Upload a GLIGEN adapter", allow_patterns=files, **hub)
+            upload(folder, name, "Upload a GLIGEN adapter", allow_patterns=files, **hub)
 
     def unload_gligen_adapter(self) -> None:
         """Take the adapter off; the pipeline is the plain one again."""
@@ -234,7 +233,7 @@ class AdapterLoaderMixin(DiffusionPipeline):
             (adapter / CONFIG_NAME).replace(adapter / f"{CONFIG_NAME}.former")
             warnings.warn(f"the adapter in {adapter} is not this pipeline's; it stays, as .former", stacklevel=2)
         if push:
-            _upload(save_directory, hub.pop("repo_id", Path(save_directory).name), "Upload a pipeline", **hub)
+            upload(save_directory, hub.pop("repo_id", Path(save_directory).name), "Upload a pipeline", **hub)
 
     def push_to_hub(self, repo_id: str, *, safe_serialization: bool = True, variant: str | None = None, **hub: Any):  # type: ignore[override]
         """Upload the plain pipeline and the adapter beside it, as `save_pretrained` writes them.
@@ -244,7 +243,7 @@ class AdapterLoaderMixin(DiffusionPipeline):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            return _upload(folder, repo_id, "Upload a pipeline", **hub)
+            return upload(folder, repo_id, "Upload a pipeline", **hub)
 
 
 def pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
@@ -283,11 +282,3 @@ def _is_damaged(file: Path) -> bool:
             return False
     except SafetensorError:
         return True
-
-
-def _upload(folder: str | Path, repo_id: str, message: str, *, private: bool | None = None, **options: Any) -> Any:
-    """The contents of a folder into a Hub repository, which is made where there is none."""
-    token = options.pop("token", None)
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    message = options.pop("commit_message", None) or message
-    return upload_folder(repo_id=repo_id, folder_path=str(folder), token=token, commit_message=message, **options)

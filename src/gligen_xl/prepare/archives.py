@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .item import Item, Skipped
 from .json_members import members
-from .pictures import ENDINGS, PictureError
-from .rows import RowError, clean, read_annotation, read_row, stated_size, unique
-from .tars import TarSample, read_samples
+from .pictures import ENDINGS, MAX_BYTES
+from .rows import RowError, check_first, clean, item_or_why_not, read_annotation, read_row, stated_size, unique
+from .tars import DOTS, TarSample, read_samples
 
 TARS = (".tar", ".tar.gz", ".tgz")
+
+# Bytes that are read of a file. JSON, when parsed, can take thirty times its own.
+SA1B_LIMITS = dict.fromkeys(ENDINGS, MAX_BYTES) | {"json": 2**24}
+LIMITS = SA1B_LIMITS | {"txt": 2**20}
 
 NO_PICTURE_BESIDE = "no picture beside its text"
 
@@ -48,40 +53,44 @@ class Archive:
         return unique(self._items())
 
     def check(self) -> None:
-        """Read the first sample's boxes: if they are not understood, those of the others will not be.
+        """Raises ValueError where its first samples have a fault that all have, see `check_first`.
 
-        Raises:
-            RowError: as `read_annotation`. An archive that cannot be read is another matter.
+        An archive that cannot be read is another matter.
         """
+        if self.kind == "webdataset":
+            check_first(self._readers())
+
+    def _readers(self) -> Iterator[tuple[str, Callable[[], Item]]]:
         try:
-            sample = next(self._samples(), None)
+            for sample in self._samples():
+                if (ending := sample.picture) in sample.files:
+                    yield f"{self.path}, sample {sample.key}", partial(webdataset_item, sample, ending, self.box_format)
         except ValueError:
             return
-        if self.kind == "webdataset" and sample is not None and (ending := _picture(sample)) in sample.files:
-            try:
-                webdataset_item(sample, ending, self.box_format)
-            except PictureError:
-                return
 
     def _samples(self) -> Iterator[TarSample]:
-        texts = ("json",) if self.kind == "sa1b" else ("json", "txt")
-        return read_samples(self.path, (*ENDINGS, *texts))
+        return read_samples(self.path, LIMITS if self.kind == "webdataset" else SA1B_LIMITS)
 
     def _items(self) -> Iterator[Item | Skipped]:
         for sample in self._samples():
-            ending = _picture(sample)
+            ending = sample.picture
             if ending is None:
-                if self.kind == "webdataset":  # SA-1B's JSON, where it stands elsewhere, is no loss
-                    yield Skipped(image_id=sample.key, reason=NO_PICTURE_BESIDE, done=sample.done)
+                yield from self._without_picture(sample)
             elif ending in sample.refused:
                 yield Skipped(image_id=sample.key, reason=sample.refused[ending], done=sample.done)
             elif self.kind == "sa1b":
                 yield sa1b_item(sample, ending)
             else:
-                try:
-                    yield webdataset_item(sample, ending, self.box_format)
-                except (RowError, PictureError) as error:
-                    yield Skipped(image_id=sample.key, reason=error.reason, done=sample.done)
+                yield item_or_why_not(
+                    partial(webdataset_item, sample, ending, self.box_format), sample.key, done=sample.done
+                )
+
+    def _without_picture(self, sample: TarSample) -> Iterator[Skipped]:
+        dotted = [ending for ending, why in sample.refused.items() if why == DOTS]
+        for ending in dotted:
+            yield Skipped(image_id=f"{sample.key}.{ending}", reason=DOTS, done=sample.done)
+        if not dotted and self.kind == "webdataset":  # SA-1B's JSON, where it stands elsewhere, is no loss
+            yield Skipped(image_id=sample.key, reason=NO_PICTURE_BESIDE, done=sample.done)
 
 
 def sa1b_item(sample: TarSample, ending: str) -> Item:
@@ -98,8 +107,9 @@ def webdataset_item(sample: TarSample, ending: str, box_format: str | None) -> I
         RowError, PictureError: as `read_annotation`.
     """
     picture = sample.files[ending]
-    if refused := sample.refused.get("json"):
-        raise RowError(refused, "its .json was not read")
+    for text in ("json", "txt"):
+        if why := sample.refused.get(text):
+            raise RowError(f"its .{text}: {why}", f"{sample.key} is left out with it")
     row = read_row(sample.files["json"]) if "json" in sample.files else {}
     known = read_annotation(row, picture, box_format)
     caption = clean(sample.files["txt"].decode("utf-8-sig", "replace")) if "txt" in sample.files else known.caption
@@ -139,11 +149,6 @@ def is_archive(path: Path) -> bool:
 def archive_name(path: Path) -> str:
     ending = next((ending for ending in TARS if path.name.lower().endswith(ending)), "")
     return path.name[: len(path.name) - len(ending)]
-
-
-def _picture(sample: TarSample) -> str | None:
-    """The ending of its first picture."""
-    return next((ending for ending in (*sample.files, *sample.refused) if ending in ENDINGS), None)
 
 
 def _sa1b_size(contents: bytes) -> tuple[int, int] | None:

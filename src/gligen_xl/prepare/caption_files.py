@@ -1,42 +1,38 @@
 """The files that captions come in: a source is one of them, or a folder of one kind (the first that it holds).
 
-    .parquet              columns of ids and of texts (IDS and TEXTS below, or named)
-    .tar, .tar.gz, .tgz   members ID.txt, in any folder: SAM-LLaVA-Captions10M as published, or a webdataset
+    .parquet              columns of ids and of texts (IDS and TEXTS below)
+    .tar, .tar.gz, .tgz   members ID.txt: SAM-LLaVA-Captions10M as published, or a webdataset
     .jsonl                an object a line, with keys as the columns above
-    .txt                  one caption, of the picture that the file is named for
+    .txt                  one caption; its path below the source, without the ending, is the id
     .json                 COCO captions (the caption of the lowest annotation id is taken), or one object {id: caption}
 
-All but .json are read in bounded memory. A `__key__`, of a webdataset, may be a path: its last part is the id.
+All but .json are read in bounded memory. Ids are kept as they stand there: they may be paths.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .rows import clean
+from .tars import read_samples
+
 IDS = ("__key__", "image_id", "id", "key")
 TEXTS = ("txt", "caption", "text", "prompt")
 LONGEST = 1 << 20  # bytes of a text that may be a caption
 
-# Parts of a tar that are the next member's long name.
-_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-
-Pair = tuple[str, str | None]  # id and caption; None where the text is too long to be one
-Columns = tuple[str | None, str | None]  # of ids and texts; None where they are called as usual
-Reader = Callable[[Path, Columns], Iterator[Pair]]
+Pair = tuple[str, str | None]  # id and caption; None where it cannot be one, as a text that is too long
+Reader = Callable[[Path, Path], Iterator[Pair]]  # of a file, in the folder that is the source
 
 
-def survey(source: Path, columns: Columns) -> tuple[Reader, str]:
+def survey(source: Path) -> tuple[Reader, str]:
     """The reader of a source's files, and a fingerprint of them. No list of them is made: they may be millions."""
     if not source.exists():
         raise FileNotFoundError(f"no captions {source}; expected a file or a folder ({', '.join(_READERS)})")
@@ -49,26 +45,28 @@ def survey(source: Path, columns: Columns) -> tuple[Reader, str]:
             sums[reader] = sums.get(reader, 0) + int.from_bytes(digest, "big")  # the same in whatever order
     for reader in _READERS.values():
         if reader in sums:
-            whole = (columns, reader.__name__, sums[reader])
+            whole = (reader.__name__, sums[reader])
             return reader, hashlib.sha256(repr(whole).encode()).hexdigest()[:24]
     raise ValueError(f"{source} holds no captions; expected files that end in {', '.join(_READERS)}")
 
 
-def pairs_of(source: Path, reader: Reader, columns: Columns) -> Iterator[Pair]:
+def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
     """Every caption that `reader` finds in a source, in an order that is the same every time where ids repeat.
 
     Raises:
         ValueError: names the file that is cut short, damaged, not text, or without what is expected in it.
     """
+    folder = source if source.is_dir() else source.parent
     for file in _files(source):
         if _reader(file) is not reader:
             continue
-        for image_id, caption in reader(file, columns):
+        for image_id, caption in reader(file, folder):
             try:
-                (image_id + (caption or "")).encode()
+                length = len((caption or "").encode())
+                image_id.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{file}: the caption of {image_id!r} is not Unicode text: {error}") from error
-            yield image_id, caption
+            yield image_id, caption if length <= LONGEST else None
 
 
 def _files(source: Path) -> Iterator[Path]:
@@ -100,10 +98,10 @@ def _reader(file: Path) -> Reader | None:
 # Readers: the pairs of one file -------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path, columns: Columns) -> Iterator[Pair]:
+def _read_parquet(path: Path, folder: Path) -> Iterator[Pair]:
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # else it holds whole row groups
-            chosen = _choose(path, file.schema_arrow.names, columns)
+            chosen = _choose(path, file.schema_arrow.names)
             row = 0
             for batch in file.iter_batches(batch_size=4096, columns=list(chosen)):
                 for values in zip(*(batch[name].to_pylist() for name in chosen), strict=True):
@@ -113,7 +111,7 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Pair]:
         raise ValueError(f"{path} is damaged, or no parquet file: {error}") from error
 
 
-def _read_jsonl(path: Path, columns: Columns) -> Iterator[Pair]:
+def _read_jsonl(path: Path, folder: Path) -> Iterator[Pair]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -125,22 +123,19 @@ def _read_jsonl(path: Path, columns: Columns) -> Iterator[Pair]:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             if not isinstance(entry, dict):
                 raise ValueError(f"{where} is {str(entry)[:80]!r}; expected an object with an id and a caption")
-            chosen = _choose(where, list(entry), columns)
+            chosen = _choose(where, list(entry))
             yield _pair(where, chosen, [entry[name] for name in chosen])
 
 
-def _choose(where: str | Path, names: list[str], columns: Columns) -> tuple[str, str]:
+def _choose(where: str | Path, names: list[str]) -> tuple[str, str]:
     """The names of the id and of the text."""
-    chosen = []
-    for what, option, named, usual in zip(("ids", "texts"), ("id", "text"), columns, (IDS, TEXTS), strict=True):
-        expected = (named,) if named else usual
-        if not (found := [name for name in expected if name in names]):
-            raise ValueError(
-                f"{where} has {', '.join(names) or 'nothing'}; expected {what} in {' or '.join(expected)}"
-                + ("" if named else f"; name yours with {option}_column")
-            )
-        chosen.append(found[0])
-    return chosen[0], chosen[1]
+    found = [next((name for name in expected if name in names), None) for expected in (IDS, TEXTS)]
+    if found[0] is None or found[1] is None:
+        raise ValueError(
+            f"{where} has {', '.join(names) or 'nothing'}; expected ids in {' or '.join(IDS)}, "
+            f"and texts in {' or '.join(TEXTS)}"
+        )
+    return found[0], found[1]
 
 
 def _pair(where: str, names: tuple[str, str], values: Iterable[Any]) -> Pair:
@@ -151,12 +146,10 @@ def _pair(where: str, names: tuple[str, str], values: Iterable[Any]) -> Pair:
         raise ValueError(f"{where}: {names[0]} is {image_id!r}; expected the id of a picture")
     if not isinstance(caption, str | None):
         raise ValueError(f"{where}: {names[1]} is {str(caption)[:80]!r}; expected a caption")
-    if names[0] == "__key__":  # of a webdataset: may be a path
-        image_id = PurePosixPath(image_id).name
     return image_id, caption or ""
 
 
-def _read_json(path: Path, columns: Columns) -> Iterator[Pair]:
+def _read_json(path: Path, folder: Path) -> Iterator[Pair]:
     """The only kind of file that is read whole."""
     try:
         content = json.loads(path.read_bytes())
@@ -180,49 +173,16 @@ def _read_json(path: Path, columns: Columns) -> Iterator[Pair]:
     yield from first.items()
 
 
-def _read_text(path: Path, columns: Columns) -> Iterator[Pair]:
+def _read_text(path: Path, folder: Path) -> Iterator[Pair]:
+    image_id = clean(path.relative_to(folder).with_suffix("").as_posix())
     with path.open("rb") as file:
-        yield path.stem, _decode(path, file.read(LONGEST + 1))
+        yield image_id, _decode(path, file.read(LONGEST + 1))
 
 
-def _read_tar(path: Path, columns: Columns) -> Iterator[Pair]:
-    """Members are only read, one by one. An archive that does not come to its end is refused: the library takes one
-    that was cut between two members for whole."""
-    ended = False
-
-    class Header(tarfile.TarInfo):
-        @classmethod
-        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
-            nonlocal ended
-            ended = buf == bytes(tarfile.BLOCKSIZE)
-            header = super().frombuf(buf, encoding, errors)
-            if header.type in _NAMES and header.size > LONGEST:  # the library would read all of it
-                raise tarfile.ReadError(f"a name of {header.size} bytes")
-            return header
-
-    try:
-        with _unpacked(path) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=Header) as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every one
-                name = PurePosixPath(member.name).name
-                if not member.isreg() or not name.endswith(".txt") or name.startswith("."):
-                    continue
-                if member.size > LONGEST:
-                    yield name.removesuffix(".txt"), None
-                elif (file := tar.extractfile(member)) is not None:
-                    yield name.removesuffix(".txt"), _decode(f"{path}, {member.name}", file.read())
-            while ended and stream.read(1 << 20):  # the checksum of a packed one comes last
-                pass
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is cut short or damaged: {error}") from error
-    if not ended:
-        raise ValueError(f"{path} is cut short or damaged: it has no end mark")
-
-
-def _unpacked(path: Path) -> Any:
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if packed else path.open("rb")
+def _read_tar(path: Path, folder: Path) -> Iterator[Pair]:
+    for sample in read_samples(path, {"txt": LONGEST}, dotted=True):
+        text = sample.files.get("txt")
+        yield sample.key, None if text is None else _decode(f"{path}, {sample.key}.txt", text)
 
 
 def _decode(where: str | Path, text: bytes) -> str | None:

@@ -3,7 +3,8 @@
     with CaptionTable.open("SAM-LLaVA-Captions10M.tar.gz", cache) as captions:
         captions.get("sa_123")
 
-What may be a source, see `caption_files`.
+What may be a source, see `caption_files`. Captions have ids as their source names them, pictures as theirs, and either
+may have folders that the other lacks. One rule joins them: the parts of one id end with those of the other.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from filelock import FileLock
 from ..files import whole_file
 from .caption_files import LONGEST, Pair, pairs_of, survey
 
-_VERSION = 1  # of the tables: one of another version is built anew
+_VERSION = 2  # of the tables: one of another version is built anew
 _REPORT_EVERY = 10_000
-_AT_ONCE = 500  # ids a query; SQLite's oldest limit is 999
 
 
 @dataclass
@@ -35,13 +35,13 @@ class Counts:
     Args:
         captions: pictures that have one.
         duplicates: other texts for a picture that had one already: the first is kept.
-        empty, oversized: left out.
+        empty: left out. refused: too, as too long, or in an archive no file or of a name that leads elsewhere.
     """
 
     captions: int = 0
     duplicates: int = 0
     empty: int = 0
-    oversized: int = 0
+    refused: int = 0
 
 
 class CaptionTable:
@@ -67,8 +67,6 @@ class CaptionTable:
         source: str | Path,
         cache: str | Path,
         *,
-        id_column: str | None = None,
-        text_column: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> CaptionTable:
         """The table of `source`, built in the folder `cache` where it is not there yet.
@@ -77,7 +75,6 @@ class CaptionTable:
         once one builds, the others wait.
 
         Args:
-            id_column, text_column: of parquet and JSONL, where they are not called as usual.
             progress: told now and then how many captions were read.
 
         Raises:
@@ -86,27 +83,30 @@ class CaptionTable:
             OSError: the cache cannot be written.
         """
         source, cache = Path(source).expanduser(), Path(cache).expanduser()
-        columns = (id_column, text_column)
-        reader, fingerprint = survey(source, columns)
+        reader, fingerprint = survey(source)
         path = cache / f"captions-{_VERSION}-{fingerprint}.sqlite"
         if not path.is_file():
             with _alone(path):
                 if not path.is_file():  # else another process, that was waited for, has built it
-                    _build(path, source, pairs_of(source, reader, columns), progress or (lambda number: None))
+                    _build(path, source, pairs_of(source, reader), progress or (lambda number: None))
         return cls(path)
 
     def get(self, image_id: str) -> str | None:
-        """The caption of one picture, if it has one."""
-        return self.get_many([image_id]).get(image_id)
+        """The caption of one picture, if it has one.
 
-    def get_many(self, image_ids: Iterable[str]) -> dict[str, str]:
-        """Captions by id, of those pictures that have one."""
-        ids, found = list(image_ids), {}
-        for start in range(0, len(ids), _AT_ONCE):
-            part = ids[start : start + _AT_ONCE]
-            marks = ", ".join("?" * len(part))
-            found.update(self._query(f"SELECT id, caption FROM captions WHERE id IN ({marks})", part))
-        return found
+        Of `a/0` it is that of `a/0`; else that of `x/a/0`, whatever x is, if there is only one; else that of `0`.
+        """
+        key = _backwards(image_id)
+        found = self._query("SELECT caption FROM captions WHERE id = ?", [key])
+        if not found:
+            deeper = (f"{key}/", f"{key}0")  # "0" comes next to "/"
+            found = self._query("SELECT caption FROM captions WHERE id > ? AND id < ? LIMIT 2", deeper)
+            if len(found) > 1:
+                return None
+        while not found and "/" in key:
+            key = key.rpartition("/")[0]
+            found = self._query("SELECT caption FROM captions WHERE id = ?", [key])
+        return found[0][0] if found else None
 
     def __len__(self) -> int:
         return self.counts.captions
@@ -181,7 +181,8 @@ def _build(path: Path, source: Path, pairs: Iterable[Pair], progress: Callable[[
         _keep_first(table, counts)
         if not counts.captions:
             raise ValueError(
-                f"{source} holds no captions: {counts.empty} empty ones, {counts.oversized} over {LONGEST} bytes"
+                f"{source} holds no captions: {counts.empty} empty, {counts.refused} over {LONGEST} bytes, "
+                "no files, or of names that lead elsewhere"
             )
         table.execute("CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER)")
         table.executemany("INSERT INTO counts VALUES (?, ?)", asdict(counts).items())
@@ -189,18 +190,23 @@ def _build(path: Path, source: Path, pairs: Iterable[Pair], progress: Callable[[
 
 
 def _stored(pairs: Iterable[Pair], counts: Counts, progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
-    """Ids and captions to store, in one line each; the others are counted."""
+    """Ids, backwards, and captions to store, in one line each; the others are counted."""
     number = 0
     for number, (image_id, caption) in enumerate(pairs, start=1):
         if number % _REPORT_EVERY == 0:
             progress(number)
         if caption is None:
-            counts.oversized += 1
+            counts.refused += 1
         elif text := " ".join(part for line in caption.splitlines() if (part := line.strip())):
-            yield image_id, text
+            yield _backwards(image_id), text
         else:
             counts.empty += 1
     progress(number)
+
+
+def _backwards(image_id: str) -> str:
+    """Its last part first, without the "." of "./a": ids with the same end then stand together in the index."""
+    return "/".join(part for part in reversed(image_id.split("/")) if part not in ("", "."))
 
 
 def _keep_first(table: sqlite3.Connection, counts: Counts) -> None:

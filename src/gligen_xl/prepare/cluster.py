@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .done import Done
 from .item import Unit
 from .run import ENDS, Execute, Local, Machine
-from .settings import Settings
-from .unit import Progress
 
 
 class Cluster(Local):
     """As `Local`, on many machines that see the same files."""
-
-    def __init__(self, out: str | Path, settings: Settings, machine: Machine, progress: Progress):
-        super().__init__(Path(out).resolve(), settings, machine, progress)
 
     def __enter__(self) -> Execute:
         try:
@@ -73,22 +70,34 @@ class Cluster(Local):
             yield unit, what
 
     def _new_runner(self) -> Any:
-        return self.kind.remote(self.out, self.settings, self.machine)
+        return self.kind.remote(self.done, self.machine, Path.cwd())
 
 
 class _Runner:
-    def __init__(self, out: Path, settings: Settings, machine: Machine):
-        self.local = Local(out, settings, machine, self._count)
+    """Args as `Local`'s, and the folder that relative paths begin at."""
+
+    def __init__(self, done: Done, machine: Machine, folder: Path):
+        self.local, self.folder = Local(done, machine, self._count), folder
         self.begun, self.pictures = False, 0
 
     def run(self, unit: Unit) -> tuple[str, int]:
         """What became of a unit, and how many of its pictures were seen."""
         if not self.begun:  # here, since an error of an actor's beginning does not reach the one who began it
-            self.local.__enter__()
-            self.begun = True
+            self._begin()
+        self.begun = True
         self.pictures = 0
         ((_, what),) = self.local.execute([unit])
         return what, self.pictures
+
+    def _begin(self) -> None:
+        try:
+            os.chdir(self.folder)
+        except OSError as error:
+            raise OSError(
+                f"a machine of the Ray cluster does not see the folder {self.folder}: {error}; "
+                "start from one that all of them see"
+            ) from error
+        self.local.__enter__()
 
     def _count(self, weight: int, pictures: int) -> None:
         self.pictures += pictures

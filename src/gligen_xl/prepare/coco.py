@@ -7,6 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import yaml
 
 from .item import Item, Skipped
 from .json_members import members
-from .pictures import PictureError, picture_size
-from .rows import MISSING, RowError, clean, convert_boxes, file_within, is_file, is_number, stated_size, unique
+from .pictures import picture_size
+from .rows import SHARES, clean, convert_boxes, file_within, is_number, item_or_why_not, stated_size, unique
 
 CROWD, LEFT_OUT, NO_BOX = "crowd", "class left out by the mapping", "its box is wrong"
 
@@ -63,15 +64,10 @@ class CocoChunk:
 
     def _items(self) -> Iterator[Item | Skipped]:
         for k, image_id in enumerate(self.image_ids):
-            try:
-                yield self._item(k)
-            except (RowError, PictureError) as error:
-                yield Skipped(image_id=image_id, reason=error.reason, done=k + 1)
+            yield item_or_why_not(partial(self._item, k), image_id, done=k + 1)
 
     def _item(self, k: int) -> Item:
         path = file_within(self.folder, self.file_names[k])
-        if not is_file(path):
-            raise RowError(MISSING, f"there is no file {path}")
         height, width = (int(side) for side in self.sizes[k])
         size = (height, width) if height and width else picture_size(path)
         first, end = np.searchsorted(self.owners, [k, k + 1])
@@ -109,6 +105,8 @@ def coco_chunks(folder: Path, instances: Path, classes: Path | None, unit_size: 
     # Annotations of images that the file does not list have no picture to go with.
     owners = np.array([place.get(image_id, -1) for image_id in content.images_of], np.int64)
     boxes = np.array(content.boxes, np.float32).reshape(-1, 4)
+    if boxes.size and 0 < boxes.max() <= 1:
+        raise ValueError(f"{instances}: {SHARES}, no number is above {boxes.max():g}; COCO's are xywh in pixels")
     chunks = []
     for first in range(0, len(content.ids), unit_size):
         mine = np.flatnonzero((owners >= first) & (owners < first + unit_size))

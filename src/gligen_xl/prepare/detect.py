@@ -10,11 +10,10 @@ the caption between its commas and sentence marks.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +24,27 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DE
 
 from ..files import read_json
 from ..hub import local_folder
-from ..layout import Box, xyxy_from_cxcywh
+from ..layout import xyxy_from_cxcywh
 from ..shapes.detect import detect as detect_shapes
+from .detections import MARKS, Detections, Tokens, candidates, collect
+from .settings import THRESHOLD
 
 WORD_KINDS = ("grounding-dino", "mm-grounding-dino")  # config.model_type of those that ground every word
-MARKS = (".", "?", "!")
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a repository
 _READ = ("logits", "pred_boxes", "decoder_class_logits", "decoder_coord_logits")  # of a model's outputs
 _EXPECTED = "config.json, preprocessor_config.json, a tokenizer and weights in .safetensors"
 
 
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one picture, best first. Boxes are xyxy, 0-1, of the picture that was given."""
-
-    boxes: list[Box] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    phrases: list[str] = field(default_factory=list)
-
-
 class Detector(ABC):
-    """Finds what a caption names. `cut_texts` counts the texts that were too long for it, and were cut."""
+    """Finds what a caption names.
+
+    Attributes:
+        cut_texts: number of the texts that were too long for it, and were cut.
+        reads_captions: whether a picture without one has nothing to look for.
+    """
 
     cut_texts: int = 0
+    reads_captions: bool = False
 
     @abstractmethod
     def detect(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
@@ -61,8 +58,8 @@ class Detector(ABC):
     def load(
         name: str | Path = "IDEA-Research/grounding-dino-base",
         *,
-        box_threshold: float = 0.2,
-        text_threshold: float = 0.2,
+        box_threshold: float | None = None,
+        text_threshold: float | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 8,
@@ -73,7 +70,7 @@ class Detector(ABC):
 
         Args:
             name: a folder, a Hub repository, or "shapes": the exact detector of the embedded world.
-            box_threshold: of a box's score.
+            box_threshold: of a box's score. None: `THRESHOLD`.
             text_threshold: of the score that a word needs to be in a box's phrase, where every word is grounded.
             dtype: float32, or bfloat16 or float16 where these do (mixed precision).
             batch_size: pictures at once.
@@ -90,7 +87,8 @@ class Detector(ABC):
         folder = local_folder(name, "detector", _FILES, local_files_only=local_files_only)
         kind = _kind_of(folder)
         model, processor = _load(folder)
-        settings = Settings(box_threshold, text_threshold, torch.device(device), dtype, batch_size, text)
+        of_box, of_text = (THRESHOLD if value is None else value for value in (box_threshold, text_threshold))
+        settings = DetectorSettings(of_box, of_text, torch.device(device), dtype, batch_size, text)
         return (WordDetector if kind in WORD_KINDS else CandidateDetector)(model, processor, settings)
 
 
@@ -112,7 +110,7 @@ class ShapesDetector(Detector):
 
 
 @dataclass(frozen=True)
-class Settings:
+class DetectorSettings:
     """The arguments of `Detector.load`."""
 
     box_threshold: float
@@ -127,10 +125,10 @@ class NetworkDetector(Detector):
     """Pictures in batches through a model. Only those that need no padding beside each other share one, since padding
     moves what a network sees."""
 
-    def __init__(self, model: Any, processor: Any, settings: Settings):
+    def __init__(self, model: Any, processor: Any, settings: DetectorSettings):
         self.model = model.to(settings.device).eval()
         self.processor, self.settings = processor, settings
-        self.cut_texts = 0
+        self.cut_texts, self.reads_captions = 0, settings.text is None
 
     def detect(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
         _check(pictures, captions)
@@ -239,61 +237,6 @@ class CandidateDetector(NetworkDetector):
             height, width = picture.shape[:2]
             boxes = found["boxes"].cpu().numpy() / np.array([width, height, width, height], np.float32)
             yield collect(boxes, found["scores"].cpu().numpy(), found["text_labels"])
-
-
-# What outputs mean --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A text in tokens: where in it each begins and ends, and the number of its word (None: not of the text)."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    words: tuple[int | None, ...]
-
-    def phrase(self, scores: np.ndarray, threshold: float) -> str:
-        """The words above `threshold` of the sentence that holds the highest score; whole words, as they are spelt.
-
-        A box shows one thing, while captions name the same thing in several sentences: GroundingDINO's way to keep
-        these apart (`remove_combined`). A mark belongs to the sentence that it ends.
-
-        Args:
-            scores: (at least tokens,) 0-1.
-        """
-        best = int(scores[: len(self.spans)].argmax())
-        begin, end = best, best
-        while begin > 0 and not self._parts(begin - 1):
-            begin -= 1
-        while end < len(self.spans) and not self._parts(end):
-            end += 1
-        chosen = {self.words[k] for k in range(begin, end) if scores[k] > threshold}
-        phrase, last = "", None
-        for k in range(begin, end):
-            if self.words[k] in chosen:
-                start, stop = self.spans[k]
-                phrase += self.text[start:stop] if start == last else " " + self.text[start:stop]
-                last = stop
-        return phrase.strip(" ,;:-")
-
-    def _parts(self, k: int) -> bool:
-        return self.words[k] is None or self.text[slice(*self.spans[k])] in MARKS
-
-
-def candidates(text: str) -> tuple[str, ...]:
-    """The parts of a text between commas and sentence marks, each once."""
-    parts = (part.strip() for part in re.split(r"[,.?!]", text.lower()))
-    return tuple(dict.fromkeys(part for part in parts if part))
-
-
-def collect(boxes: np.ndarray, scores: np.ndarray, phrases: Sequence[str]) -> Detections:
-    """Boxes (n, 4) xyxy clipped to the picture, best first; without those that are not finite, have no area or no
-    phrase."""
-    clipped = boxes.clip(0, 1)  # NaN stays
-    usable = np.isfinite(boxes).all(-1) & np.isfinite(scores) & (clipped[:, 2:] > clipped[:, :2]).all(-1)
-    order = [k for k in np.argsort(-scores, kind="stable").tolist() if usable[k] and phrases[k]]
-    corners: list[Box] = [tuple(clipped[k].tolist()) for k in order]
-    return Detections(corners, [float(scores[k]) for k in order], [str(phrases[k]) for k in order])
 
 
 def _check(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:

@@ -1,10 +1,12 @@
-"""Which units are done, with which settings, and which another process is at: small files beside the shards."""
+"""Which units are done, of what source and with which settings, and which another process is at: small files beside the
+shards."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +18,122 @@ from .report import UnitReport
 from .settings import Settings
 from .unit import WORK_FOLDER, shard_files
 
+_KEYS = {"source", "settings", "identity", "shards", "report"}  # of a mark
+_ARCHIVES = ("sa1b", "webdataset")  # kinds of units that are files of their own
 
+
+@dataclass(frozen=True)
 class Done:
-    """The state of a folder of shards.
+    """The state of a folder of shards. Can be pickled.
 
-    .prepared/UNIT.json    settings, what the unit is made of, its shards, what became of its pictures
-    .prepared/UNIT.lock    held by the process that is at it
+    .prepared/settings.json      what all of its shards have in common
+    .prepared/units/UNIT.json    the mark of a unit that is done: source and settings, what the unit is made of, its
+                                 shards, what became of its pictures
+    .prepared/units/UNIT.lock    held by the process that is at it
+
+    Args:
+        out: the folder.
+        source: what the units are of, in words that are the same every time. Empty: not known.
+        captions: fingerprint of those that are joined.
     """
 
-    def __init__(self, out: str | Path, settings: Settings):
-        self.out, self.settings = Path(out), settings
-        self.folder = self.out / WORK_FOLDER
+    out: Path
+    settings: Settings
+    source: str = ""
+    captions: str = ""
 
-    def check_settings(self, units: Iterable[Unit]) -> None:
-        """Refuse to go on with other settings than those that units which are done were made with."""
-        current = self.settings.to_dict()
-        for unit in units:
-            former = self._read(unit)
-            if former is None or former["settings"] == current:
-                continue
-            for name in sorted(former["settings"].keys() | current):
-                was, now = former["settings"].get(name), current.get(name)
-                if was != now:
-                    raise ValueError(
-                        f"{self.out} holds {unit.name} prepared with {name} {was!r}, now it is {now!r}; "
-                        "go on with the same settings, or choose another folder"
-                    )
+    @property
+    def folders(self) -> list[Path]:
+        """Where the shards stand."""
+        resolutions = self.settings.framing.resolutions
+        return [self.out / f"{size}" for size in resolutions] if len(resolutions) > 1 else [self.out]
+
+    @property
+    def _marks(self) -> Path:
+        return self.out / WORK_FOLDER / "units"
+
+    @property
+    def _shared(self) -> Path:
+        return self.out / WORK_FOLDER / "settings.json"
+
+    # What may go into the folder ---------------------------------------------------------------------------------
+
+    def check(self, units: Iterable[Unit]) -> None:
+        """Refuse what would not belong to the shards that are there. Nothing is changed.
+
+        Raises:
+            ValueError: other settings than those of the folder, or of what is done of this source; or a unit of
+                another source that is called the same.
+        """
+        if self._shared.is_file():
+            self._agree("shards", read_json(self._shared), self.settings.shared())
+        by_name = {unit.name: unit for unit in units}
+        for name, mark in self._read_all():
+            if name in by_name:
+                self.check_unit(by_name[name])
+            elif self._is_ours(mark):
+                self._agree(name, mark["settings"], self.settings.to_dict())
+
+    def check_unit(self, unit: Unit) -> None:
+        """As `check`, of one unit."""
+        mark = self._read(unit.name)
+        if mark is None:
+            return
+        if mark["source"] != self.source and mark["identity"] != self.identity(unit):
+            was, now = (source or "a source without a name" for source in (mark["source"], self.source))
+            raise ValueError(
+                f"{self.out} holds {unit.name} of {was}, and {now} has another one of that name; choose another folder "
+                f"for it. If it is the same source, moved and then changed, remove {self._mark_file(unit.name)}: "
+                "the unit is then done again"
+            )
+        self._agree(unit.name, mark["settings"], self.settings.to_dict())
+
+    def claim(self) -> None:
+        """Say what all shards of the folder have in common: the first process does, the others agree.
+
+        Raises:
+            ValueError: this one does not.
+        """
+        self._shared.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._shared.with_suffix(".lock")):
+            if not self._shared.is_file():
+                for rest in self._shared.parent.glob(f".{self._shared.name}.*.partial"):  # of a process that was killed
+                    rest.unlink()
+                write_json(self._shared, self.settings.shared())
+        self._agree("shards", read_json(self._shared), self.settings.shared())
+
+    def _agree(self, what: str, former: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+        for name in sorted(former.keys() | current):
+            was, now = former.get(name), current.get(name)
+            if was != now:
+                raise ValueError(
+                    f"{self.out} holds {what} prepared with {name} {was!r}, now it is {now!r}; "
+                    "go on with the same settings, or choose another folder"
+                )
+
+    # What is done ------------------------------------------------------------------------------------------------
+
+    def identity(self, unit: Unit) -> dict[str, Any]:
+        """What its shards are made of, with the captions that are joined."""
+        return unit.identity() | ({"joined_captions": self.captions} if self.captions else {})
 
     def is_done(self, unit: Unit) -> bool:
-        former = self._read(unit)
+        mark = self._read(unit.name)
         return (
-            former is not None
-            and former["settings"] == self.settings.to_dict()
-            and former["identity"] == unit.identity()
-            and all(path.is_file() for shard in former["shards"] for path in shard_files(self.out / shard))
+            mark is not None
+            and mark["settings"] == self.settings.to_dict()
+            and mark["identity"] == self.identity(unit)
+            and all(path.is_file() for shard in mark["shards"] for path in shard_files(self.out / shard))
         )
 
     def report(self, unit: Unit) -> UnitReport:
-        former = self._read(unit)
-        return UnitReport.from_dict(former["report"]) if former is not None else UnitReport()
+        mark = self._read(unit.name)
+        return UnitReport.from_dict(mark["report"]) if mark is not None else UnitReport()
+
+    def source_of(self, unit: Unit) -> str:
+        """What a unit that is done was made from."""
+        mark = self._read(unit.name)
+        return mark["source"] if mark is not None else self.source
 
     def mark(self, unit: Unit, identity: dict[str, Any], report: UnitReport, shards: list[str]) -> None:
         """A unit is done. Shards that it had before, and has no more, are removed.
@@ -62,38 +141,87 @@ class Done:
         Args:
             identity: of the unit when it was begun; one that was changed meanwhile is done again.
         """
-        former = self._read(unit)
-        for shard in set(former["shards"]) - set(shards) if former is not None else ():  # while that still names them
-            for path in shard_files(self.out / shard):
-                path.unlink(missing_ok=True)
-        values = {"settings": self.settings.to_dict(), "identity": identity, "shards": shards}
-        write_json(self.folder / f"{unit.name}.json", values | {"report": report.to_dict()})
+        former = self._read(unit.name)
+        if former is not None:  # while that still names them
+            self._remove_shards(set(former["shards"]) - set(shards))
+        values = {"source": self.source, "settings": self.settings.to_dict(), "identity": identity, "shards": shards}
+        write_json(self._mark_file(unit.name), values | {"report": report.to_dict()})
+
+    def remove_orphans(self, units: Sequence[Unit]) -> tuple[list[str], list[str]]:
+        """Remove what is done of units that this source has no more, as it is cut otherwise now: their pictures stand
+        in the others. Those that another process is at are left.
+
+        An archive that is gone is another matter: it may have been deleted to make room. Its shards stay.
+
+        Args:
+            units: all of the source, those of other parts too.
+
+        Returns:
+            names of the units that were removed, and of those that stay.
+        """
+        names = {unit.name for unit in units}
+        removed, stay = [], []
+        for name, mark in self._read_all():
+            if name in names or not self._is_ours(mark):
+                continue
+            if mark["identity"].get("kind") in _ARCHIVES:
+                stay.append(name)
+                continue
+            with self.hold(name) as free:
+                if free:
+                    self._remove_shards(mark["shards"])
+                    self._mark_file(name).unlink(missing_ok=True)
+                    removed.append(name)
+        return removed, stay
 
     @contextmanager
-    def hold(self, unit: Unit) -> Iterator[bool]:
+    def hold(self, name: str) -> Iterator[bool]:
         """Whether this process may do the unit; no other does meanwhile. Rests of one that was killed are removed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / f"{unit.name}.lock")
+        self._marks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._marks / f"{name}.lock")
         try:
             lock.acquire(blocking=False)
         except Timeout:
             yield False
             return
         try:
-            self._remove_rests(unit)
+            self._remove_rests(name)
             yield True
         finally:
             lock.release()
 
-    def _remove_rests(self, unit: Unit) -> None:
+    def _remove_rests(self, name: str) -> None:
         """Of this unit alone: another one, whose name begins as this one's, may be in work."""
-        name = rf"\.{re.escape(unit.name)}(-\d+x\d+)?\.(safetensors|parquet|json)\.\d+\.partial"
-        resolutions = {str(size) for size in self.settings.framing.resolutions}
-        for folder in (self.out, self.folder, *(self.out / size for size in resolutions)):
+        pattern = rf"\.{re.escape(name)}(-\d+x\d+)?\.(safetensors|parquet|json)\.\d+\.partial"
+        for folder in (self._marks, *self.folders):
             for path in folder.iterdir() if folder.is_dir() else ():
-                if re.fullmatch(name, path.name):
+                if re.fullmatch(pattern, path.name):
                     path.unlink(missing_ok=True)
 
-    def _read(self, unit: Unit) -> dict[str, Any] | None:
-        path = self.folder / f"{unit.name}.json"
-        return read_json(path) if path.is_file() else None
+    def _remove_shards(self, shards: Iterable[str]) -> None:
+        for shard in shards:
+            for path in shard_files(self.out / shard):
+                path.unlink(missing_ok=True)
+
+    # Marks -------------------------------------------------------------------------------------------------------
+
+    def _is_ours(self, mark: Mapping[str, Any]) -> bool:
+        return bool(self.source) and mark["source"] == self.source
+
+    def _mark_file(self, name: str) -> Path:
+        return self._marks / f"{name}.json"
+
+    def _read_all(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for path in sorted(self._marks.glob("*.json")):
+            if (mark := self._read(path.stem)) is not None:  # else another process has just removed it
+                yield path.stem, mark
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self._mark_file(name)
+        try:
+            mark = read_json(path)
+        except FileNotFoundError:
+            return None
+        if not isinstance(mark, dict) or not mark.keys() >= _KEYS:
+            raise ValueError(f"{path} is no mark of a unit; remove it, and the unit is done again")
+        return mark

@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .item import Item, Skipped
 from .pictures import ENDINGS
-from .rows import clean, unique
+from .rows import clean, item_or_why_not, unique
 
 MAX_CAPTION = 2**16  # bytes of a .txt beside a picture
 
@@ -23,13 +24,14 @@ class PictureChunk:
     """Consecutive pictures of a folder and of those below it, by path; captions in a .txt of the same name.
 
     Args:
-        first: number of its first picture, from 0. count: of pictures.
-        sha256: of their paths and sizes in bytes.
+        first, last: paths of the first and the last, below the folder. count: of pictures.
+        sha256: of their paths, their sizes in bytes, and their captions.
     """
 
     name: str
     folder: Path
-    first: int
+    first: str
+    last: str
     count: int
     sha256: str
 
@@ -38,53 +40,74 @@ class PictureChunk:
         return self.count
 
     def identity(self) -> dict[str, Any]:
-        numbers = {"first": self.first, "count": self.count, "sha256": self.sha256}
-        return {"kind": "imagefolder", "file": self.folder.name, **numbers}
+        return {"kind": "imagefolder", "file": self.folder.name, "count": self.count, "sha256": self.sha256}
 
     def items(self) -> Iterator[Item | Skipped]:
         return unique(self._items())
 
-    def _items(self) -> Iterator[Item]:
-        paths = islice(find_pictures(self.folder), self.first, self.first + self.count)
-        for done, path in enumerate(paths, start=1):
-            image_id = path.relative_to(self.folder).with_suffix("").as_posix()
-            yield Item(image_id=clean(image_id), picture=path, caption=_caption(path.with_suffix(".txt")), done=done)
+    def _items(self) -> Iterator[Item | Skipped]:
+        end = Path(self.last).parts
+        for done, path in enumerate(find_pictures(self.folder, Path(self.first).parts), start=1):
+            inner = path.relative_to(self.folder)
+            if inner.parts > end:
+                return
+            image_id = clean(inner.with_suffix("").as_posix())
+            yield item_or_why_not(partial(_item, path, image_id, done), image_id, done)
 
 
 def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk]:
     """Units of `unit_size` pictures each; none where there are none."""
-    chunks, first = [], 0
+    chunks: list[PictureChunk] = []
     paths = find_pictures(folder)
     while part := list(islice(paths, unit_size)):
-        lines = [json.dumps([path.relative_to(folder).as_posix(), path.stat().st_size]) for path in part]
-        sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        inner = [path.relative_to(folder).as_posix() for path in part]
+        lines = [json.dumps([where, *_facts(path)]) for where, path in zip(inner, part, strict=True)]
         chunk = PictureChunk(
-            name=f"{name}-{len(chunks):05d}", folder=folder, first=first, count=len(part), sha256=sha256
+            name=f"{name}-{len(chunks):05d}",
+            folder=folder,
+            first=inner[0],
+            last=inner[-1],
+            count=len(part),
+            sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         )
         chunks.append(chunk)
-        first += len(part)
     return chunks
 
 
-def find_pictures(folder: Path) -> Iterator[Path]:
-    """Files with the ending of a picture, here and in the folders below, in an order that is the same every time.
+def find_pictures(folder: Path, begin: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Files with the ending of a picture, here and in the folders below, in the order of the parts of their paths.
 
     Hidden ones are left out. Links to files are followed, links to folders are not: they may lead round in a circle.
+
+    Args:
+        begin: parts of a path below the folder; what comes before it is left out, without a look at its folders.
     """
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or (begin and entry.name < begin[0]):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from find_pictures(Path(entry.path))
-        elif entry.name.rpartition(".")[2].lower() in ENDINGS and entry.is_file():
+            yield from find_pictures(Path(entry.path), begin[1:] if begin[:1] == (entry.name,) else ())
+        elif entry.name.rpartition(".")[2].lower() in ENDINGS and (entry.is_symlink() or entry.is_file()):
             yield Path(entry.path)
 
 
-def _caption(path: Path) -> str:
+def _item(picture: Path, image_id: str, done: int) -> Item:
+    return Item(image_id=image_id, picture=picture, caption=_caption(picture), done=done)
+
+
+def _facts(picture: Path) -> tuple[int | str | None, ...]:
+    """Its size in bytes and its caption; of one that cannot be read, why."""
     try:
-        with path.open("rb") as file:
+        return picture.stat().st_size, _caption(picture)
+    except OSError as error:
+        return (error.errno,)
+
+
+def _caption(picture: Path) -> str:
+    try:
+        with picture.with_suffix(".txt").open("rb") as file:
             return clean(file.read(MAX_CAPTION).decode("utf-8-sig", "replace"))
     except (FileNotFoundError, IsADirectoryError):
         return ""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ..data.published import SCALING_FACTOR, VAE, PublishedRow, read_boxes, read_latents
-from ..data.shards import DOWNSAMPLING, Row, Shard, write_shard
+from ..data.shards import DOWNSAMPLING, Row, Shard, ShardWriter, read_header
 from ..files import write_json
 from .frame import square_frame
 
 REPORT_NAME = "import.json"
+LOCK_FOLDER = ".imported"  # beside the shards: a lock for each archive
+SAMPLE = 1 << 16  # bytes at either end of a file that tell it from another of its size
 
 
 @dataclass
@@ -52,7 +59,9 @@ def import_published(
     sizes: str | Path | None = None,
     progress: Callable[[list[str]], Iterable[str]] = list,
 ) -> ImportReport:
-    """Write a shard under `out` for every pair of files of the same name; those that stand there are kept.
+    """Write a shard under `out` for every pair of files of the same name; one that was made of the same files is kept.
+
+    Several may be at one folder at once: each archive is done by one of them.
 
     Args:
         latents: folder of `jiuntian/sa1b-sdxl-latents-512` or `-1024`. boxes: of `longlian/sa-1b_boxes` or
@@ -70,22 +79,40 @@ def import_published(
     with_sizes = {path.stem: path for path in _files(Path(sizes))} if sizes is not None else {}
     sources = {path.stem: path for path in _files(latents)}
     report = ImportReport()
-    for name in progress(sorted(sources)):
-        try:
-            if out.joinpath(f"{name}.parquet").exists():
-                _count(report, Shard(out / name))
-                report.archives[name] = "already there"
-            elif name not in tables:
-                report.archives[name] = f"there is no table of boxes {boxes / name}.npy"
-            else:
-                _import_one(sources[name], tables[name], with_sizes.get(name), out / name, report)
-                report.archives[name] = "written"
-        except (ValueError, OSError, MemoryError) as error:
-            report.archives[name] = str(error) or type(error).__name__
+    waiting: list[str] = []  # for others that are at them
+    for names, wait in ((progress(sorted(sources)), False), (waiting, True)):
+        for name in names:
+            try:
+                if name not in tables:
+                    raise FileNotFoundError(f"there is no table of boxes {boxes / name}.npy")
+                archive = _Archive(sources[name], tables[name], with_sizes.get(name), out / name)
+                with _alone(out, name, wait=wait):
+                    report.archives[name] = archive.make(report)
+            except Timeout:
+                waiting.append(name)
+            except (ValueError, OSError, MemoryError) as error:
+                report.archives[name] = str(error) or type(error).__name__
     for name in sorted(tables.keys() - sources.keys()):
         report.archives[name] = f"there are no latents {latents / name}.npy"
-    write_json(out / REPORT_NAME, report.to_dict())
+    with _alone(out, Path(REPORT_NAME).stem, wait=True):
+        write_json(out / REPORT_NAME, report.to_dict())
     return report
+
+
+@contextmanager
+def _alone(out: Path, name: str, *, wait: bool) -> Iterator[None]:
+    """Nobody else makes the files of this name meanwhile. Rests of one that was killed are removed.
+
+    Raises:
+        Timeout: somebody is at them.
+    """
+    folder = out / LOCK_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0):
+        for path in out.iterdir():
+            if re.fullmatch(rf"\.{re.escape(name)}\.(safetensors|parquet|json)\.\d+\.partial", path.name):
+                path.unlink(missing_ok=True)
+        yield
 
 
 def _files(folder: Path) -> list[Path]:
@@ -97,39 +124,102 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _import_one(latents: Path, boxes: Path, sizes: Path | None, stem: Path, report: ImportReport) -> None:
-    content = read_latents(latents)
-    rows = {row.index: row for row in read_boxes(boxes)}
-    known = {row.index: row.original_size for row in read_boxes(sizes)} if sizes is not None else {}
-    order = np.argsort(content.indices)
-    height, width = (side * DOWNSAMPLING for side in content.latents.shape[2:])
-    if height != width:
-        raise ValueError(f"{latents}: latents of {height} x {width} pixels; the published ones are square")
-    kept, written = [], []
-    skipped: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    without_size = 0
-    for place in order:
-        index = int(content.indices[place])
-        if index not in rows:
-            skipped["no row in the table of boxes"] += 1
-        elif not np.isfinite(content.latents[place]).all():
-            skipped["latents that are not finite"] += 1
-        else:
-            size = rows[index].original_size or known.get(index)
-            without_size += size is None
-            written.append(_row(rows[index], size or (height, width), height, dropped))
-            kept.append(place)
-    skipped["no latents for a row of boxes"] = len(rows.keys() - set(content.indices.tolist()))
-    if not written:
-        raise ValueError(f"{latents} and {boxes} have no picture in common")
-    metadata = {"resolution": str(height), "vae": VAE, "scaling_factor": SCALING_FACTOR}
-    write_shard(stem, np.ascontiguousarray(content.latents[kept]), written, metadata)
-    report.skipped.update(+skipped)
-    report.dropped_boxes.update(dropped)
-    report.without_size += without_size
-    report.pictures += len(written)
-    report.boxes += sum(len(row.boxes) for row in written)
+@dataclass(frozen=True)
+class _Archive:
+    """The files of one archive, and the shard they become."""
+
+    latents: Path
+    boxes: Path
+    sizes: Path | None
+    stem: Path
+
+    def make(self, report: ImportReport) -> str:
+        """Write the shard, unless it stands there, made of the same files: "written" or "already there".
+
+        Raises:
+            ValueError, OSError: these files make no shard, or one stands there that is not of this archive.
+        """
+        identity = self._identity()
+        latents, table = (self.stem.with_name(self.stem.name + ending) for ending in (".safetensors", ".parquet"))
+        former = read_header(latents)[0] if latents.is_file() else {}
+        if "imported" not in former and (latents.is_file() or table.is_file()):
+            raise ValueError(f"the shard {self.stem} stands there, not imported; remove it, or choose another folder")
+        if former.get("imported") == identity and table.is_file():
+            self._count(report)
+            return "already there"
+        made = _Made.of(self)
+        if former and former.get("resolution") != str(made.resolution):
+            raise ValueError(
+                f"the shard {self.stem} has latents of {former.get('resolution')} pixels, {self.latents} those of "
+                f"{made.resolution}; choose another folder"
+            )
+        metadata = {"resolution": str(made.resolution), "vae": VAE, "scaling_factor": SCALING_FACTOR}
+        metadata |= {"imported": identity, "without_size": str(made.without_size)}
+        with ShardWriter(self.stem, made.latents.shape[1:], metadata) as writer:
+            writer.add(made.latents, made.rows)
+            table.unlink(missing_ok=True)  # a former one never stands beside other latents
+        report.skipped.update(+made.skipped)
+        report.dropped_boxes.update(made.dropped)
+        self._count(report)
+        return "written"
+
+    def _identity(self) -> str:
+        """Of what the shard is made of, without reading all of it: 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for path in (self.latents, self.boxes, self.sizes):
+            if path is not None:
+                size = path.stat().st_size
+                with path.open("rb") as file:
+                    digest.update(size.to_bytes(8, "little") + file.read(SAMPLE))
+                    file.seek(max(0, size - SAMPLE), os.SEEK_SET)
+                    digest.update(file.read(SAMPLE))
+        return digest.hexdigest()[:16]
+
+    def _count(self, report: ImportReport) -> None:
+        shard = Shard(self.stem)
+        report.pictures += len(shard)
+        report.boxes += sum(len(row["phrases"]) for row in shard.rows("phrases"))
+        report.without_size += int(shard.metadata.get("without_size", 0))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a shard is to hold, and what became of the rest."""
+
+    latents: np.ndarray
+    rows: list[Row]
+    resolution: int
+    skipped: Counter[str]
+    dropped: Counter[str]
+    without_size: int
+
+    @classmethod
+    def of(cls, archive: _Archive) -> _Made:
+        """Pictures that have both latents and a row of boxes, by index."""
+        content = read_latents(archive.latents)
+        rows = {row.index: row for row in read_boxes(archive.boxes)}
+        sizes = {row.index: row.original_size for row in read_boxes(archive.sizes)} if archive.sizes else {}
+        height, width = (side * DOWNSAMPLING for side in content.latents.shape[2:])
+        if height != width:
+            raise ValueError(f"{archive.latents}: latents of {height} x {width} pixels; the published ones are square")
+        kept, written, without_size = [], [], 0
+        skipped: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        for place in np.argsort(content.indices):
+            index = int(content.indices[place])
+            if index not in rows:
+                skipped["no row in the table of boxes"] += 1
+            elif not np.isfinite(content.latents[place]).all():
+                skipped["latents that are not finite"] += 1
+            else:
+                size = rows[index].original_size or sizes.get(index)
+                without_size += size is None
+                written.append(_row(rows[index], size or (height, width), height, dropped))
+                kept.append(place)
+        skipped["no latents for a row of boxes"] = len(rows.keys() - set(content.indices.tolist()))
+        if not written:
+            raise ValueError(f"{archive.latents} and {archive.boxes} have no picture in common")
+        return cls(content.latents[kept], written, height, skipped, dropped, without_size)
 
 
 def _row(row: PublishedRow, size: tuple[int, int], resolution: int, dropped: Counter[str]) -> Row:
@@ -158,8 +248,3 @@ def _row(row: PublishedRow, size: tuple[int, int], resolution: int, dropped: Cou
         crop_top=frame.top,
         crop_left=frame.left,
     )
-
-
-def _count(report: ImportReport, shard: Shard) -> None:
-    report.pictures += len(shard)
-    report.boxes += sum(len(row["phrases"]) for row in shard.rows("phrases"))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 EXAMPLES = 5  # of each reason
+_LEFT_OUT = {  # counts of a caption source, in words
+    "duplicates": "of a picture that had one already",
+    "empty": "empty",
+    "refused": "too long, or no file of the archive",
+}
 
 
 @dataclass
@@ -25,6 +30,9 @@ class UnitReport:
         seconds: by stage. `decode` is the sum over processes; `wait` is how long the device had nothing to do for want
             of pictures.
         bytes: of latents.
+        cut_texts: that were too long for the detector.
+        captions: of the whole source that is joined: how many pictures have one, and how many texts were left out by
+            reason, as `gligen_xl.prepare.captions.Counts`.
     """
 
     seen: int = 0
@@ -33,10 +41,12 @@ class UnitReport:
     boxes: int = 0
     repeated_in_float32: int = 0
     bytes: int = 0
+    cut_texts: int = 0
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     incomplete: Counter[str] = field(default_factory=Counter)
     dropped_boxes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
+    captions: dict[str, int] = field(default_factory=dict)
 
     def skip(self, image_id: str, reason: str) -> None:
         entry = self.skipped.setdefault(reason, {"count": 0, "examples": []})
@@ -56,7 +66,7 @@ class UnitReport:
             self.spend(stage, time.perf_counter() - begin)
 
     def add(self, other: UnitReport) -> None:
-        for name in ("seen", "used", "written", "boxes", "repeated_in_float32", "bytes"):
+        for name in ("seen", "used", "written", "boxes", "repeated_in_float32", "bytes", "cut_texts"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, entry in other.skipped.items():
             mine = self.skipped.setdefault(reason, {"count": 0, "examples": []})
@@ -64,6 +74,7 @@ class UnitReport:
             mine["examples"] = (mine["examples"] + entry["examples"])[:EXAMPLES]
         self.incomplete.update(other.incomplete)
         self.dropped_boxes.update(other.dropped_boxes)
+        self.captions |= other.captions
         for stage, seconds in other.seconds.items():
             self.spend(stage, seconds)
 
@@ -87,10 +98,18 @@ class PrepareReport:
     Args:
         units: name -> one of the states below, or why it failed.
         total: of all units that are done.
+        folders: that hold the shards, one for each resolution.
+        removed: units that the source has no more, and their shards are gone.
+        stay: units whose archive the source has no more; their shards are left.
+        moved: units that are there already, from another place: name -> the source as it was called then.
     """
 
     units: dict[str, str] = field(default_factory=dict)
     total: UnitReport = field(default_factory=UnitReport)
+    folders: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    stay: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -106,7 +125,9 @@ class PrepareReport:
         more = {"boxes_per_row": round(total.boxes / max(total.written, 1), 2)}
         if busy := self.busy:
             more["share_of_time_device_was_busy"] = round(busy, 3)
-        return {"units": self.units, "failed": len(self.failed), **total.to_dict(), **more}
+        names = ("folders", "removed", "stay", "moved", "warnings")
+        told = {name: getattr(self, name) for name in names}
+        return {"units": self.units, "failed": len(self.failed), **told, **total.to_dict(), **more}
 
     @property
     def busy(self) -> float:
@@ -114,27 +135,57 @@ class PrepareReport:
         seconds = self.total.seconds
         return sum(seconds.get(stage, 0.0) for stage in ("encode", "detect")) / (seconds.get("all") or 1.0)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is hardly meant so."""
+        if self.total.dropped_boxes and not self.total.boxes:
+            return ["no picture has a box left: look at the reasons, and whether box_format is that of the source"]
+        return []
+
     def __str__(self) -> str:
-        total, states = self.total, Counter(self.units.values())
+        states = Counter(self.units.values())
         done = states[WRITTEN] + states[ALREADY]
         lines = [f"{done} of {len(self.units)} units done" + _rest(states)]
-        lines += [
+        for source in sorted(set(self.moved.values())):
+            units = sorted(name for name, other in self.moved.items() if other == source)
+            lines.append(f"  taken for the same, made from {source}: {_first(units)}")
+        if self.removed:
+            lines.append(f"  removed, the source has them no more: {_first(self.removed)}")
+        if self.stay:
+            what = "left, of archives that the source has no more (were they renamed, remove these)"
+            lines.append(f"  {what}: {_first(self.stay)}")
+        lines += self._pictures()
+        lines += [f"failed: {name}: {what}" for name, what in self.failed.items()]
+        lines += [f"warning: {text}" for text in self.warnings]
+        if len(self.folders) > 1:
+            lines.append("each resolution is a folder of its own, to train on, check and show:")
+        return "\n".join([*lines, *(f"in {folder}" for folder in self.folders)])
+
+    def _pictures(self) -> Iterator[str]:
+        total = self.total
+        yield (
             f"pictures: {total.seen} seen, {total.used} used, {total.written} rows of {_size(total.bytes)} written, "
             f"{total.boxes / max(total.written, 1):.1f} boxes a row"
-        ]
+        )
         for reason, entry in sorted(total.skipped.items(), key=lambda item: -item[1]["count"]):
-            lines.append(f"  skipped, {reason}: {entry['count']} (as {_some(entry['examples'])})")
-        lines += [f"  used, but lack a row, {reason}: {number}" for reason, number in total.incomplete.most_common()]
-        lines += [f"  boxes dropped, {reason}: {number}" for reason, number in total.dropped_boxes.most_common()]
+            yield f"  skipped, {reason}: {entry['count']} (as {', '.join(entry['examples'])})"
+        for reason, number in total.incomplete.most_common():
+            yield f"  used, but lack a row, {reason}: {number}"
+        for reason, number in total.dropped_boxes.most_common():
+            yield f"  boxes dropped, {reason}: {number}"
         if total.repeated_in_float32:
-            lines.append(f"  encoded again in float32: {total.repeated_in_float32}")
+            yield f"  encoded again in float32: {total.repeated_in_float32}"
+        if total.cut_texts:
+            yield f"  texts cut, too long for the detector: {total.cut_texts}"
+        for name, number in total.captions.items():
+            if number and name in _LEFT_OUT:
+                yield f"  captions left out, {_LEFT_OUT[name]}: {number}"
         if total.seconds.get("all"):
             stages = ", ".join(f"{name} {value:.1f}" for name, value in total.seconds.items() if name != "all")
-            lines.append(
+            yield (
                 f"seconds: {total.seconds['all']:.1f} in all ({total.seen / total.seconds['all']:.1f} pictures/s); "
                 f"{stages}; device busy {self.busy:.0%}"
             )
-        return "\n".join(lines + [f"failed: {name}: {what}" for name, what in self.failed.items()])
 
 
 WRITTEN, ALREADY, WAITING = "written", "already there", "not done yet"
@@ -147,8 +198,8 @@ def _rest(states: Counter[str]) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _some(examples: Iterable[str]) -> str:
-    return ", ".join(examples)
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:EXAMPLES]) + (f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else "")
 
 
 def _size(count: int) -> str:

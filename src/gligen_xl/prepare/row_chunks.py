@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .item import Item, Skipped
-from .pictures import PictureError
-from .rows import MISSING, RowError, clean, file_within, is_file, read_annotation, read_row, unique
+from .rows import RowError, check_first, clean, file_within, item_or_why_not, read_annotation, read_row, unique
 
 METADATA = ("metadata.jsonl", "metadata.parquet")
 PATH_KEYS = {"imagefolder": "file_name", "layouts": "image"}
@@ -62,18 +62,13 @@ class RowChunk:
         """The picture of a row.
 
         Raises:
-            RowError, PictureError: as `read_annotation`; or there is no such picture.
+            RowError, PictureError, OSError: as `file_within` and `read_annotation`.
         """
         if isinstance(row, RowError):
             raise row
         path = file_within(self.file.parent, row.get(PATH_KEYS[self.kind]))
-        try:
-            # The width and height of a layout are those of the picture to be generated.
-            known = read_annotation(row, path, self.box_format, with_size=self.kind != "layouts")
-        except FileNotFoundError as error:
-            raise RowError(MISSING, f"there is no file {path}") from error
-        if not is_file(path):
-            raise RowError(MISSING, f"there is no file {path}")
+        # The width and height of a layout are those of the picture to be generated.
+        known = read_annotation(row, path, self.box_format, with_size=self.kind != "layouts")
         return Item(
             image_id=self.image_id(number, row),
             picture=path,
@@ -99,11 +94,7 @@ class RowChunk:
 
     def _items(self) -> Iterator[Item | Skipped]:
         for number, row in self.rows():
-            try:
-                yield self.item(number, row)
-            except (RowError, PictureError) as error:
-                image_id = self.image_id(number, row)
-                yield Skipped(image_id=image_id, reason=error.reason, done=number - self.first)
+            yield item_or_why_not(partial(self.item, number, row), self.image_id(number, row), done=number - self.first)
 
 
 def row_chunks(file: Path, name: str, kind: str, box_format: str | None, unit_size: int) -> list[RowChunk]:
@@ -123,26 +114,12 @@ def row_chunks(file: Path, name: str, kind: str, box_format: str | None, unit_si
 
 
 def check_rows(chunks: list[RowChunk]) -> None:
-    """Read the first row, and the first that has boxes: a fault of those is a fault of all.
-
-    Raises:
-        ValueError: names the file and the row. A picture that is missing or damaged is another matter.
-    """
-    first = True
-    for chunk in chunks:
-        for number, row in chunk.rows():
-            with_boxes = not isinstance(row, RowError) and bool(row.get("boxes") or row.get("objects"))
-            if first or with_boxes:
-                try:
-                    chunk.item(number, row)
-                except RowError as error:
-                    if error.reason != MISSING:
-                        raise ValueError(f"{chunk.file}, row {number}: {error}") from error
-                except PictureError:
-                    pass
-            first = False
-            if with_boxes:
-                return
+    """Raises ValueError where the first rows have a fault that all have, see `check_first`."""
+    check_first(
+        (f"{chunk.file}, row {number}", partial(chunk.item, number, row))
+        for chunk in chunks
+        for number, row in chunk.rows()
+    )
 
 
 def _jsonl_chunks(file: Path, name: str, shared: Mapping[str, Any], unit_size: int) -> list[RowChunk]:

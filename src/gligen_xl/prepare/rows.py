@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,15 +16,19 @@ import numpy as np
 
 from ..layout import Box, xyxy_from_cxcywh, xyxy_from_xywh
 from .item import Item, Skipped
-from .pictures import picture_size
+from .pictures import PictureError, picture_size
 
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh", "xyxy_pixels", "xywh_pixels", "cxcywh_pixels")
 CAPTION_KEYS = ("text", "caption", "prompt")
 
 # Reasons why a row, and its picture with it, is left out.
 NOT_JSON, NO_PATH, OUTSIDE = "its row is not JSON", "its row names no file", "its path leaves the folder"
-WRONG, NO_FORMAT, PIXELS = "its boxes or phrases are wrong", "its box_format is not known", "boxes look like pixels"
-MISSING, TWICE = "file is missing", "image_id stands there twice"
+WRONG, NUMBERS, NO_FORMAT = "its boxes or phrases are wrong", "phrases are numbers", "its box_format is not known"
+PIXELS, SHARES = "boxes look like pixels", "boxes look like shares of the picture"
+MISSING, UNREADABLE, TWICE = "file is missing", "file cannot be read", "image_id stands there twice"
+
+OF_ALL = (NUMBERS, NO_FORMAT, PIXELS, SHARES)  # what is so in one row is so in all
+FIRST_ROWS = 100  # in which these are looked for
 
 NO_PHRASE = "no phrase"  # why a box is dropped
 
@@ -116,11 +123,16 @@ def convert_boxes(values: Any, convention: str, size: tuple[int, int] | None) ->
 
     Args:
         size: (height, width), for boxes in pixels.
+
+    Raises:
+        RowError: by their numbers they are in pixels, but `convention` says 0-1, or the other way round.
     """
     boxes = np.asarray(values, np.float64).reshape(-1, 4)
     corners, _, unit = convention.partition("_")
     if unit:
         assert size is not None
+        if boxes.size and 0 < boxes.max() <= 1:
+            raise RowError(SHARES, f"no number is above {boxes.max():g} but box_format is {convention}; say {corners}")
         boxes = boxes / (size[1], size[0], size[1], size[0])
     elif boxes.size and boxes.max() > 2:
         raise RowError(PIXELS, f"a number is {boxes.max():g} but box_format is {convention}; say {convention}_pixels")
@@ -154,21 +166,53 @@ def file_within(folder: Path, path: Any) -> Path:
     """The file that a row names, below `folder` as its text goes (links are the owner's own affair).
 
     Raises:
-        RowError: it names none, or one elsewhere.
+        RowError: it names none, one elsewhere, or one that is not there.
+        OSError: that cannot be told, as of a name that is too long.
     """
-    if not isinstance(path, str) or not path.strip() or "\0" in path:
+    if not isinstance(path, str) or not path.strip() or not _can_be_a_name(path):
         raise RowError(NO_PATH, f"it is {path!r:.80}; expected a path relative to {folder}")
     parts = Path(path).parts
     if Path(path).is_absolute() or ".." in parts:
         raise RowError(OUTSIDE, f"{path!r:.80}; expected a path relative to {folder}, below it")
-    return folder.joinpath(*parts)
-
-
-def is_file(path: Path) -> bool:
+    file = folder.joinpath(*parts)
     try:
-        return path.is_file()
-    except OSError:  # a name too long to be one
-        return False
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        regular = False
+    if not regular:
+        raise RowError(MISSING, f"there is no file {file}")
+    return file
+
+
+def item_or_why_not(read: Callable[[], Item], image_id: str, done: int) -> Item | Skipped:
+    """What `read` gives, or why this one picture is left out."""
+    try:
+        return read()
+    except (RowError, PictureError) as error:
+        reason = error.reason
+    except OSError as error:
+        reason = f"{UNREADABLE} ({error.strerror or type(error).__name__})"
+    return Skipped(image_id=image_id, reason=reason, done=done)
+
+
+def check_first(rows: Iterable[tuple[str, Callable[[], Item]]]) -> None:
+    """Look for a fault that all rows have, up to the first row whose boxes are understood, in a hundred at most.
+
+    Args:
+        rows: where each stands, and what reads it.
+
+    Raises:
+        ValueError: names the row and its fault. What is wrong with one row alone is left for the report.
+    """
+    for where, read in islice(rows, FIRST_ROWS):
+        try:
+            if read().boxes:
+                return
+        except RowError as error:
+            if error.reason in OF_ALL:
+                raise ValueError(f"{where}: {error}") from error
+        except (PictureError, OSError):
+            pass
 
 
 def unique(items: Iterable[Item | Skipped]) -> Iterator[Item | Skipped]:
@@ -181,6 +225,13 @@ def unique(items: Iterable[Item | Skipped]) -> Iterator[Item | Skipped]:
         if isinstance(item, Item):
             seen.add(item.image_id)
         yield item
+
+
+def _can_be_a_name(path: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -212,8 +263,10 @@ def _check(boxes: Any, phrases: Any, scores: Any) -> None:
     for box in boxes:
         if not all(map(is_number, box)):
             raise RowError(WRONG, f"a box is {box!r:.80}; expected four finite numbers")
+    if isinstance(phrases, list) and phrases and all(map(is_number, phrases)):
+        raise RowError(NUMBERS, f"they are {phrases!r:.80}; expected the names of the classes")
     if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
-        raise RowError(WRONG, f"phrases is {phrases!r:.80}; expected a list of strings (names, not class numbers)")
+        raise RowError(WRONG, f"phrases is {phrases!r:.80}; expected a list of strings")
     if len(phrases) != len(boxes):
         raise RowError(WRONG, f"{len(boxes)} boxes but {len(phrases)} phrases; expected one a box")
     if scores is not None and not (isinstance(scores, list) and all(map(is_number, scores))):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..files import whole_file, write_json
+from .caption_files import survey
 from .done import Done
 from .item import Unit
 from .report import ALREADY, ELSEWHERE, HELD, WAITING, WRITTEN, PrepareReport
@@ -63,12 +64,17 @@ def prepare(
     settings: Settings,
     machine: Machine,
     *,
+    source: str = "",
     part: tuple[int, int] = (1, 1),
     progress: Progress = lambda weight, pictures: None,
 ) -> PrepareReport:
     """Write the shards of all units, or of a part of them, under `out`; those that stand there are kept.
 
     Args:
+        units: all of the source.
+        source: what they are of, in words that are the same every time, as its absolute path. What is done of it, and
+            is cut otherwise now, is removed; units of another source that are called the same are refused. Empty:
+            nothing is known of it, and nothing removed.
         part: (k, n): every n-th unit from the k-th, 1 to n; n such calls do all.
         progress: told (weight, pictures) that came to an end; a unit that fails takes its weight back.
 
@@ -76,17 +82,20 @@ def prepare(
         The report, of all that is done in `out`; also written there, as `prepare.json` and `prepare.txt`.
 
     Raises:
-        ValueError: settings that contradict each other, the VAE, or the units that are done.
+        FileNotFoundError: no such captions, VAE or detector.
+        ValueError: settings that contradict the VAE, or what is done in `out`.
         OSError: the disk is full. What is done stays.
     """
-    done = Done(out, settings)
+    captions = survey(Path(settings.captions).expanduser())[1] if settings.captions is not None else ""
+    done = Done(Path(out), settings, source, captions)
+    done.check(units)
     mine = list(units[part[0] - 1 :: part[1]])
-    done.check_settings(mine)
-    report = PrepareReport({unit.name: ELSEWHERE for unit in units})
+    report = PrepareReport({unit.name: ELSEWHERE for unit in units}, folders=[str(path) for path in done.folders])
+    report.removed, report.stay = done.remove_orphans(units)
     waiting = [unit for unit in mine if not done.is_done(unit)]
     report.units |= {unit.name: ALREADY for unit in mine} | {unit.name: WAITING for unit in waiting}
     progress(sum(unit.weight for unit in mine) - sum(unit.weight for unit in waiting), 0)
-    with _executor(out, settings, machine, progress) if waiting else nullcontext(_nothing) as execute:
+    with _executor(done, machine, progress) if waiting else nullcontext(_nothing) as execute:
         try:
             failed = _pass(execute, waiting, report)
             _pass(execute, failed, report)
@@ -117,6 +126,8 @@ def _finish(units: Sequence[Unit], done: Done, report: PrepareReport) -> None:
     for unit in units:
         if report.units[unit.name] in (WRITTEN, ALREADY) or done.is_done(unit):
             report.total.add(done.report(unit))
+            if (source := done.source_of(unit)) not in ("", done.source):
+                report.moved[unit.name] = source
             if report.units[unit.name] == WAITING:  # an interrupt came just then
                 report.units[unit.name] = WRITTEN
     write_json(done.out / f"{REPORT_NAME}.json", report.to_dict())
@@ -124,24 +135,28 @@ def _finish(units: Sequence[Unit], done: Done, report: PrepareReport) -> None:
         partial.write_text(f"{report}\n", encoding="utf-8")
 
 
-def _executor(out: str | Path, settings: Settings, machine: Machine, progress: Progress) -> Local:
+def _executor(done: Done, machine: Machine, progress: Progress) -> Local:
     if machine.runner == "ray":
         from .cluster import Cluster
 
-        return Cluster(out, settings, machine, progress)
-    return Local(out, settings, machine, progress)
+        return Cluster(done, machine, progress)
+    return Local(done, machine, progress)
 
 
 class Local:
     """Units one after another, here."""
 
-    def __init__(self, out: str | Path, settings: Settings, machine: Machine, progress: Progress):
-        self.out, self.settings, self.machine, self.progress = out, settings, machine, progress
+    def __init__(self, done: Done, machine: Machine, progress: Progress):
+        self.done, self.machine, self.progress = done, machine, progress
 
     def __enter__(self) -> Execute:
         machine = self.machine
         self.maker = UnitMaker(
-            self.out, self.settings, workers=machine.workers, device=machine.device, batch_size=machine.batch_size
+            self.done.out,
+            self.done.settings,
+            workers=machine.workers,
+            device=machine.device,
+            batch_size=machine.batch_size,
         )
         return self.execute
 
@@ -150,16 +165,15 @@ class Local:
 
     def execute(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, str]]:
         for unit in units:
-            yield unit, run_unit(self.maker, unit, self.progress)
+            yield unit, run_unit(self.maker, self.done, unit, self.progress)
 
 
-def run_unit(maker: UnitMaker, unit: Unit, progress: Progress = lambda weight, pictures: None) -> str:
+def run_unit(maker: UnitMaker, done: Done, unit: Unit, progress: Progress = lambda weight, pictures: None) -> str:
     """Do one unit, unless it is done or another process is at it; what became of it.
 
     Raises:
         OSError: the disk is full.
     """
-    done = Done(maker.out, maker.settings)
     told = 0
 
     def tell(weight: int, pictures: int) -> None:
@@ -167,12 +181,14 @@ def run_unit(maker: UnitMaker, unit: Unit, progress: Progress = lambda weight, p
         told += weight
         progress(weight, pictures)
 
-    with done.hold(unit) as free:
+    with done.hold(unit.name) as free:
         if not free or done.is_done(unit):  # by another process, since this one looked
             tell(unit.weight, 0)
             return ALREADY if free else HELD
         try:
-            identity = unit.identity()
+            done.claim()
+            done.check_unit(unit)
+            identity = done.identity(unit)
             report, shards = maker.make(unit, tell)
             done.mark(unit, identity, report, shards)
             return WRITTEN

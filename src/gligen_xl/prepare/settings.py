@@ -10,6 +10,10 @@ from typing import Any, Literal
 from ..data.published import VAE
 from .framing import Framing
 
+THRESHOLD = 0.2  # IGLIGEN's, of boxes and of words
+_THRESHOLDS = ("box_threshold", "text_threshold")
+_OF_A_SOURCE = ("captions", "min_boxes", "detector", "detect_text", *_THRESHOLDS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -23,7 +27,7 @@ class Settings:
         min_boxes: pictures with fewer boxes are left out.
         captions: joined by image id, in place of those of the source; see `gligen_xl.prepare.captions`.
         detector: finds the boxes, in place of those of the source; see `gligen_xl.prepare.detect`.
-        box_threshold, text_threshold: of the detector.
+        box_threshold, text_threshold: of the detector; None becomes `THRESHOLD`, where it has any.
         detect_text: what it looks for, in place of the caption.
         vae: see `gligen_xl.prepare.encode.load_vae`.
         latents: a sample of the posterior, or its mean.
@@ -39,8 +43,8 @@ class Settings:
     min_boxes: int = 0
     captions: str | None = None
     detector: str | None = None
-    box_threshold: float = 0.2
-    text_threshold: float = 0.2
+    box_threshold: float | None = None
+    text_threshold: float | None = None
     detect_text: str | None = None
     vae: str = VAE
     latents: Literal["sample", "mean"] = "sample"
@@ -53,17 +57,35 @@ class Settings:
         if not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions):
             raise ValueError(f"resolutions are {list(resolutions)}; expected different numbers of pixels, as 512 1024")
         for name in ("min_share", "box_threshold", "text_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; expected a share between 0 and 1")
         for name, least in (("min_boxes", 0), ("seed", 0), ("at_once", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
-        if self.detect_text is not None and self.detector is None:
-            raise ValueError("there is a text to detect but no detector; name one (--detector)")
+        self._check_detector()
+
+    def _check_detector(self) -> None:
+        """What is of a detector goes with one that heeds it. Its thresholds become numbers."""
+        for name in ("detect_text", *_THRESHOLDS):
+            value = getattr(self, name)
+            if value is not None and self.detector is None:
+                raise ValueError(f"{name} is {value!r} but there is no detector; name one (--detector)")
+            if value is not None and self.detector == "shapes":
+                raise ValueError(
+                    f"{name} is {value!r}, but the detector of shapes has no text and no thresholds; leave it out"
+                )
+        for name in _THRESHOLDS if self.detector not in (None, "shapes") else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, THRESHOLD)
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
         return {**values.pop("framing"), **values} | {"resolutions": list(self.framing.resolutions)}
+
+    def shared(self) -> dict[str, Any]:
+        """What all shards of a folder have in common; the rest may be another for another source."""
+        return {name: value for name, value in self.to_dict().items() if name not in _OF_A_SOURCE}
 
     @property
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ from .coco import coco_chunks
 from .folders import find_pictures, picture_chunks
 from .item import Unit
 from .row_chunks import METADATA, check_rows, row_chunks
-from .rows import BOX_FORMATS, RowError
+from .rows import BOX_FORMATS
 
 KINDS = ("sa1b", "webdataset", "imagefolder", "layouts", "coco")
 UNIT_SIZE = 10_000  # pictures
@@ -47,7 +47,7 @@ def open_source(
 
     Raises:
         FileNotFoundError: no such path.
-        ValueError: it is nothing of the kind, an argument does not go with it, or its first row is wrong.
+        ValueError: it is nothing of the kind, an argument does not go with it, or all rows have a fault.
     """
     path = Path(path)
     given = {"instances": instances, "classes": classes}
@@ -122,10 +122,7 @@ def _archives(path: Path, kind: str, box_format: str | None) -> list[Archive]:
     archives = [Archive(path=file, kind=kind, box_format=box_format) for file in find_archives(path)]
     if not archives:
         raise ValueError(f"{path} holds no .tar, .tar.gz or .tgz; {_EXPECTED}")
-    try:
-        archives[0].check()
-    except RowError as error:
-        raise ValueError(f"{archives[0].path}, first sample: {error}") from error
+    archives[0].check()
     return archives
 
 

@@ -1,10 +1,10 @@
 """Archives of samples (webdataset, SA-1B): read in one pass from front to back, plain or gzip, never unpacked.
 
-    for sample in read_samples(path, {"jpg", "json"}):
+    for sample in read_samples(path, {"jpg": 2**29, "json": 2**24}):
         sample.key, sample.files["jpg"]
 
 Files of one sample stand next to each other and share their name up to the first dot. One sample is in memory at a
-time. Names are text to tell samples apart by; nothing is written to a disk.
+time, with one picture. Names are text to tell samples apart by; nothing is written to a disk.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from __future__ import annotations
 import gzip
 import tarfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
-from .pictures import MAX_BYTES, TOO_LARGE
+from .pictures import ENDINGS, TOO_LARGE
 
 BLOCK = 512
 MAX_HEADER = 2**20  # bytes of a long name or of a pax header; real ones have some hundred
 PIECE = 2**20  # how much is skipped at once
 
 BAD_NAME, NO_FILE = "its name in the archive leads elsewhere", "not a regular file in the archive"
+DOTS = "its name in the archive has several dots, expected NAME.jpg with NAME.txt, NAME.json"
 
 _WITHOUT_DATA = {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE}
 
@@ -36,7 +37,7 @@ class TarSample:
     Args:
         key: their path in the archive up to the first dot of the name.
         files: contents by ending, in small letters and without the dot.
-        refused: why others were not read, by ending: BAD_NAME, NO_FILE or TOO_LARGE.
+        refused: why others were not read, by ending: BAD_NAME, NO_FILE, TOO_LARGE, or, of pictures, DOTS.
         done: how many bytes of the archive, as it lies on the disk, are behind.
     """
 
@@ -45,9 +46,18 @@ class TarSample:
     refused: dict[str, str] = field(default_factory=dict)
     done: int = 0
 
+    @property
+    def picture(self) -> str | None:
+        """The ending of its picture: of the one that was read, or of the first that was not."""
+        return next((ending for ending in (*self.files, *self.refused) if ending in ENDINGS), None)
 
-def read_samples(path: Path, endings: Collection[str]) -> Iterator[TarSample]:
-    """Samples of an archive, in its order; of their files those that have one of these `endings`.
+
+def read_samples(path: Path, limits: Mapping[str, int], *, dotted: bool = False) -> Iterator[TarSample]:
+    """Samples of an archive, in its order. Of several pictures of a sample the first is read, the others are not.
+
+    Args:
+        limits: endings of the files that are read, each with the bytes that such a file may have.
+        dotted: an ending begins at the last dot of a name; in webdatasets it begins at the first.
 
     Raises:
         ValueError: the archive is no tar, is cut short, or is damaged. All of it has been seen only at the end.
@@ -57,17 +67,19 @@ def read_samples(path: Path, endings: Collection[str]) -> Iterator[TarSample]:
     try:
         with path.open("rb") as file:
             for member in _members(file):
-                key, ending = _split(member.name)
-                if ending not in endings:
+                key, ending = _split(member.name, dotted)
+                if ending not in limits and not _dotted_picture(ending, limits):
                     member.skip()
                     continue
                 if sample is not None and (key != sample.key or ending in sample.files or ending in sample.refused):
                     yield sample
                     count, sample = count + 1, None
                 sample = sample or TarSample(key=key)
-                if problem := _problem(member):
+                if problem := _problem(member, limits.get(ending)):
                     member.skip()
                     sample.refused[ending] = problem
+                elif ending in ENDINGS and sample.picture in sample.files:
+                    member.skip()
                 else:
                     sample.files[ending] = member.read()
                 sample.done = file.tell()
@@ -77,23 +89,35 @@ def read_samples(path: Path, endings: Collection[str]) -> Iterator[TarSample]:
         raise ValueError(f"{path} {_told(error)}, after {count} samples; fetch it again") from error
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and ending. Of a hidden file, as macOS adds them (`._a.jpg`), all is ending, and none that is asked for.
+def _split(name: str, dotted: bool) -> tuple[str, str]:
+    """Key and ending. Hidden files, as macOS adds them (`._a.jpg`), have no ending.
 
     Characters that would disturb a table or a terminal are shown as question marks.
     """
-    name = "".join(c if c.isprintable() else "?" for c in name.removeprefix("./"))
+    name = name.removeprefix("./")
+    if not name.isprintable():
+        name = "".join(c if c.isprintable() else "?" for c in name)
     folder, slash, base = name.rpartition("/")
-    stem, _, ending = base.partition(".")
+    if base.startswith(".") or "." not in base:
+        return name, ""
+    stem, _, ending = base.rpartition(".") if dotted else base.partition(".")
     return f"{folder}{slash}{stem}", ending.lower()
 
 
-def _problem(member: _Member) -> str | None:
+def _dotted_picture(ending: str, limits: Mapping[str, int]) -> bool:
+    """Whether what is asked for is a picture `0.png`, and this is one of `a.2020.0.png`."""
+    last = ending.rpartition(".")[2]
+    return last in ENDINGS and last in limits
+
+
+def _problem(member: _Member, limit: int | None) -> str | None:
+    if limit is None:
+        return DOTS
     if not member.regular:
         return NO_FILE
     if member.name.startswith("/") or ".." in member.name.split("/") or not member.name.isprintable():
         return BAD_NAME
-    return TOO_LARGE if member.size > MAX_BYTES else None
+    return TOO_LARGE if member.size > limit else None
 
 
 # The format ---------------------------------------------------------------------------------------------------------

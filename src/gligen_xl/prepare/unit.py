@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class UnitMaker:
         Raises:
             ValueError, OSError, RuntimeError: the unit cannot be read to its end, or its shards not be written.
         """
-        report, begin, repeated = UnitReport(), time.perf_counter(), self.encoder.repeated
+        report, begin, repeated, cut = UnitReport(), time.perf_counter(), self.encoder.repeated, self._cut_texts
         writers = _Writers(self.out, unit.name, self.settings, self.encoder)
         try:
             batch: list[tuple[Item, Framed]] = []
@@ -98,8 +98,15 @@ class UnitMaker:
         finally:
             writers.discard()
         report.repeated_in_float32 = self.encoder.repeated - repeated
+        report.cut_texts = self._cut_texts - cut
+        if self.captions is not None:
+            report.captions = asdict(self.captions.counts)
         report.spend("all", time.perf_counter() - begin)
         return report, names
+
+    @property
+    def _cut_texts(self) -> int:
+        return self.detector.cut_texts if self.detector is not None else 0
 
     def close(self) -> None:
         self.decoders.close()
@@ -148,7 +155,7 @@ class UnitMaker:
             return item
         if self.captions is not None:
             item = replace(item, caption=self.captions.get(item.image_id) or "")
-        needed = self.captions is not None or (self.detector is not None and self.settings.detect_text is None)
+        needed = self.captions is not None or (self.detector is not None and self.detector.reads_captions)
         if needed and not item.caption.strip():
             return Skipped(image_id=item.image_id, reason="no caption", done=item.done)
         return item

@@ -1,4 +1,4 @@
-"""Recipes: short YAML files of training settings, named for what they reproduce."""
+"""Recipes: short YAML files of training settings, named for what they reproduce; and how accelerate launches them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _FOLDER = Path(__file__).parent
 def recipe_names() -> list[str]:
     """Recipes that come with the library."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def accelerate_names() -> list[str]:
+    """Configurations of `accelerate launch`, which `find_recipe` finds too."""
+    return sorted(f"accelerate/{path.stem}" for path in (_FOLDER / "accelerate").glob("*.yaml"))
 
 
 def find_recipe(name: str, *, quick: bool = False) -> Path:

@@ -26,7 +26,8 @@ class AttentionLosses:
     terms: list[Tensor] = field(default_factory=list)
 
     def mean(self) -> Tensor:
-        return torch.stack(self.terms).mean()
+        """Of all fusers, for each sample, (B,)."""
+        return torch.stack(self.terms).mean(0)
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def watch_attention(unet: nn.Module, boxes: Tensor, masks: Tensor, latent_size: 
 
 
 def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: Sequence[int]) -> Tensor:
-    """Cross entropy of the heads' mean attention over the grounding tokens, from its targets; a scalar.
+    """Cross entropy of the heads' mean attention over the grounding tokens, from its targets, for each sample, (B,).
 
     Args:
         logits: (B, heads, L, N) of L visual tokens, in rows, over the grounding tokens.
@@ -61,7 +62,7 @@ def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: Se
     targets = attention_targets(boxes.to(logits.device), masks.to(logits.device), latent_size, logits.shape[2])
     rows = targets.sum(-1) > 0  # a picture that fills every slot has no target outside its boxes
     cross_entropy = -(targets * attention.clamp_min(1e-6).log()).sum(-1)  # 0 where there is no target
-    return cross_entropy.sum() / rows.sum().clamp_min(1)
+    return cross_entropy.sum(1) / rows.sum(1).clamp_min(1)
 
 
 def attention_targets(boxes: Tensor, masks: Tensor, latent_size: Sequence[int], num_visual: int) -> Tensor:
@@ -70,11 +71,16 @@ def attention_targets(boxes: Tensor, masks: Tensor, latent_size: Sequence[int], 
     height, width = latent_size
     rows = round((num_visual * height / width) ** 0.5)
     columns = num_visual // rows
-    y = (torch.arange(rows, device=boxes.device) + 0.5) / rows
-    x = (torch.arange(columns, device=boxes.device) + 0.5) / columns
-    y, x = (grid.flatten()[None, :, None] for grid in torch.meshgrid(y, x, indexing="ij"))  # (1, L, 1)
-    x0, y0, x1, y1 = boxes[:, None].unbind(-1)  # (B, 1, N)
-    inside = ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).float() * masks[:, None]
+    inside = box_masks(boxes, rows, columns).flatten(1, 2) * masks[:, None]
     outside = (inside.sum(-1, keepdim=True) == 0).float() * (1 - masks[:, None])
     targets = inside + outside
     return targets / targets.sum(-1, keepdim=True).clamp_min(1)
+
+
+def box_masks(boxes: Tensor, rows: int, columns: int) -> Tensor:
+    """Which cells of a grid have their centre in which box: (B, N, 4) xyxy 0-1 -> (B, rows, columns, N), 1 or 0."""
+    y = (torch.arange(rows, device=boxes.device) + 0.5) / rows
+    x = (torch.arange(columns, device=boxes.device) + 0.5) / columns
+    y, x = y[:, None, None], x[None, :, None]
+    x0, y0, x1, y1 = boxes[:, None, None].unbind(-1)  # (B, 1, 1, N)
+    return ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).float()

@@ -33,39 +33,64 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int,
+    keep_every: int | None = None,
     documents: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `root/checkpoint-{position}` and remove all but the newest `keep`.
+    """Write `root/checkpoint-{position}` and remove all but the newest `keep` and those that stay for good.
 
     Args:
         tensors: one safetensors file per entry, named by its key.
         state: what `state.json` holds beside the position and the files' checksums; must be JSON.
+        keep_every: the first checkpoint at or after every multiple of so many samples stays for good.
         documents: further JSON files, by name.
+
+    Raises:
+        OSError: it could not be written, as when the disk is full. Those that stood there stand.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint has to stay")
     for left in Path(root).glob(".checkpoint-*.partial"):  # of a run that was killed while it saved
         shutil.rmtree(left)
     target = Path(root) / f"checkpoint-{position:08d}"
-    with whole_folder(target) as folder:
-        checksums = {}
-        for name, group in tensors.items():
-            file = folder / f"{name}.safetensors"
-            save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
-            checksums[file.name] = _checksum(file)
-        for name, document in (documents or {}).items():
-            write_json(folder / name, document)
-        write_json(folder / "state.json", {**state, "position": position, "sha256": checksums})
-    for old in list_checkpoints(root)[:-keep]:
+    try:
+        with whole_folder(target) as folder:
+            checksums = {}
+            for name, group in tensors.items():
+                file = folder / f"{name}.safetensors"
+                save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
+                checksums[file.name] = _checksum(file)
+            for name, document in (documents or {}).items():
+                write_json(folder / name, document)
+            write_json(folder / "state.json", {**state, "position": position, "sha256": checksums})
+    except (OSError, SafetensorError) as error:
+        there = list_checkpoints(root)
+        stands = f"{there[-1]} is whole, and the same command continues from it" if there else "there is none yet"
+        raise OSError(f"{target} could not be written: {error}; {stands}. Make room on the disk first") from error
+    for old in _to_remove(list_checkpoints(root), keep, keep_every):
         shutil.rmtree(old)
     return target
+
+
+def _to_remove(checkpoints: list[Path], keep: int, keep_every: int | None) -> list[Path]:
+    """Those, of all there are, oldest first, that are neither among the newest nor the first of their span."""
+    removed, former_span = [], 0
+    for path in checkpoints[:-keep]:
+        span = _position(path) // keep_every if keep_every else 0
+        if span == former_span:
+            removed.append(path)
+        former_span = span
+    return removed
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     root = Path(root)
     found = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=_position)
+
+
+def _position(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -89,20 +114,22 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dic
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat named tensors: "<parameter index>.<name>"."""
+    """The state of one of torch's optimizers or bitsandbytes' as flat named tensors: "<parameter index>.<name>"."""
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
     return {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
+        f"{index}.{name}": value.clone() if name.startswith("qmap") else torch.as_tensor(value)  # qmaps are shared
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave, for the same parameters in the same order."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        counter = value.dim() == 0 and not value.is_floating_point()  # a number of steps, as bitsandbytes keeps it
+        state.setdefault(int(index), {})[name] = int(value) if counter else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

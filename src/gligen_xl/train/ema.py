@@ -19,22 +19,34 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}; expected 0 <= decay < 1")
         self.decay = decay
-        self.steps = 0
         self._parameters = dict(parameters)
+        self._steps = torch.zeros((), device=next(iter(self._parameters.values())).device)
         self.average = {name: value.detach().float().clone() for name, value in self._parameters.items()}
 
+    @property
+    def steps(self) -> int:
+        """How many steps are in the average. Waits for the device."""
+        return int(self._steps)
+
     @torch.no_grad()
-    def update(self) -> None:
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        current = [value.detach().float() for value in self._parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+    def update(self, counts: Tensor | None = None) -> None:
+        """Take in the parameters as they are now.
+
+        Args:
+            counts: a true or false on their device; false, where the step was left out, changes nothing.
+        """
+        counted = torch.ones_like(self._steps) if counts is None else counts.float()
+        self._steps += counted
+        # 1 - (1 + steps) / (10 + steps) = 9 / (10 + steps)
+        weight = (9 / (10 + self._steps)).clamp(min=1 - self.decay) * counted
+        for average, value in zip(self.average.values(), self._parameters.values(), strict=True):
+            average.lerp_(value.detach().float(), weight)
 
     @torch.no_grad()
     def load(self, average: Mapping[str, Tensor], steps: int) -> None:
         for name, value in self.average.items():
             value.copy_(average[name])
-        self.steps = steps
+        self._steps.fill_(steps)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,11 +1,22 @@
-"""What a run says while it goes: progress bar, metrics.jsonl, trackers, validation pictures."""
+"""What a run says while it goes: progress bar, metrics.jsonl, trackers, validation pictures.
+
+    {"kind": "train", "samples": 3200, "loss": 0.31, "loss_q1": ..., "grad_norm": ..., "gates": {BLOCK: ...}, ...}
+    {"kind": "validation", "samples": 320000, "grounding_gain": 0.02, ...}
+    {"kind": "skipped", "samples": 3264, "first": 3200, "of_batch": [7], "image_ids": ["sa_223750"]}   a step left out
+
+"samples" is how many the run has seen by then. A step that was left out is noticed with the next line that is due.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +28,13 @@ from tqdm import tqdm
 from ..files import whole_file, write_json
 from ..versions import versions
 from .config import TrainConfig
+from .report import refresh_report
+from .steps import Skipped, Steps
 from .validate import describe
+
+CLOCKED = ("samples_per_s", "waiting", "peak_memory_gb")  # what depends on the machine's day, not on the run
+
+_T = TypeVar("_T")
 
 
 class RunLog:
@@ -25,13 +42,22 @@ class RunLog:
 
     Args:
         position: where the run starts. Lines of metrics.jsonl after it are taken back.
+        steps: what the steps give; shared with the checkpoints.
+        image_ids: of the batch that begins at a position, in its order.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, position: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        position: int,
+        steps: Steps,
+        image_ids: Callable[[int], list[str]],
+    ):
         self.accelerator, self.config, self.start = accelerator, config, position
+        self.steps, self.image_ids = steps, image_ids
         self.out, self.main = Path(config.out), accelerator.is_main_process
-        self.factor = 0.0
-        self._clear()
+        self._clock = _Clock()
 
     def __enter__(self) -> RunLog:
         self.file = None
@@ -49,64 +75,96 @@ class RunLog:
             smoothing=0.05,
             disable=not self.main,
         )
+        self._clock = _Clock()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.bar.close()
         if self.file:
             self.file.close()
-        self.accelerator.end_training()
-
-    def _clear(self) -> None:
-        self.losses: list[Tensor] = []  # kept on their device: the computation need not wait for us
-        self.norms: list[Tensor] = []
-        self.began = time.perf_counter()
+        if kind is None:
+            self.accelerator.end_training()
+        else:  # another process may be gone: nothing that waits for it
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def say(self, text: str) -> None:
         if self.main:
             self.bar.write(text)
 
-    def step(self, position: int, loss: Tensor, norm: Tensor, factor: float) -> bool:
-        """Take note of a step; returns whether a line is due."""
-        self.losses.append(loss.detach())
-        self.norms.append(norm.detach())
-        self.factor = factor
+    def waiting_for(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """The batches; the time until each comes is the time waited for data."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self._clock.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in the block is no training: its time does not count."""
+        began = time.perf_counter()
+        yield
+        self._clock.began += time.perf_counter() - began
+
+    def step(self, position: int, losses: Tensor, quarters: Tensor, norm: Tensor) -> bool:
+        """Take note of the step that ended at `position` (see `Steps.add`); returns whether a line is due."""
+        self.steps.add(losses, quarters, norm)
+        self._clock.steps += 1
         self.bar.update(self.config.batch_size)
         return position // self.config.batch_size % self.config.log_every == 0
 
-    def check(self, position: int) -> tuple[float, float]:
-        """The means of loss and gradient norm since the last line.
+    def look(self) -> None:
+        """See whether steps were left out since the last look.
 
         Raises:
-            FloatingPointError: one of them is not finite, so that the adapter is no longer either.
+            FloatingPointError: so many in a row that the run should end.
         """
-        if not self.losses:
-            return 0.0, 0.0
-        means = torch.stack([torch.stack(values).mean() for values in (self.losses, self.norms)])
-        loss, norm = self.accelerator.gather(means[None]).mean(0).tolist()  # type: ignore[union-attr]
-        # The scaler of fp16 passes over a step whose gradients overflow.
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler is not None):
-            raise FloatingPointError(
-                f"loss {loss}, gradient norm {norm} at {position} samples. The last checkpoint in {self.out} stands; "
-                "begin another run with init_adapter CHECKPOINT and a lower learning rate, or bf16 in place of fp16"
-            )
-        return loss, norm
+        for skipped in self.steps.look():
+            self._record_skipped(skipped)
+            if skipped.in_a_row >= self.config.skip_limit:
+                raise FloatingPointError(
+                    f"{skipped.in_a_row} steps in a row had a loss or gradients that are not finite, the last one that "
+                    f"of {skipped.position} samples seen; the adapter is as it was before them. "
+                    f"{self.out / 'metrics.jsonl'} names their samples. The last checkpoint stands: go on from it with "
+                    "a higher skip_limit, or begin another run with init_adapter CHECKPOINT and a lower learning rate, "
+                    "or bf16 in place of fp16"
+                )
 
-    def write(self, position: int, gate_mean: float) -> None:
-        """The line that is due, once the loss is checked."""
-        loss, norm = self.check(position)
+    def settle(self) -> None:
+        """Look, and have all lines on the disk itself, before a checkpoint that begins after them."""
+        self.look()
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def write(self, position: int, factor: float, gates: Mapping[str, float]) -> None:
+        """The line that is due.
+
+        Args:
+            factor: of the learning rate. gates: |tanh| of every gate, by name.
+        """
+        self.look()
+        means, mean_gate = self.steps.means(), sum(gates.values()) / len(gates)
         row = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": self.config.optimization.learning_rate * self.factor,
-            "gate_mean": gate_mean,
-            "samples_per_s": len(self.losses) * self.config.batch_size / (time.perf_counter() - self.began),
+            **means,
+            "learning_rate": self.config.optimization.learning_rate * factor,
+            "gate_mean": mean_gate,
+            "gates": gates_by_block(gates),
+            "skipped": self.steps.skipped,
+            **self._clock.speed(self.config.batch_size),
         }
-        self._clear()
+        if self.accelerator.device.type == "cuda":
+            row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.accelerator.device) / 1e9
+        self.steps.clear()
+        self._clock = _Clock()
         self._record("train", position, row)
-        self.bar.set_postfix(loss=f"{loss:.4f}", gate=f"{gate_mean:.3f}")
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}" if means["loss"] else "none", gate=f"{mean_gate:.3f}")
 
     def validation(self, position: int, metrics: dict[str, float], picture: Image.Image | None) -> None:
+        """What the validation at `position` gave; look first, so that lines stay in order."""
         self._record("validation", position, metrics)
         self.say(f"{position:>9} samples: {describe(metrics)}")
         if self.main and picture is not None:
@@ -116,14 +174,52 @@ class RunLog:
                 if tracker.name == "tensorboard":
                     values = {"validation": np.asarray(picture)[None]}
                     tracker.log_images(values, step=position, dataformats="NHWC")  # type: ignore[attr-defined]
-        self.began = time.perf_counter()
+        if self.main:
+            refresh_report(self.out)
 
-    def _record(self, kind: str, position: int, values: dict[str, float]) -> None:
+    def _record_skipped(self, skipped: Skipped) -> None:
+        if not self.main:
+            return
+        images = self.image_ids(skipped.position)
+        named = [images[k] for k in skipped.samples] or images
+        row = {"first": skipped.position, "of_batch": skipped.samples, "image_ids": named}
+        position = skipped.position + self.config.batch_size
+        self._record("skipped", position, row)
+        what = "a loss was" if skipped.samples else "gradients were"
+        shown = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
+        self.say(f"{position:>9} samples: left out the last step, as {what} not finite (images {shown})")
+
+    def _record(self, kind: str, position: int, values: Mapping[str, Any]) -> None:
         if self.file:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self.file.write(json.dumps({"kind": kind, "samples": position, **finite}) + "\n")
+            written = {name: _finite(value) for name, value in values.items()}
+            self.file.write(json.dumps({"kind": kind, "samples": position, **written}) + "\n")
             self.file.flush()
-        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=position)
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=position)
+
+
+class _Clock:
+    """Time since the last line, in seconds."""
+
+    def __init__(self) -> None:
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def speed(self, batch_size: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self.began
+        return {"samples_per_s": self.steps * batch_size / seconds, "waiting": self.waited / seconds}
+
+
+def gates_by_block(gates: Mapping[str, float]) -> dict[str, float]:
+    """The mean of the two gates of each block, by the block's name in the U-Net."""
+    blocks: dict[str, list[float]] = {}
+    for name, value in gates.items():
+        blocks.setdefault(name.split(".fuser.")[0], []).append(value)
+    return {name: float(f"{sum(values) / len(values):.6g}") for name, values in blocks.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def truncate_metrics(path: Path, position: int) -> None:

@@ -11,56 +11,51 @@ stopped.
     runs/mine/checkpoint-00064000/   the average so far, which loads as an adapter; weights, optimizer, state
     runs/mine/validation/            pictures with grounding on and off, boxes drawn
     runs/mine/adapter/               the finished adapter: the average
+    runs/mine/report.html            all of it on one page, after every validation and at the end
 """
 
 from __future__ import annotations
 
-import hashlib
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..adapter import (
-    AdapterConfig,
     adapter_config,
     adapter_parameters,
-    attach,
-    detach,
     gate_values,
-    is_attached,
     load_adapter_state_dict,
     save_adapter,
+    set_grounding_logit_bias,
 )
-from ..adapter.store import CONFIG_NAME, describe_adapter, read_adapter
-from ..data.batch import ShardDataset
+from ..adapter.store import CONFIG_NAME, describe_adapter
+from ..data.batch import Batch
 from ..data.loader import batches
-from ..phrases import phrase_width
-from ..pipelines import StableDiffusionXLGLIGENPipeline
 from ..versions import versions
+from .accumulate import micro_batches, spoiled_unless_finite
 from .attention import watch_attention
-from .checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from .base import check_fit, fingerprint, fresh_adapter, load_base
+from .checkpoint import save_checkpoint
 from .conditioning import Conditioner
-from .config import TrainConfig, check_same_run
+from .config import TrainConfig
+from .data import held_out_folder, open_data
 from .ema import EMA
 from .log import RunLog
-from .objective import denoising_loss
+from .objective import denoising_loss, timesteps_of
+from .optimizer import AdapterOptimizer
+from .processes import Processes, make_accelerator
+from .reached import Reached
+from .report import refresh_report
+from .signals import stop_requests
+from .start import start_adapter
+from .steps import Steps
 from .validate import Validator
+
+FINISHED = "adapter"  # the folder of the finished adapter
 
 
 def train(config: TrainConfig) -> Path:
@@ -71,77 +66,99 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: the run in `out` was begun with other settings, or data and base do not fit.
-        FloatingPointError: the loss is no longer finite. The last checkpoint stands.
+        FloatingPointError: so many steps in a row as `skip_limit` were not finite. The last checkpoint stands.
+        OSError: a checkpoint could not be written, as when the disk is full. The one before stands.
+        RuntimeError: another process of the run is gone.
     """
     out = Path(config.out)
-    checkpoints = list_checkpoints(out)
-    tensors: dict[str, dict[str, Tensor]] = {}
-    state: dict[str, Any] = {"position": 0, "ema_steps": 0}
-    if checkpoints:
-        tensors, state = load_checkpoint(checkpoints[-1])
-        check_same_run(state["config"], config)
+    reached = Reached.of(config)
+    accelerator = make_accelerator(config)
+    processes = Processes(accelerator, config.process_timeout)
 
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes on a CPU do not hear of each other
-        mixed_precision=config.precision,
-        log_with=_trackers(config) or None,
-        project_dir=out,
-    )
+    # The frozen base, and the adapter on it
     pipeline = load_base(config, accelerator.device)
     unet, base = pipeline.unet, fingerprint(pipeline.unet)
-    if checkpoints and state["base"] != base:
-        raise ValueError(f"the run in {out} was begun on another base than what {config.model} is now")
-    _fresh_adapter(pipeline, config, AdapterConfig.from_dict(state["adapter"]) if checkpoints else None)
+    reached.check_base(base)
+    fresh_adapter(pipeline, config, reached.form)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     conditioner = Conditioner(pipeline)
     scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
 
-    with accelerator.main_process_first():  # what it draws, the others find
-        data = [_data_folder(source, pipeline, out / "data") for source in config.sources]
-        held_out = config.validation.data and _data_folder(
-            config.validation.data, pipeline, out / "validation-data", held_out=True
-        )
-        cache_bytes = int(config.cache_gb * 1e9)
-        dataset = ShardDataset(data, config.augmentation, config.seed, cache_bytes=cache_bytes)
-    check_fit(dataset, pipeline)
+    # The data, and its order
+    with processes.main_first():  # what it draws, the others find
+        dataset = open_data(config, pipeline)
+        held_out = held_out_folder(config, pipeline)
+    check_fit(dataset, pipeline, config.resolution)
     weights = list(config.sources.values())
-    if checkpoints and state["groups"] != dataset.groups:
-        raise ValueError(
-            f"the run in {out} was begun on {sum(state['groups'])} samples, {config.data} now holds {len(dataset)}; "
-            f"give back the former data, or begin another run with init_adapter {checkpoints[-1]}"
-        )
-    if state.get("weights", weights) != weights:
-        raise ValueError(f"the run in {out} was begun with data of the weights {state['weights']}, not {weights}")
-    windows = state.get("windows") or dataset.windows(config.window)
+    reached.check_data(dataset.groups, weights)
+    windows = reached.state.get("windows") or dataset.windows(config.window)
     order = dataset.order(config.batch_size, config.seed, weights=weights, windows=windows)
     stop = config.samples // config.batch_size * config.batch_size
     validator = None
     if held_out:
         validator = Validator(
             config.validation, held_out, pipeline, conditioner, scheduler,
-            config.augmentation, config.batch_size, config.seed, cache_bytes,
+            config.augmentation, config.batch_size, config.seed, int(config.cache_gb * 1e9),
         )  # fmt: skip
         check_fit(validator.dataset, pipeline)
 
+    # What changes in a run
+    if not reached.checkpoint and not config.init_adapter:
+        first = dataset.batch([(int(number), k) for k, number in enumerate(order.batch(0)[:4])])
+        with accelerator.autocast():
+            start_adapter(
+                unet,
+                config.adapter,
+                lambda: denoising_loss(unet, scheduler, first, conditioner(first), config.objective),
+            )
     parameters = adapter_parameters(unet)
-    optimizer = _optimizer(parameters, config)
+    optimizer = AdapterOptimizer(parameters, config.optimization, accelerator.scaler)
     ema = EMA(parameters, config.optimization.ema_decay)
-    position = state["position"]
-    if checkpoints:
-        load_adapter_state_dict(unet, tensors["weights"], source=str(checkpoints[-1]))
-        ema.load(tensors["gligen_adapter"], state["ema_steps"])
-        load_optimizer_tensors(optimizer, tensors["optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+    position = reached.position
+    steps = Steps(accelerator, position, config.batch_size, reached.tensors.get("log"), reached.state.get("log"))
+    if reached.checkpoint:
+        load_adapter_state_dict(unet, reached.tensors["weights"], source=str(reached.checkpoint))
+        ema.load(reached.tensors["gligen_adapter"], reached.state["ema_steps"])
+        optimizer.load(reached.tensors["optimizer"], reached.state["scaler"])
+        reached.tensors.clear()  # as large as three adapters
+    if config.compile:
+        unet.compile(backend=config.compile_backend)  # in place: names of weights stay
+    model: Any = accelerator.prepare(unet)
     loader = batches(
         dataset, order, start=position, stop=stop, workers=config.workers,
         rank=accelerator.process_index, ranks=accelerator.num_processes,
     )  # fmt: skip
-    model, prepared = accelerator.prepare(unet, optimizer)
+
+    def backward(batch: Batch, weight: float) -> Tensor:
+        """The gradients of a process's share of a batch, part by part; returns the losses, (b,)."""
+        losses = []
+        for part, conditioning, last in micro_batches(batch, conditioner(batch), config.micro_batch):
+            watched = watch_attention(unet, part.boxes, part.mask, part.latents.shape[-2:])
+            together = nullcontext() if last else accelerator.no_sync(model)  # gradients are exchanged once a step
+            with together, watched if weight else nullcontext() as seen:
+                with accelerator.autocast():
+                    loss = denoising_loss(model, scheduler, part, conditioning, config.objective)  # (b,)
+                    guided = loss + weight * seen.mean() if seen else loss
+                # Watched still: gradient checkpointing runs the fusers again.
+                accelerator.backward(spoiled_unless_finite(guided.sum() / len(batch.positions)))
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def image_ids(first: int) -> list[str]:
+        return [dataset.row(int(number)).image_id for number in order.batch(first // config.batch_size)]
+
+    def about() -> dict[str, Any]:
+        training = {"training": config.to_dict(), "versions": versions()}
+        return {"base_model": config.model, "samples": position, **training}
 
     def checkpoint() -> Path:
-        groups = {"gligen_adapter": ema.average, "weights": parameters, "optimizer": optimizer_tensors(optimizer)}
+        groups = {
+            "gligen_adapter": ema.average,
+            "weights": parameters,
+            "optimizer": optimizer.tensors(),
+            "log": steps.tensors(),
+        }
         state = {
             "adapter": adapter_config(unet).to_dict(),
             "base": base,
@@ -149,215 +166,55 @@ def train(config: TrainConfig) -> Path:
             "groups": dataset.groups,
             "weights": weights,
             "windows": windows,
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "log": steps.state(),
+            "scaler": optimizer.scaler_state(),
             "config": config.to_dict(),
             "versions": versions(),
         }
-        documents = {CONFIG_NAME: describe_adapter(adapter_config(unet), about())}
-        return save_checkpoint(out, position, groups, state, keep=config.keep_checkpoints, documents=documents)
+        return save_checkpoint(
+            out, position, groups, state, keep=config.keep_checkpoints, keep_every=config.keep_every,
+            documents={CONFIG_NAME: describe_adapter(adapter_config(unet), about())},
+        )  # fmt: skip
 
-    def about() -> dict[str, Any]:
-        training = {"training": config.to_dict(), "versions": versions()}
-        return {"base_model": config.model, "samples": position, **training}
+    def due(every: int | None) -> bool:
+        """Whether the step that ended at `position` passed a multiple of `every`."""
+        return every is not None and position // every > (position - config.batch_size) // every
 
-    with _stop_request() as stop_request, RunLog(accelerator, config, position) as log:
-        for batch in loader:
+    with stop_requests() as request, RunLog(accelerator, config, position, steps, image_ids) as log:
+        for batch in log.waiting_for(loader):
             factor = config.optimization.rate(position, stop)
-            for group in prepared.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            conditioning = conditioner(batch)
-            weight = config.optimization.attention(position, stop)
-            supervised = watch_attention(unet, batch.boxes, batch.mask, batch.latents.shape[-2:])
-            with supervised if weight else nullcontext() as attention:
-                with accelerator.autocast():
-                    loss = denoising_loss(model, scheduler, batch, conditioning).mean()
-                    guided = loss + weight * attention.mean() if attention else loss
-                accelerator.backward(guided)  # watched still: gradient checkpointing runs the fusers again
-            norm: Any = accelerator.clip_grad_norm_(parameters.values(), config.optimization.max_grad_norm)
-            prepared.step()
-            prepared.zero_grad()
-            ema.update()
+            batch = batch.to(accelerator.device)
+            losses = backward(batch, config.optimization.attention(position, stop))
+            optimizer.set_rate(factor)
+            norm = optimizer.step()
+            ema.update(norm.isfinite())
             position += config.batch_size
+            set_grounding_logit_bias(unet, config.adapter.logit_bias(position, stop))
 
-            if log.step(position, loss, norm, factor):
-                gates = gate_values(unet)
-                log.write(position, sum(gates.values()) / len(gates))
-            if validator and (_crosses(position, config.validation.every, config.batch_size) or position == stop):
-                if accelerator.is_main_process:
-                    with ema.applied():
-                        log.validation(position, *validator())
-                accelerator.wait_for_everyone()
-            stopped = _agreed(accelerator, stop_request.came)
-            if _crosses(position, config.checkpoint_every, config.batch_size) or position == stop or stopped:
-                log.check(position)
-                saved = checkpoint() if accelerator.is_main_process else out
-                accelerator.wait_for_everyone()
+            times = timesteps_of(scheduler, batch, config.objective.noisy_bias)
+            quarters = times * 4 // scheduler.config["num_train_timesteps"]
+            if log.step(position, losses, quarters, norm):
+                log.write(position, factor, gate_values(unet))
+            whole = due(config.validation.every) or position == stop
+            if validator and (whole or due(config.validation.gain_every)):
+                log.look()
+                with log.paused():
+                    if processes.is_main:
+                        with ema.applied():
+                            log.validation(position, *validator(gain_only=not whole))
+                    processes.wait()
+            stopped = processes.any(request.came)
+            if due(config.checkpoint_every) or position == stop or stopped:
+                with log.paused():
+                    log.settle()
+                    saved = checkpoint() if processes.is_main else out
+                    processes.wait()
                 if stopped and position < stop:
                     log.say(f"stopped at {position} of {stop} samples; the same command continues from {saved}")
                     return saved
 
-    finished = out / "adapter"
-    if accelerator.is_main_process:
+    finished = out / FINISHED
+    if processes.is_main:
         save_adapter(unet, finished, state=ema.average, metadata=about())
+        refresh_report(out)
     return finished
-
-
-# Base and adapter ---------------------------------------------------------------------------------------------------
-
-
-def load_base(config: TrainConfig, device: torch.device) -> StableDiffusionXLGLIGENPipeline:
-    """The frozen base, without the adapter it may have come with."""
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]
-    pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained(config.model, dtype=dtype)
-    if is_attached(pipeline.unet):
-        detach(pipeline.unet)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval().to(device)
-    if dtype != torch.float32:
-        pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short name for the weights of a model: of names, shapes and the first numbers of each tensor."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        first = value.flatten()[:8].float().tolist()
-        digest.update(f"{name} {tuple(value.shape)} {first}".encode())
-    return digest.hexdigest()[:12]
-
-
-def check_fit(dataset: ShardDataset, pipeline: StableDiffusionXLGLIGENPipeline) -> None:
-    """Whether latents are those of the base's VAE, as far as shape and scale tell."""
-    channels, scale = pipeline.unet.config["in_channels"], pipeline.vae.config["scaling_factor"]
-    for shard in dataset.shards:
-        if shard.latent_shape[0] != channels:
-            raise ValueError(f"{shard.stem} holds latents of {shard.latent_shape[0]} channels, the base has {channels}")
-        if abs(float(shard.metadata.get("scaling_factor") or scale) / scale - 1) > 1e-3:
-            raise ValueError(
-                f"{shard.stem} holds latents scaled by {shard.metadata['scaling_factor']}, the base's VAE by {scale}: "
-                "they come from another VAE; prepare the pictures again with that of the base"
-            )
-
-
-def _fresh_adapter(
-    pipeline: StableDiffusionXLGLIGENPipeline, config: TrainConfig, form: AdapterConfig | None = None
-) -> None:
-    """Attach an adapter in float32: of `form`, whose weights a checkpoint has; the one to start from; or a new one,
-    initialised from the seed."""
-    torch.manual_seed(config.seed)
-    weights = None
-    phrase_dim = phrase_width([pipeline.text_encoder, pipeline.text_encoder_2])
-    if form is not None:
-        pass
-    elif config.init_adapter:
-        form, weights, _ = read_adapter(config.init_adapter)
-        if form.phrase_dim != phrase_dim:
-            raise ValueError(
-                f"{config.init_adapter} reads phrase embeddings of width {form.phrase_dim}, the base's text encoders "
-                f"give {phrase_dim}: it is for another base model"
-            )
-        for name in ("every", "grounding_logit_bias"):
-            if (there := getattr(form, name)) != (here := getattr(config.adapter, name)):
-                raise ValueError(
-                    f"{config.init_adapter} has {name} {there}, the run adapter.{name} {here}; set them alike"
-                )
-        form = replace(form, slots=config.augmentation.slots)
-    else:
-        form = AdapterConfig(
-            cross_attention_dim=pipeline.unet.config["cross_attention_dim"],
-            phrase_dim=phrase_dim,
-            slots=config.augmentation.slots,
-            every=config.adapter.every,
-            grounding_logit_bias=config.adapter.grounding_logit_bias,
-        )
-    attach(pipeline.unet, form, dtype=torch.float32)
-    if weights is not None:
-        load_adapter_state_dict(pipeline.unet, weights, source=str(config.init_adapter))
-    pipeline.unet.train()
-
-
-def _optimizer(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with two groups: weights, and gates with their own rate and no decay."""
-    options = config.optimization
-    gates = [value for name, value in parameters.items() if ".alpha_" in name]
-    others = [value for name, value in parameters.items() if ".alpha_" not in name]
-    gate_rate = options.learning_rate if options.gate_learning_rate is None else options.gate_learning_rate
-    groups = [
-        {"params": others, "lr": options.learning_rate, "base_lr": options.learning_rate},
-        {"params": gates, "lr": gate_rate, "base_lr": gate_rate, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
-
-
-def _data_folder(
-    data: str, pipeline: StableDiffusionXLGLIGENPipeline, drawn: Path, *, held_out: bool = False
-) -> str | Path:
-    """The folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
-    kind, _, count = data.partition(":")
-    if kind != "shapes":
-        return data
-    from ..shapes.data import write_shards
-    from ..shapes.world import TRAINING_SEED, VALIDATION_SEED
-
-    if not count.isdigit() or int(count) < 1:
-        raise ValueError(f"data is {data!r}; expected a folder of shards, or shapes:COUNT as shapes:50000")
-    folder = drawn / f"shapes-{count}-{fingerprint(pipeline.vae)}"
-    if held_out:
-        write_shards(pipeline.vae, folder, int(count), seed=VALIDATION_SEED, captions="plain")
-    else:
-        write_shards(pipeline.vae, folder, int(count), seed=TRAINING_SEED, captions="ground")
-    return folder
-
-
-# Small parts --------------------------------------------------------------------------------------------------------
-
-
-def _crosses(position: int, every: int, step: int) -> bool:
-    """Whether the step that ended at `position` passed a multiple of `every`."""
-    return position // every > (position - step) // every
-
-
-def _agreed(accelerator: Accelerator, came: bool) -> bool:
-    """Whether any process was asked to stop; all of them have to stop at the same step."""
-    if accelerator.num_processes == 1:
-        return came
-    flag = torch.tensor(float(came), device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum") > 0)  # type: ignore[operator]
-
-
-def _trackers(config: TrainConfig) -> Any:
-    if config.track is None:
-        return ["tensorboard"] if find_spec("tensorboard") else []
-    for name in config.track:
-        if not find_spec(name):
-            raise ValueError(f"the tracker {name} is not installed; pip install {name}, or leave it out of track")
-    return list(config.track)
-
-
-@dataclass
-class _StopRequest:
-    came: bool = False
-
-
-@contextmanager
-def _stop_request() -> Iterator[_StopRequest]:
-    """SIGTERM and the first Ctrl-C ask for a checkpoint and an end; a second Ctrl-C ends at once."""
-    request = _StopRequest()
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        request.came = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        former = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs this thread has the signals
-        yield request
-        return
-    try:
-        yield request
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -23,7 +23,7 @@ from ..evaluate.boxes import summarize
 from ..evaluate.detectors import find_detector
 from ..generate import generate
 from ..layout import Layout
-from ..pipelines import StableDiffusionXLGLIGENPipeline
+from ..pipelines import GroundingMixin
 from ..show import draw_boxes, grid
 from .conditioning import Conditioner
 from .config import Validation
@@ -45,7 +45,7 @@ class Validator:
         self,
         options: Validation,
         data: str | Path,
-        pipeline: StableDiffusionXLGLIGENPipeline,
+        pipeline: GroundingMixin,
         conditioner: Conditioner,
         scheduler: DDPMScheduler,
         augmentation: Augmentation,
@@ -83,13 +83,17 @@ class Validator:
         except ValueError as error:
             raise ValueError(f"row {index} of shard {shard.stem}: {error}") from error
 
-    def __call__(self) -> tuple[dict[str, float], Image.Image | None]:
-        """Metrics by name, and a picture of the first layouts with grounding on and off."""
+    def __call__(self, *, gain_only: bool = False) -> tuple[dict[str, float], Image.Image | None]:
+        """Metrics by name, and a picture of the first layouts with grounding on and off.
+
+        Args:
+            gain_only: losses and gates alone, which take seconds.
+        """
         metrics = self.losses()
         gates = gate_values(self.pipeline.unet)
         metrics["gate_mean"] = sum(gates.values()) / len(gates)
         metrics["gate_largest"] = max(gates.values())
-        if not self.layouts:
+        if gain_only or not self.layouts:
             return metrics, None
         settings = {
             "num_inference_steps": self.options.steps,

@@ -1,0 +1,118 @@
+"""The frozen base of a run, and the adapter put on it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..adapter import AdapterConfig, attach, detach, is_attached, load_adapter_state_dict
+from ..adapter.convert import read_published
+from ..data.batch import ShardDataset
+from ..phrases import phrase_width
+from ..pipelines import GroundingMixin
+from ..pipelines.auto import load_pipeline
+from .config import TrainConfig
+
+
+def load_base(config: TrainConfig, device: torch.device) -> GroundingMixin:
+    """The frozen base, SDXL or Stable Diffusion 1.x / 2.x, without the adapter it may have come with.
+
+    Raises:
+        ValueError: a part that training needs is not there.
+    """
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]
+    pipeline: Any = load_pipeline(config.model, dtype=dtype)
+    for name in (*pipeline._expected_encoders(), "unet", "vae"):
+        if getattr(pipeline, name) is None:
+            raise ValueError(f"{config.model} has no {name}, which training needs; expected a whole pipeline")
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None  # of SD 1.x: it would black out pictures of the validation
+    if is_attached(pipeline.unet):
+        detach(pipeline.unet)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval().to(device if name != "vae" or needs_vae(config) else "cpu")
+    if dtype != torch.float32:
+        pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def needs_vae(config: TrainConfig) -> bool:
+    """Whether the VAE has work to do: pictures of the validation, or those of the shapes world."""
+    pictures = config.validation.data is not None and config.validation.pictures > 0
+    return pictures or any(
+        source.partition(":")[0] == "shapes" for source in [*config.sources, config.validation.data or ""]
+    )
+
+
+def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterConfig | None = None) -> None:
+    """Attach an adapter in float32: of `form`, whose weights a checkpoint has; the one to start from; or a new one,
+    initialised from the seed."""
+    torch.manual_seed(config.seed)
+    weights = None
+    phrase_dim = phrase_width(pipeline._text_parts()[1])
+    if form is not None:
+        pass
+    elif config.init_adapter:
+        form, weights, _ = read_published(config.init_adapter)
+        if form.inpaint:
+            raise ValueError(
+                f"{config.init_adapter} is an inpainting adapter, whose first convolution training has nothing for; "
+                "begin from one for text and boxes"
+            )
+        if form.phrase_dim != phrase_dim:
+            raise ValueError(
+                f"{config.init_adapter} reads phrase embeddings of width {form.phrase_dim}, the base's text encoders "
+                f"give {phrase_dim}: it is for another base model"
+            )
+        for name in ("blocks", "every", "grounding_logit_bias"):
+            if (there := getattr(form, name)) != (here := getattr(config.adapter, name)):
+                raise ValueError(
+                    f"{config.init_adapter} has {name} {there}, the run adapter.{name} {here}; set them alike"
+                )
+        form = replace(form, slots=config.augmentation.slots)
+    else:
+        form = AdapterConfig(
+            cross_attention_dim=pipeline.unet.config["cross_attention_dim"],
+            phrase_dim=phrase_dim,
+            slots=config.augmentation.slots,
+            blocks=config.adapter.blocks,
+            every=config.adapter.every,
+            grounding_logit_bias=config.adapter.grounding_logit_bias,
+        )
+    attach(pipeline.unet, form, dtype=torch.float32)
+    if weights is not None:
+        load_adapter_state_dict(pipeline.unet, weights, source=str(config.init_adapter))
+    pipeline.unet.train()
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short name for the weights of a model: of names, shapes and the first numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        first = value.flatten()[:8].float().tolist()
+        digest.update(f"{name} {tuple(value.shape)} {first}".encode())
+    return digest.hexdigest()[:12]
+
+
+def check_fit(dataset: ShardDataset, pipeline: GroundingMixin, resolution: int | None = None) -> None:
+    """Whether latents are those of the base's VAE, as far as shape and scale tell, and of the resolution asked for."""
+    channels, scale = pipeline.unet.config["in_channels"], pipeline.vae.config["scaling_factor"]
+    for shard in dataset.shards:
+        if shard.latent_shape[0] != channels:
+            raise ValueError(f"{shard.stem} holds latents of {shard.latent_shape[0]} channels, the base has {channels}")
+        pixels = int(shard.metadata.get("resolution") or min(shard.latent_shape[1:]) * shard.downsampling)
+        if resolution not in (None, pixels):
+            raise ValueError(
+                f"{shard.stem} was prepared for a resolution of {pixels}, the run is for {resolution}; "
+                "give it data of that size, or set resolution"
+            )
+        if abs(float(shard.metadata.get("scaling_factor") or scale) / scale - 1) > 1e-3:
+            raise ValueError(
+                f"{shard.stem} holds latents scaled by {shard.metadata['scaling_factor']}, the base's VAE by {scale}: "
+                "they come from another VAE; prepare the pictures again with that of the base"
+            )

@@ -1,0 +1,273 @@
+"""What a run will take, told before it is launched: parameters, memory of each GPU, checkpoints, epochs.
+
+    print(describe(estimate(config, processes=8)))
+
+Nothing is loaded: the models stand on torch's "meta" device, and one forward and backward pass is counted there (see
+`gligen_xl.train.footprint`). How near it comes to a measured run is in docs/training.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import AdapterConfig, adapter_parameters, attach, fusers
+from ..adapter.model import transformer_blocks
+from ..data.remote import is_remote
+from ..data.shards import Shard, shard_stems
+from ..phrases import phrase_width
+from .attention import watch_attention
+from .base import needs_vae
+from .config import TrainConfig
+from .footprint import GPUKernels, LiveBytes
+from .known_bases import BaseParts, base_parts
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors that keep 32-bit moments, and numbers that share a scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of one run.
+
+    Args:
+        parameters: by part.
+        memory: bytes of each GPU, by part, at the peak of a step.
+        checkpoint: bytes of one checkpoint, by part.
+        kept: checkpoints on the disk at most, one of them being written.
+        notes: where the figures come from, and what is not in them, for people.
+    """
+
+    config: TrainConfig
+    processes: int
+    micro_batch: int
+    resolution: tuple[int, int]  # (height, width) of the largest pictures
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    checkpoint: dict[str, int]
+    kept: int
+    notes: list[str]
+
+
+def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
+    """What the run of `config` takes on so many processes, each with a GPU of its own.
+
+    Raises:
+        ValueError: the batch cannot be shared by them, or the base cannot be described.
+        FileNotFoundError: there is no such base.
+    """
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; expected at least 1")
+    if config.batch_size % processes:
+        raise ValueError(
+            f"a batch of {config.batch_size} cannot be shared by {processes} processes; "
+            "set batch_size to a multiple of them"
+        )
+    micro_batch = min(config.micro_batch or config.batch_size, config.batch_size // processes)
+    base = base_parts(config.model)
+    adapter = _put_adapter_on(base, config)
+    shape, where_from = latent_shape(config, base)
+    sizes = [value.numel() for value in adapter.values()]
+    trained, moments = 4 * sum(sizes), moment_bytes(sizes, config.optimization.optimizer)
+    precision = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[config.precision]
+    memory = {
+        f"base U-Net, {precision}": _bytes(v for k, v in base.unet.named_parameters() if k not in adapter),
+        f"text encoders, {precision}": sum(_bytes(encoder.parameters()) for encoder in base.text_encoders),
+        "adapter, float32": trained,
+        "gradients, float32": trained,
+        f"optimizer, {config.optimization.optimizer}": moments,
+        "average (EMA), float32": trained,
+    }
+    if needs_vae(config):
+        memory["VAE, float32"] = 4 * _count([base.vae])
+    gradients_stay = processes > 1 or micro_batch * processes < config.batch_size  # in DDP's buckets, or to be added to
+    memory["activations, at their peak"] = step_bytes(base, config, shape, micro_batch, gradients_stay)
+    fuser_count = _count(fusers(base.unet).values())
+    return Estimate(
+        config=config,
+        processes=processes,
+        micro_batch=micro_batch,
+        resolution=(shape[1] * base.downsampling, shape[2] * base.downsampling),
+        parameters={
+            "base U-Net": _count([base.unet]) - sum(sizes),
+            "text encoders": _count(base.text_encoders),
+            "adapter": sum(sizes),
+            f"  fusers, on {len(fusers(base.unet))} of {len(transformer_blocks(base.unet))} blocks": fuser_count,
+            "  position net": sum(sizes) - fuser_count,
+        },
+        memory=memory,
+        checkpoint={"average": trained, "weights": trained, "optimizer": moments},
+        kept=checkpoints_kept(config) + 1,
+        notes=[f"base: {base.source}", where_from],
+    )
+
+
+# Parts of it --------------------------------------------------------------------------------------------------------
+
+
+def _put_adapter_on(base: BaseParts, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """The base in the precision of the run, with an adapter of its form; returns the adapter's parameters."""
+    for part in (base.unet, *base.text_encoders):
+        nn.Module.to(part.requires_grad_(False), DTYPES[config.precision])
+    form = AdapterConfig(
+        cross_attention_dim=base.unet.config["cross_attention_dim"],
+        phrase_dim=phrase_width(base.text_encoders),
+        slots=config.augmentation.slots,
+        blocks=config.adapter.blocks,
+        every=config.adapter.every,
+        grounding_logit_bias=config.adapter.grounding_logit_bias,
+    )
+    attach(base.unet, form, dtype=torch.float32)
+    base.unet.train()
+    return adapter_parameters(base.unet)
+
+
+def latent_shape(config: TrainConfig, base: BaseParts) -> tuple[tuple[int, int, int], str]:
+    """(C, h, w) of the largest latents, and how that is known: from the data, from the recipe, or from the base."""
+    found = [shard.latent_shape for source in config.sources for shard in _shards(source)]
+    if found:
+        return max(found, key=lambda shape: shape[1] * shape[2]), "sizes: those of the data"
+    channels = int(base.unet.config["in_channels"])
+    if config.resolution is not None:
+        pixels, where_from = config.resolution, "sizes: the recipe's resolution, as the data is not here"
+    else:
+        pixels, where_from = (
+            base.resolution,
+            "sizes: those of the base, as the data is not here (resolution sets others)",
+        )
+    return (channels, pixels // base.downsampling, pixels // base.downsampling), where_from
+
+
+def _shards(source: str) -> list[Shard]:
+    """The shards of a folder, without their tables; none where it is not here."""
+    if is_remote(source) or not Path(source).is_dir():
+        return []
+    return [Shard(stem, with_table=False) for stem in shard_stems(source)]
+
+
+def moment_bytes(sizes: Iterable[int], optimizer: str) -> int:
+    """What AdamW keeps of tensors of so many numbers: two moments of each, in 32 bits, or in 8 with a scale a block."""
+    if optimizer == "adamw":
+        return sum(8 * size for size in sizes)
+    return sum(8 * size if size < SMALL else 2 * (size + 4 * -(-size // BLOCK)) for size in sizes)
+
+
+def step_bytes(
+    base: BaseParts, config: TrainConfig, shape: tuple[int, int, int], micro_batch: int, gradients_stay: bool
+) -> int:
+    """What a forward and backward pass takes at its peak, beside parameters and all of their gradients.
+
+    Args:
+        shape: (C, h, w) of the latents.
+        gradients_stay: from step to step; otherwise they come as activations go, and take the same room.
+    """
+    dtype = DTYPES[config.precision]
+    kernels = GPUKernels(dtype if config.precision != "no" else None)
+    if config.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing(kernels.checkpoint)
+    else:
+        base.unet.disable_gradient_checkpointing()
+    with torch.device("meta"):
+        latents = torch.zeros(micro_batch, *shape, dtype=dtype)
+        timesteps: Any = torch.zeros(micro_batch, dtype=torch.long)
+        conditioning = _conditioning(base, config.augmentation.slots, micro_batch, dtype)
+    grounding = conditioning["cross_attention_kwargs"]["gligen"]
+    with LiveBytes(base.unet.parameters()) as live:
+        watched = watch_attention(base.unet, grounding["boxes"], grounding["masks"], shape[1:])
+        with watched if config.optimization.attention_weight else nullcontext() as seen:
+            with kernels, torch.device("meta"):
+                predicted = base.unet(latents, timesteps, **conditioning).sample
+                loss = (predicted.float() - latents).square().sum()
+                if seen:
+                    loss = loss + seen.mean().sum()
+                del predicted
+            kernels.leave_autocast()
+            loss.backward()
+    if gradients_stay:
+        return live.peak
+    gradients = sum(4 * value.numel() for value in adapter_parameters(base.unet).values())
+    return max(live.peak_with_gradients - gradients, 0)
+
+
+def _conditioning(base: BaseParts, slots: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What the U-Net is conditioned on, as `gligen_xl.train.conditioning` makes it, without values."""
+    settings = base.unet.config
+    tokens = base.text_encoders[0].config.max_position_embeddings
+    grounding = {
+        "boxes": torch.zeros(batch, slots, 4),
+        "masks": torch.zeros(batch, slots),
+        "positive_embeddings": torch.zeros(batch, slots, phrase_width(base.text_encoders), dtype=dtype),
+    }
+    conditioning: dict[str, Any] = {
+        "encoder_hidden_states": torch.zeros(batch, tokens, settings["cross_attention_dim"], dtype=dtype),
+        "cross_attention_kwargs": {"gligen": grounding},
+    }
+    if settings["addition_embed_type"] == "text_time":
+        pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        sizes = torch.zeros(batch, 6, dtype=dtype)
+        conditioning["added_cond_kwargs"] = {"text_embeds": torch.zeros(batch, pooled, dtype=dtype), "time_ids": sizes}
+    return conditioning
+
+
+def checkpoints_kept(config: TrainConfig) -> int:
+    """Checkpoints that stand on the disk at the end of the run."""
+    written = max(1, -(-config.samples // config.checkpoint_every))
+    for_good = config.samples // config.keep_every if config.keep_every else 0
+    return min(config.keep_checkpoints + for_good, written)
+
+
+def _bytes(values: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in values)
+
+
+def _count(modules: Iterable[nn.Module]) -> int:
+    return sum(value.numel() for module in modules for value in module.parameters())
+
+
+# As text ------------------------------------------------------------------------------------------------------------
+
+
+def describe(made: Estimate) -> str:
+    """For the terminal."""
+    config, (height, width) = made.config, made.resolution
+    lines = [*made.notes, "", *_table("parameters", made.parameters, "{:,}")]
+    each = f"each of {made.processes} GPUs" if made.processes > 1 else "the GPU"
+    head = f"memory of {each} in GiB, {made.micro_batch} samples at a time of {height} x {width} pixels"
+    total = {"together": sum(made.memory.values())}
+    lines += ["", *_table(head, _scaled(made.memory | total, 2**30), "{:.2f}")]
+    lines += ["and about 1 GiB for the device's own libraries; pictures of a validation are not in it"]
+    one = sum(made.checkpoint.values())
+    lines += ["", *_table("a checkpoint in GB", _scaled(made.checkpoint | {"together": one}, 1e9), "{:.2f}")]
+    lines += [f"on the disk at most {made.kept} of them, {made.kept * one / 1e9:.1f} GB, in {config.out}"]
+    steps = config.samples // config.batch_size
+    lines += ["", f"{steps:,} steps of {config.batch_size} samples, {steps * config.batch_size:,} in all"]
+    lines += [f"  {line}" for line in _epochs(config)]
+    return "\n".join(lines)
+
+
+def _table(head: str, rows: dict[str, Any], form: str) -> list[str]:
+    return [head, *(f"  {name:<34}{form.format(value):>16}" for name, value in rows.items())]
+
+
+def _scaled(rows: dict[str, int], unit: float) -> dict[str, float]:
+    return {name: value / unit for name, value in rows.items()}
+
+
+def _epochs(config: TrainConfig) -> list[str]:
+    """How often each set of data is gone through."""
+    lines, total = [], sum(config.sources.values())
+    for source, weight in config.sources.items():
+        kind, _, drawn = source.partition(":")
+        count = int(drawn) if kind == "shapes" and drawn.isdigit() else sum(len(shard) for shard in _shards(source))
+        if count:
+            epochs = config.samples * weight / total / count
+            lines.append(f"{source}: {count:,} samples, gone through {epochs:.3g} times")
+        else:
+            lines.append(f"{source} is not here, so its epochs are not known")
+    return lines

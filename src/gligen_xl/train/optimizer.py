@@ -1,0 +1,95 @@
+"""AdamW over the adapter. A step whose gradients are not finite is left out, on the device itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from .checkpoint import load_optimizer_tensors, optimizer_tensors
+from .config import Optimization
+
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused AdamW
+
+
+class AdapterOptimizer:
+    """AdamW with two groups: weights, and gates with their own rate and no decay.
+
+    Where torch has a fused AdamW, one kernel clips, decays and steps, and leaves out what is not finite without asking
+    the host. Otherwise, and with 8-bit moments, the host waits for the device once a step to see whether to step.
+
+    Args:
+        parameters: by name; all of them are trained.
+        scaler: of the loss, in float16.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], options: Optimization, scaler: GradScaler | None = None):
+        if frozen := [name for name, value in parameters.items() if not value.requires_grad]:
+            raise ValueError(f"{len(frozen)} parameters are frozen, as {frozen[0]}; the optimizer takes trained ones")
+        self.options, self.scaler = options, scaler
+        self.parameters = list(parameters.values())
+        device = self.parameters[0].device.type
+        self.fused = options.optimizer == "adamw" and device in FUSED
+        gates = [value for name, value in parameters.items() if ".alpha_" in name]
+        others = [value for name, value in parameters.items() if ".alpha_" not in name]
+        gate_rate = options.learning_rate if options.gate_learning_rate is None else options.gate_learning_rate
+        groups = [
+            {"params": others, "lr": options.learning_rate, "base_lr": options.learning_rate},
+            {"params": gates, "lr": gate_rate, "base_lr": gate_rate, "weight_decay": 0.0},
+        ]
+        settings = {"betas": (options.beta1, options.beta2), "weight_decay": options.weight_decay}
+        if options.optimizer == "adamw8bit":
+            self.inner = _eight_bit(groups, settings, device)
+        else:
+            self.inner = torch.optim.AdamW(groups, fused=self.fused, **settings)
+
+    def set_rate(self, factor: float) -> None:
+        """Learning rates, as a factor of those of the options."""
+        for group in self.inner.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def step(self) -> Tensor:
+        """Clip the gradients, step, and clear them.
+
+        Returns:
+            Their norm before clipping, a scalar on the device. If it is not finite, weights and moments are as before.
+        """
+        if self.scaler is not None:
+            self.scaler.unscale_(self.inner)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        if self.fused:
+            self.inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined] - torch's AMP protocol
+            self.inner.step()
+        elif norm.isfinite():
+            self.inner.step()
+        if self.scaler is not None:
+            self.scaler.update()
+        self.inner.zero_grad()
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self.inner)
+
+    def load(self, tensors: Mapping[str, Tensor], scaler: dict[str, Any] | None) -> None:
+        """Go on from what `tensors` gave, and from the state of the scaler."""
+        load_optimizer_tensors(self.inner, tensors)
+        if self.scaler is not None and scaler is not None:
+            self.scaler.load_state_dict(scaler)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        return None if self.scaler is None else self.scaler.state_dict()
+
+
+def _eight_bit(groups: list[dict[str, Any]], settings: dict[str, Any], device: str) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with blockwise 8-bit moments (arXiv 2110.02861); tensors below 4,096 numbers keep float32."""
+    if not find_spec("bitsandbytes"):
+        raise ValueError("optimizer adamw8bit needs bitsandbytes; pip install 'gligen-xl[8bit]', or choose adamw")
+    if device == "mps":
+        raise ValueError("optimizer adamw8bit is not made for Apple's GPUs; choose adamw")
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)

@@ -1,0 +1,112 @@
+"""The processes of a run: how they come together, agree, wait for each other, and end when one of them is gone.
+
+Gradients pass over the devices' own links (NCCL on GPUs). What the programs themselves have to say to each other passes
+over the network between CPUs (gloo): it does not wait for a device, and a process that has died is noticed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+
+from .config import TrainConfig
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate as `config` asks for it.
+
+    Raises:
+        ValueError: a way of sharing the work that training does not know, or a tracker that is not installed.
+    """
+    hook = DDPCommunicationHookType.BF16 if config.gradient_compression == "bf16" else DDPCommunicationHookType.NO
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes on a CPU do not hear of each other
+        mixed_precision=config.precision,
+        log_with=_trackers(config) or None,
+        project_dir=Path(config.out),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout)),
+            # Buffers never change, and gradients are not held a second time to be sent.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook),
+        ],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which training does not know; every "
+            "process holds the whole adapter. Launch it plainly (torchrun, or accelerate launch --multi_gpu)"
+        )
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"a batch of {config.batch_size} cannot be shared by {accelerator.num_processes} processes; "
+            "set batch_size to a multiple of them"
+        )
+    return accelerator
+
+
+class Processes:
+    """Agreement of all processes of a run. Alone, there is nothing to agree on.
+
+    Raises (from every method):
+        RuntimeError: another process is gone, or was not heard of for `timeout` seconds.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout: int):
+        self.count, self.is_main = accelerator.num_processes, accelerator.is_main_process
+        self._group: Any = None
+        if self.count > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def any(self, came: bool) -> bool:
+        """Whether it holds for any of them; all have to ask."""
+        if self.count == 1:
+            return came
+        flag = torch.tensor(int(came))
+        with self._heard():
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def wait(self) -> None:
+        """For all of them to come here."""
+        self.any(False)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process goes through the block before the others do."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"another process of this run is gone, or was not heard of in time (process_timeout): {error}. "
+                "The last checkpoint stands; the same command continues"
+            ) from error
+
+
+def _trackers(config: TrainConfig) -> Any:
+    if config.track is None:
+        return ["tensorboard"] if find_spec("tensorboard") else []
+    for name in config.track:
+        if not find_spec(name):
+            raise ValueError(f"the tracker {name} is not installed; pip install {name}, or leave it out of track")
+    return list(config.track)

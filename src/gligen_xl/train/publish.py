@@ -1,0 +1,180 @@
+"""Adapters to the Hub: of a run, of one of its checkpoints, or of any folder; with a model card and pictures.
+
+publish_adapter("runs/mine", "someone/mine", license="openrail++")
+stage_adapter("runs/mine", "to-look-at", repository="someone/mine", license="openrail++")     # the same, not sent
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapter import read_adapter, write_adapter
+from ..adapter.store import CONFIG_NAME, only_weights
+from ..files import read_json, whole_folder
+from ..hub import names_repository, upload
+from .card import CardFacts, model_card
+from .checkpoint import list_checkpoints
+from .record import RunRecord, is_run, picture_bytes, read_run
+
+CARD_NAME = "README.md"
+_PICTURE_SIZE = {"width": 1600, "height": 6400, "quality": 90}
+_HUB_NAMES = ("model", "base_model", "init_adapter", "converted_from")  # settings that may name a repository
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter folder, and the run that it is of."""
+
+    adapter: Path
+    run: RunRecord | None
+
+
+def publish_adapter(
+    source: str | Path,
+    repository: str,
+    *,
+    license: str,  # noqa: A002 - the Hub's name
+    base_model: str | None = None,
+    dtype: torch.dtype | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload an adapter with its card and pictures, as `stage_adapter` writes them.
+
+    Args:
+        private: of a repository that is made; the owner's default otherwise.
+        token: by default the one of HF_TOKEN or `hf auth login`.
+
+    Returns:
+        The address of what was uploaded.
+
+    Raises:
+        OSError: no token, no network, no right to write there.
+    """
+    found = find_source(source)
+    about = {"repository": repository, "license": license, "base_model": base_model, "dtype": dtype}
+    with tempfile.TemporaryDirectory(dir=found.adapter.parent, prefix=".push-") as folder:  # where there is room for it
+        stage_adapter(source, Path(folder) / "adapter", **about)
+        try:
+            return str(
+                upload(Path(folder) / "adapter", repository, "Upload a GLIGEN adapter", private=private, token=token)
+            )
+        except Exception as error:  # of the network and of the Hub: each library has its own kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = reason.replace(token, "...") if token else reason
+            raise OSError(
+                f"{repository} was not uploaded: {reason}. It takes a network and a token with the right to write "
+                "there (hf auth login, or HF_TOKEN); --dry_run FOLDER writes what would be uploaded"
+            ) from error
+
+
+def stage_adapter(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    repository: str,
+    license: str,  # noqa: A002 - the Hub's name
+    base_model: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the folder that is uploaded: the adapter, its card, pictures of its first and last validation.
+
+    Paths of this machine are left out of it: of each its last name stays.
+
+    Args:
+        source: folder of a run (its finished adapter, else its last checkpoint's average), a checkpoint, or any adapter
+            folder.
+        folder: a new one.
+        base_model: the repository of the base, where the run had it from a folder.
+        dtype: to save in; as it is by default.
+
+    Raises:
+        FileNotFoundError: `source` holds no adapter.
+        ValueError: a name is none of the Hub, or `folder` is not empty.
+    """
+    for name in filter(None, (repository, base_model)):
+        if not names_repository(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise ValueError(f"{name!r} does not name a repository of the Hub; expected OWNER/NAME")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there and not empty; choose a new folder")
+    found = find_source(source)
+    form, state, about = read_adapter(found.adapter, only_weights(found.adapter))
+    about = public(about) | ({"base_model": base_model} if base_model else {})
+    run = found.run and replace(found.run, config=public(found.run.config))
+    with whole_folder(folder) as partial:
+        write_adapter(partial, form, state, about, dtype=dtype)
+        facts = CardFacts(
+            repository=repository,
+            license=license,
+            form=form,
+            parameters=sum(value.numel() for value in state.values()),
+            about=about,
+            base_model=about.get("base_model"),
+            run=run,
+            pictures=_write_pictures(run, partial) if run else {},
+        )
+        (partial / CARD_NAME).write_text(model_card(facts), encoding="utf-8")
+    return folder
+
+
+def find_source(source: str | Path) -> Source:
+    """The adapter that is meant, and its run up to there."""
+    folder = Path(source)
+    if not (folder / CONFIG_NAME).is_file():
+        if not is_run(folder):
+            raise FileNotFoundError(f"{folder} is neither the folder of a run nor an adapter (it has no {CONFIG_NAME})")
+        finished = folder / "adapter"
+        whole = [finished] if (finished / CONFIG_NAME).is_file() else list_checkpoints(folder)
+        if not whole:
+            raise FileNotFoundError(f"the run in {folder} has no finished adapter and no checkpoint yet")
+        folder = whole[-1]
+    of_run = folder.resolve().name == "adapter" or folder.resolve() in list_checkpoints(folder.resolve().parent)
+    if not of_run or not is_run(folder.resolve().parent):
+        return Source(folder, None)
+    samples = read_json(folder / CONFIG_NAME).get("samples")
+    run = read_run(folder.resolve().parent)
+    return Source(folder, run if not isinstance(samples, int) else run.until(samples))
+
+
+def public(value: Any, name: str = "") -> Any:
+    """Settings without the machine they were made on: paths and addresses become their last names."""
+    if isinstance(value, dict):
+        return {public_name(str(key)): public(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner, name) for inner in value]
+    return public_name(value, hub=name in _HUB_NAMES) if isinstance(value, str) else value
+
+
+def public_name(text: str, *, hub: bool = False) -> str:
+    """What may be said of a path: "/home/me/shards-512" -> "shards-512", "s3://bucket/set?key" -> "set".
+
+    Args:
+        hub: it may be a repository's name, which stays; as do addresses of the Hub.
+    """
+    if text.startswith("hf://") or (hub and names_repository(text) and not Path(text).exists()):
+        return text
+    if "://" in text:
+        text = text.split("://", 1)[1].split("?")[0].split("#")[0].rpartition("@")[2]
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+
+
+def _write_pictures(run: RunRecord, folder: Path) -> dict[str, int]:
+    """The first and the last validation's pictures; file -> samples seen."""
+    written = {}
+    for samples in sorted({min(run.pictures), max(run.pictures)}) if run.pictures else []:
+        try:
+            picture = picture_bytes(run.pictures[samples], **_PICTURE_SIZE)
+        except OSError:  # half of a file
+            continue
+        file = f"images/validation-{samples:08d}.jpg"
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / file).write_bytes(picture)
+        written[file] = samples
+    return written

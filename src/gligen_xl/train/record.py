@@ -1,0 +1,175 @@
+"""What stands in the folder of a run, read for people: settings, measurements, pictures.
+
+    run = read_run("runs/mine")
+    run.training[-1]["loss"]
+
+Reading changes nothing, and a run may be written to meanwhile: half of a line is left out, as is one that is broken.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..adapter.store import CONFIG_NAME
+from ..files import read_json
+
+Row = dict[str, Any]
+Point = tuple[float, float]  # samples seen, value
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, as far as it has come.
+
+    Args:
+        config: the resolved settings; empty where config.json is missing.
+        versions: of the libraries, by name.
+        training, validations: lines of metrics.jsonl, by "samples"; what is no finite number is left out of them.
+        skipped: steps left out as not finite, a line each.
+        pictures: validation pictures, by the samples seen.
+        finished: whether the finished adapter stands there.
+        unread: lines of metrics.jsonl that are broken.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    versions: dict[str, str]
+    training: list[Row]
+    validations: list[Row]
+    skipped: list[Row]
+    pictures: dict[int, Path]
+    finished: bool
+    unread: int
+
+    @property
+    def samples(self) -> int:
+        """How many the run has seen, as far as it has been written down."""
+        rows = [rows[-1]["samples"] for rows in (self.training, self.validations) if rows]
+        return max(rows, default=0)
+
+    @property
+    def measured(self) -> Row:
+        """Each measurement of the validations, as it was last taken."""
+        latest: Row = {}
+        for row in self.validations:
+            latest |= {name: value for name, value in row.items() if _is_number(value)}
+        return latest
+
+    @property
+    def seconds(self) -> float:
+        """Time in training steps: of the samples between two lines at the speed of the second. Validations and
+        checkpoints are not in it."""
+        total, before = 0.0, 0
+        for row in self.training:
+            if speed := row.get("samples_per_s"):
+                total += (row["samples"] - before) / speed
+            before = row["samples"]
+        return total
+
+    def until(self, samples: int) -> RunRecord:
+        """The run as it was when it had seen so many samples."""
+        return RunRecord(
+            folder=self.folder,
+            config=self.config,
+            versions=self.versions,
+            training=[row for row in self.training if row["samples"] <= samples],
+            validations=[row for row in self.validations if row["samples"] <= samples],
+            skipped=[row for row in self.skipped if row["samples"] <= samples],
+            pictures={seen: path for seen, path in self.pictures.items() if seen <= samples},
+            finished=self.finished and samples >= self.samples,
+            unread=self.unread,
+        )
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read the folder of a run.
+
+    Raises:
+        FileNotFoundError: it has neither config.json nor metrics.jsonl.
+        ValueError: config.json is broken.
+    """
+    folder = Path(folder)
+    settings, metrics = folder / "config.json", folder / "metrics.jsonl"
+    if not is_run(folder):
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has neither config.json nor metrics.jsonl")
+    document = read_json(settings) if settings.is_file() else {}
+    if not isinstance(document, dict) or not isinstance(document.get("config", {}), dict):
+        raise ValueError(f"{settings} does not hold the settings of a run")
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows = [row for row in map(_parsed, lines) if row]
+    return RunRecord(
+        folder=folder,
+        config=document.get("config", {}),
+        versions={str(name): str(value) for name, value in (document.get("versions") or {}).items()},
+        training=_in_order(rows, "train"),
+        validations=_in_order(rows, "validation"),
+        skipped=[row for row in rows if row["kind"] == "skipped"],
+        pictures={int(path.stem): path for path in sorted(folder.glob("validation/*.png")) if path.stem.isdecimal()},
+        finished=(folder / "adapter" / CONFIG_NAME).is_file(),
+        unread=len(lines) - len(rows),
+    )
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / "metrics.jsonl").is_file()
+
+
+def series(rows: list[Row], name: str) -> list[Point]:
+    """One measurement over the run, where it was taken."""
+    return [(row["samples"], row[name]) for row in rows if _is_number(row.get(name))]
+
+
+def evenly(items: list[Any], count: int) -> list[Any]:
+    """At most `count` of the items: the first, the last, and some between."""
+    if len(items) <= count:
+        return items
+    if count == 1:
+        return items[-1:]
+    return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
+
+
+def picture_bytes(path: Path, *, width: int, height: int, quality: int = 85) -> bytes:
+    """The picture as a JPEG of at most so many pixels, with nothing but pixels in it.
+
+    Raises:
+        OSError: the file is no picture, or half of one.
+    """
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()
+
+
+def _parsed(line: str) -> Row | None:
+    """A line of metrics.jsonl without what is null; None where it is broken."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not _is_number(row.get("samples")):
+        return None
+    if isinstance(gates := row.get("gates"), dict):
+        row["gates"] = {str(name): value for name, value in gates.items() if _is_number(value)}
+    else:
+        row.pop("gates", None)
+    return {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _in_order(rows: list[Row], kind: str) -> list[Row]:
+    """Of one kind, by samples seen; of two lines at one place the later one."""
+    by_samples = {row["samples"]: row for row in rows if row["kind"] == kind}
+    return [by_samples[samples] for samples in sorted(by_samples)]

@@ -1,0 +1,300 @@
+"""The report of a run: one HTML page with curves and pictures that needs nothing beside it.
+
+    write_report("runs/mine")          # runs/mine/report.html
+
+It is made from what stands in the folder of the run, while the run goes on or after.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ..files import whole_file
+from .curves import SMOOTHED, Curve, chart, heat_strip, short
+from .record import Row, RunRecord, evenly, picture_bytes, read_run, series
+from .summary import METRICS, duration, in_words, percent, plain
+
+REPORT_NAME = "report.html"
+_PICTURES = 4  # of the validation: the first, the last, and some between
+_PICTURE_SIZE = {"width": 540, "height": 2400}  # pixels, at most
+_NAMED = 8  # skipped steps that are listed, and pictures of each
+_ROWS = 24  # of the table of validations
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of a run.
+
+    Raises:
+        FileNotFoundError: it is not the folder of a run.
+    """
+    run = read_run(folder)
+    path = run.folder / REPORT_NAME
+    with whole_file(path) as partial:
+        partial.write_text(report_page(run), encoding="utf-8")
+    return path
+
+
+def refresh_report(folder: str | Path) -> None:
+    """`write_report` while a run goes on: where it fails, as on a full disk, the run does not."""
+    try:
+        write_report(folder)
+    except Exception as error:  # whatever it is, days of training are worth more
+        warnings.warn(f"the report of {folder} was not written: {error}", stacklevel=2)
+
+
+def report_page(run: RunRecord) -> str:
+    name = run.folder.resolve().name
+    end = float(max(run.config.get("samples") or 0, run.samples, 1))
+    sections = [
+        ("Do boxes count?", _boxes(run, end)),
+        ("Pictures", _pictures(run)),
+        ("Training", _training(run, end)),
+        ("Gates", _gates(run, end)),
+        ("Speed", _speed(run, end)),
+        ("Validations in numbers", _table(run.validations)),
+        ("Settings", _settings(run)),
+    ]
+    body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections if content)
+    note = f"<p class=note>{run.unread} broken lines of metrics.jsonl were left out.</p>" if run.unread else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{_text(name)}</title>
+<style>
+{Path(__file__).with_name("report.css").read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<header>
+<p class=kicker>gligen-xl training run</p>
+<h1>{_text(name)}</h1>
+<p class=lead>{_text(in_words(run))}</p>
+{_tiles(run)}
+</header>
+{body}
+<footer>{note}<p>Smooth lines are means over {100 * SMOOTHED:g} % of the run around each place; the shade or thin line \
+behind them is the range of the logged values. The outermost hundredth of these may lie outside of the frame.</p>
+</footer>
+</body>
+</html>
+"""
+
+
+# Parts --------------------------------------------------------------------------------------------------------------
+
+
+def _tiles(run: RunRecord) -> str:
+    """The figures to look at first."""
+    last = run.measured
+    tiles = []
+    if run.samples:
+        whole = run.config.get("samples")
+        tiles.append(("samples", short(run.samples), f"of {short(whole)}" if whole else ""))
+    if seconds := run.seconds:
+        tiles.append(("time in steps", duration(seconds), f"{run.samples / seconds:.3g} samples/s"))
+    if "grounding_gain" in last:
+        tiles.append(("grounding gain", percent(last["grounding_gain"]), "of held-out loss"))
+    for name, label, write in (("mean_iou", "mean IoU", plain), ("recall_50", "recall@0.5", percent)):
+        if f"on_{name}" in last:
+            off = f"off {write(last[f'off_{name}'])}" if f"off_{name}" in last else ""
+            tiles.append((label, write(last[f"on_{name}"]), off))
+    if gates := series(run.training, "gate_mean") or series(run.validations, "gate_mean"):
+        tiles.append(("mean gate", plain(gates[-1][1]), "|tanh α|, 0 to 1"))
+    if run.skipped:
+        tiles.append(("skipped steps", short(len(run.skipped)), "not finite"))
+    cells = [
+        f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd><small>{_text(beside)}</small></div>"
+        for label, value, beside in tiles
+    ]
+    return f"<dl class=tiles>{''.join(cells)}</dl>" if cells else ""
+
+
+def _boxes(run: RunRecord, end: float) -> str:
+    rows = run.validations
+    quarters = [Curve(_quarter(k), series(rows, f"grounding_gain_q{k}"), f"s{k}") for k in range(1, 5)]
+    return _charts(
+        _figure(
+            "Grounding gain",
+            "share of the held-out loss that the boxes take away, same noise",
+            chart([Curve("", series(rows, "grounding_gain"))], end=end, write=percent, zero=True, reach=0.01),
+        ),
+        _figure(
+            "Grounding gain by noise",
+            "the same by quarter of the timesteps",
+            chart(quarters, end=end, write=percent, zero=True, reach=0.01),
+        ),
+        *(
+            _figure(
+                METRICS[name],
+                "of pictures of held-out layouts, grounding on and off",
+                chart(
+                    [Curve("on", series(rows, f"on_{name}")), Curve("off", series(rows, f"off_{name}"), "c2")],
+                    end=end,
+                    write=plain if name == "mean_iou" else percent,
+                    zero=True,
+                    reach=1.0,
+                ),
+            )
+            for name in ("mean_iou", "recall_50")
+        ),
+        _figure(
+            "Held-out loss",
+            "mean squared error, with boxes and without, same noise",
+            chart(
+                [Curve("boxes", series(rows, "loss")), Curve("none", series(rows, "loss_no_boxes"), "c2")],
+                end=end,
+                write=plain,
+            ),
+        ),
+    )
+
+
+def _training(run: RunRecord, end: float) -> str:
+    rows = run.training
+    quarters = [Curve(_quarter(k), series(rows, f"loss_q{k}"), f"s{k}", noisy=True) for k in range(1, 5)]
+    single = (
+        ("loss", "Loss", "mean squared error of the training batches", False),
+        ("grad_norm", "Gradient norm", "before clipping", True),
+    )
+    figures = [
+        _figure(title, what, chart([Curve("", series(rows, name), noisy=True)], end=end, write=plain, log=log))
+        for name, title, what, log in single
+    ]
+    figures.insert(
+        1,
+        _figure(
+            "Loss by noise",
+            "by quarter of the timesteps",
+            chart(quarters, end=end, write=plain, log=True),
+        ),
+    )
+    rate = chart([Curve("", series(rows, "learning_rate"), dots=False)], end=end, write=plain, zero=True)
+    skipped = ""
+    if run.skipped:
+        counted = [(row["samples"], number) for number, row in enumerate(run.skipped, 1)]
+        steps = [(0, 0), *counted, (run.samples, len(counted))]
+        skipped = chart([Curve("", steps, "c2", dots=False)], end=end, write=_whole, zero=True)
+    charts = _charts(
+        *figures,
+        _figure("Learning rate", "of all but the gates", rate),
+        _figure("Skipped steps", "in all, as loss or gradients were not finite", skipped),
+    )
+    return charts + _skipped(run)
+
+
+def _skipped(run: RunRecord) -> str:
+    """The last steps that were left out, by the pictures of their batches."""
+    lines = []
+    for row in run.skipped[-_NAMED:]:
+        names = row.get("image_ids")
+        names = [str(name) for name in names] if isinstance(names, list) else []
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        of = f": pictures {', '.join(names[:_NAMED])}{more}" if names else ""
+        lines.append(f"<li>by {row['samples']:,} samples{_text(of)}</li>")
+    return f"<p>Steps left out last:</p><ul>{''.join(lines)}</ul>\n" if lines else ""
+
+
+def _gates(run: RunRecord, end: float) -> str:
+    curves = [
+        Curve("mean", series(run.training, "gate_mean") or series(run.validations, "gate_mean"), dots=False),
+        Curve("largest", series(run.validations, "gate_largest"), "c2"),
+    ]
+    mean = _figure("Gates", "|tanh α|: how far fusers are open", chart(curves, end=end, write=plain, zero=True))
+    columns = [(row["samples"], row["gates"]) for row in run.training if row.get("gates")]
+    if not columns:
+        return _charts(mean)
+    strip, largest = heat_strip(columns, end=end)
+    what = f"the same for each of {len(columns[-1][1])} blocks; full colour is {plain(largest)}"
+    return _charts(mean, _figure("Gates by block", what, strip))
+
+
+def _speed(run: RunRecord, end: float) -> str:
+    speed, waiting = (series(run.training, name) for name in ("samples_per_s", "waiting"))
+    return _charts(
+        _figure("Speed", "samples a second", chart([Curve("", speed, noisy=True)], end=end, write=short, zero=True)),
+        _figure(
+            "Waiting for data",
+            "share of the time in which the computation waited",
+            chart([Curve("", waiting, noisy=True)], end=end, write=percent, zero=True, reach=0.1),
+        ),
+    )
+
+
+def _pictures(run: RunRecord) -> str:
+    """The first validation's pictures, the last one's, and some between, side by side."""
+    figures = []
+    for samples in evenly(sorted(run.pictures), _PICTURES):
+        try:
+            data = base64.b64encode(picture_bytes(run.pictures[samples], **_PICTURE_SIZE)).decode()
+        except OSError:  # half of a file, or none any more
+            continue
+        title = f"after {short(samples)} samples"
+        figures.append(
+            f"<figure class=picture><figcaption>{title}</figcaption>"
+            f'<img alt="{title}: pictures with grounding on and off" src="data:image/jpeg;base64,{data}"></figure>'
+        )
+    if not figures:
+        return ""
+    what = "Held-out layouts with their boxes drawn, from the same noise: grounding on, and off."
+    return f"<p>{what}</p><div class=pictures>{''.join(figures)}</div>\n"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    shown = evenly(list(rows), _ROWS)
+    names = list(dict.fromkeys(name for row in shown for name in row if name not in ("kind", "samples")))
+    names = [name for name in names if any(isinstance(row.get(name), int | float) for row in shown)]
+    head = "".join(f"<th scope=row>{short(row['samples'])}</th>" for row in shown)
+    lines = []
+    for name in names:
+        values = (row.get(name) for row in shown)
+        cells = "".join(f"<td>{plain(v) if isinstance(v, int | float) else ''}</td>" for v in values)
+        lines.append(f"<tr><th scope=row>{_text(name.replace('_', ' '))}</th>{cells}</tr>")
+    left_out = f"<p>{len(shown)} of {len(rows)}.</p>" if len(shown) < len(rows) else ""
+    return f"{left_out}<div class=wide><table><tr><th scope=row>samples</th>{head}</tr>{''.join(lines)}</table></div>\n"
+
+
+def _settings(run: RunRecord) -> str:
+    parts = []
+    if run.config:
+        parts.append(f"<pre>{_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))}</pre>")
+    if run.versions:
+        parts.append(
+            f"<p>Made with {_text(', '.join(f'{name} {number}' for name, number in run.versions.items()))}.</p>"
+        )
+    return "".join(parts)
+
+
+# Small parts --------------------------------------------------------------------------------------------------------
+
+
+def _charts(*figures: str) -> str:
+    there = [figure for figure in figures if figure]
+    return f"<div class=charts>{''.join(there)}</div>\n" if there else ""
+
+
+def _figure(title: str, what: str, svg: str) -> str:
+    if not svg:
+        return ""
+    return f"<figure><figcaption><b>{_text(title)}</b> {_text(what)}</figcaption>{svg}</figure>\n"
+
+
+def _quarter(k: int) -> str:
+    return f"q{k}" + {1: " clean", 4: " noisy"}.get(k, "")
+
+
+def _whole(value: float) -> str:
+    return short(value) if value == int(value) else ""
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))

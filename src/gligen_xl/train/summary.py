@@ -1,0 +1,95 @@
+"""A run in words and figures, as its report and its model card say it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .record import RunRecord
+
+METRICS = {
+    "mean_iou": "Mean IoU",
+    "recall_50": "Recall@0.5",
+    "recall_75": "Recall@0.75",
+}
+_OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW in 8 bits"}
+_PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def in_words(run: RunRecord) -> str:
+    """What was trained on what, how far, and how: a few sentences."""
+    config = run.config
+    if not config:
+        return f"{run.samples:,} samples seen; the settings of the run (config.json) are missing."
+    whole, batch = config.get("samples") or run.samples, config.get("batch_size") or 1
+    state = "finished" if run.finished else "unfinished"
+    sentences = [
+        f"An adapter for {config.get('model', 'its base')}, trained on {data_in_words(config.get('data'))}.",
+        f"{run.samples:,} of {whole:,} samples seen in batches of {batch} ({run.samples // batch:,} steps), {state}.",
+    ]
+    if start := config.get("init_adapter"):
+        sentences.insert(1, f"It began from {start}.")
+    return " ".join([*sentences, recipe_in_words(config)])
+
+
+def data_in_words(data: Any) -> str:
+    if isinstance(data, dict):
+        whole = sum(data.values()) or 1
+        return ", ".join(f"{name} ({percent(weight / whole)})" for name, weight in data.items())
+    return str(data)
+
+
+def recipe_in_words(config: dict[str, Any]) -> str:
+    """Optimizer, schedule, form of the adapter, dropouts: those that the settings tell."""
+    options, form, data, objective = (
+        config.get(name) or {} for name in ("optimization", "adapter", "augmentation", "objective")
+    )
+    parts = []
+    if "learning_rate" in options:
+        gates = options.get("gate_learning_rate")
+        kind = _OPTIMIZERS.get(options.get("optimizer", "adamw"), options.get("optimizer"))
+        parts.append(f"{kind} at {options['learning_rate']:g}" + ("" if gates is None else f" (gates {gates:g})"))
+    if warmup := options.get("warmup_samples"):
+        parts.append(f"warm-up over {warmup:,} samples")
+    if decay := options.get("decay_share"):
+        parts.append(f"falling to 0 over the last {percent(decay)}")
+    if ema := options.get("ema_decay"):
+        parts.append(f"average of decay {ema:g}")
+    if precision := config.get("precision"):
+        parts.append(f"base in {_PRECISIONS.get(precision, precision)}")
+    if gamma := objective.get("snr_gamma"):
+        parts.append(f"min-SNR weighting with gamma {gamma:g}")
+    if bias := objective.get("noisy_bias"):
+        parts.append(f"timesteps drawn with density t**{bias:g}")
+    if (weight := objective.get("box_weight", 1)) != 1:
+        parts.append(f"pixels in boxes weighted {weight:g}")
+    every = form.get("every", 1)
+    parts.append("a fuser on every block" if every == 1 else f"a fuser on one block in {every}")
+    if bias := form.get("grounding_logit_bias"):
+        parts.append(f"grounding logit bias {bias:g}")
+    if slots := data.get("slots"):
+        parts.append(f"{slots} slots")
+    if "drop_grounding" in data and "drop_caption" in data:
+        parts.append(
+            f"boxes and caption dropped from {percent(data['drop_grounding'])} of the samples, the caption alone from "
+            f"{percent(data['drop_caption'])} of the others"
+        )
+    text = ", ".join(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def duration(seconds: float) -> str:
+    """ "41 s", "3 min 12 s", "5 h 20 min", "6 d 4 h"."""
+    for above, unit, below, smaller in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= above:
+            count, rest = divmod(seconds, above)
+            return f"{count:.0f} {unit} {rest // below:.0f} {smaller}"
+    return f"{seconds:.0f} s"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def plain(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.3g}"
