@@ -20,7 +20,7 @@ from gligen_xl.data.batch import Augmentation, ShardDataset
 from gligen_xl.data.chance import noise_of, noise_seed, uniforms
 from gligen_xl.data.loader import batches
 from gligen_xl.data.order import SampleOrder
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 
 
 @pytest.fixture(autouse=True)

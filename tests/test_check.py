@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from gligen_xl.cli import main
 from gligen_xl.data.check import check_shards
-from gligen_xl.data.shards import Row, Shard, write_shard
+from gligen_xl.data.shard_writer import write_shard
+from gligen_xl.data.shards import Row, Shard
 from gligen_xl.prepare.look import show_samples
 from gligen_xl.shapes.data import write_shards
 from gligen_xl.shapes.detect import detect

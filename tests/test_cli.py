@@ -16,7 +16,7 @@ from tiny import open_gates, sdxl_pipeline
 from gligen_xl import StableDiffusionXLGLIGENPipeline, __version__
 from gligen_xl.adapter import AdapterConfig, adapter_config, attach
 from gligen_xl.cli import COMMANDS, main
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.recipes import find_recipe, recipe_names
 from gligen_xl.show import METADATA_KEY
 

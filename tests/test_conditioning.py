@@ -16,7 +16,7 @@ from transformers import CLIPTextModelWithProjection
 from gligen_xl import device
 from gligen_xl.adapter import adapter_parameters
 from gligen_xl.data.batch import Augmentation, Batch, ShardDataset
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.phrases import embed_phrases
 from gligen_xl.train.attention import watch_attention
 from gligen_xl.train.conditioning import Conditioner

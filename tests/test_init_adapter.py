@@ -13,7 +13,7 @@ from test_shards import METADATA, latents, row
 from tiny import grounded, open_gates, sd_pipeline, sdxl_pipeline
 
 from gligen_xl.adapter import AdapterConfig, adapter_config, adapter_state_dict, attach
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train.base import fresh_adapter, load_base
 from gligen_xl.train.config import AdapterOptions, Augmentation, Optimization, TrainConfig
 from gligen_xl.train.loop import train

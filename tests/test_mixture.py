@@ -17,7 +17,7 @@ from gligen_xl.data.batch import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
 from gligen_xl.data.mixture import BLOCK, MixtureOrder, turns_of
 from gligen_xl.data.order import SampleOrder
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.config import Optimization, TrainConfig

@@ -19,7 +19,8 @@ from PIL import Image
 from tiny import sdxl_vae
 
 from gligen_xl.data.check import check_shards
-from gligen_xl.data.shards import Row, Shard, find_shards, write_shard
+from gligen_xl.data.shard_writer import write_shard
+from gligen_xl.data.shards import Row, Shard, find_shards
 from gligen_xl.layout import box_iou
 from gligen_xl.prepare.detect import Detector
 from gligen_xl.prepare.detections import Detections

@@ -22,7 +22,8 @@ from gligen_xl.data.batch import Augmentation, ShardDataset
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.object_array import read_object_array
 from gligen_xl.data.published import read_boxes, read_latents
-from gligen_xl.data.shards import Shard, find_shards, write_shard
+from gligen_xl.data.shard_writer import write_shard
+from gligen_xl.data.shards import Shard, find_shards
 from gligen_xl.prepare.imports import LOCK_FOLDER, import_published
 
 SIDE = 8  # latents

@@ -23,7 +23,8 @@ from gligen_xl.data.batch import Augmentation, ShardDataset
 from gligen_xl.data.cache import BoundedCache
 from gligen_xl.data.loader import batches
 from gligen_xl.data.remote import open_remote
-from gligen_xl.data.shards import Shard, write_shard
+from gligen_xl.data.shard_writer import write_shard
+from gligen_xl.data.shards import Shard
 
 COUNT, SIDE = 20, 8
 SHARD = COUNT * 4 * SIDE * SIDE * 2  # bytes of latents

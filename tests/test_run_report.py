@@ -15,7 +15,7 @@ from test_cli import fails, run
 from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.files import write_json
 from gligen_xl.train.config import AdapterOptions, Augmentation, Optimization, TrainConfig, Validation
 from gligen_xl.train.curves import Curve, chart, heat_strip, short

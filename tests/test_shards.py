@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from gligen_xl.data.shards import ROW_GROUP, TABLE, Row, Shard, ShardWriter, find_shards, write_shard
+from gligen_xl.data.shard_writer import ROW_GROUP, ShardWriter, write_shard
+from gligen_xl.data.shards import TABLE, Row, Shard, find_shards
 from gligen_xl.files import read_json, write_json
 
 METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.18215"}

@@ -24,7 +24,7 @@ from gligen_xl.adapter import (
 )
 from gligen_xl.adapter.model import transformer_blocks
 from gligen_xl.data.batch import Augmentation
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
 from gligen_xl.train.checkpoint import list_checkpoints
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig

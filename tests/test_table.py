@@ -17,7 +17,8 @@ from test_shards import METADATA, latents, row
 
 from gligen_xl.data import table as module
 from gligen_xl.data.batch import Augmentation, ShardDataset
-from gligen_xl.data.shards import TABLE, Row, Shard, write_shard
+from gligen_xl.data.shard_writer import write_shard
+from gligen_xl.data.shards import TABLE, Row, Shard
 from gligen_xl.data.table import Table, cache_folder
 
 

@@ -20,7 +20,7 @@ from tiny import sdxl_pipeline
 
 from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
 from gligen_xl.data.batch import Augmentation, ShardDataset
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.phrases import embed_phrases
 from gligen_xl.train import loop
 from gligen_xl.train.base import fresh_adapter, load_base

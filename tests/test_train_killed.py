@@ -15,7 +15,7 @@ from forked import Server
 from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.log import CLOCKED
 

@@ -14,7 +14,7 @@ from tiny import new_scheduler, sd_pipeline, sdxl_pipeline
 from gligen_xl import StableDiffusionGLIGENPipeline
 from gligen_xl.adapter import adapter_state_dict, is_attached
 from gligen_xl.data.batch import Augmentation, ShardDataset
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.phrases import embed_phrases
 from gligen_xl.train import loop
 from gligen_xl.train.base import fresh_adapter, load_base

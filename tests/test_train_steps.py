@@ -20,7 +20,7 @@ from tiny import sdxl_pipeline, sdxl_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gligen_xl.data.batch import Augmentation
-from gligen_xl.data.shards import write_shard
+from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop, optimizer
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint

@@ -13,7 +13,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("latents", help="folder of sa1b-sdxl-latents-512 or -1024: sa_000000.npy, ...")
     parser.add_argument("boxes", help="folder of sa-1b_boxes or sa-1b_boxes_sdxl: sa_000000.npy, ...")
     parser.add_argument("--sizes", help="folder of tables of six columns: the original sizes that others lack")
-    parser.add_argument("--out", required=True, help="folder for the shards; those that stand there are kept")
+    parser.add_argument("--out", required=True, help="folder for the shards; those of the same files are kept")
     return (parser.parse_args(words),)
 
 

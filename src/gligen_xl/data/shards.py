@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files import partial_path, settle
-from ..layout import validate
-
 FORMAT, VERSION = "gligen-xl-shard", "1"
-ROW_GROUP = 1024  # rows of the table that are written at once
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
 METADATA_NUMBERS = {"resolution": int, "downsampling": int, "scaling_factor": float, "shift_factor": float}
 
@@ -59,127 +53,6 @@ class Row:
     original_width: int
     crop_top: int = 0
     crop_left: int = 0
-
-
-def write_shard(stem: str | Path, latents: np.ndarray, rows: Iterable[Row], metadata: Mapping[str, str]) -> None:
-    """Write `stem`.safetensors and `stem`.parquet, each whole or not at all, latents first.
-
-    Args:
-        latents: (N, C, h, w) float16, finite.
-        metadata: resolution, vae, scaling_factor.
-
-    Raises:
-        ValueError: latents or a row that cannot be trained on; it names the row.
-    """
-    if latents.ndim != 4:
-        raise ValueError(f"latents are {latents.dtype} {latents.shape}; expected float16 (N, C, h, w)")
-    with ShardWriter(stem, latents.shape[1:], metadata) as writer:
-        writer.add(latents, list(rows))
-
-
-class ShardWriter:
-    """A shard that grows batch by batch, in bounded memory, and appears whole when the block ends without an error.
-
-        with ShardWriter(stem, (4, 64, 64), metadata) as writer:
-            writer.add(latents, rows)
-
-    The same contents make the same files, byte for byte, however they are cut into batches.
-
-    Args:
-        latent_shape: (C, h, w).
-        metadata: resolution, vae, scaling_factor.
-    """
-
-    def __init__(self, stem: str | Path, latent_shape: tuple[int, ...], metadata: Mapping[str, str]):
-        self.stem, self.latent_shape, self.metadata = Path(stem), tuple(latent_shape), dict(metadata)
-        self.count = 0
-        self._rows: list[Row] = []
-        self._places = [self.stem.with_name(self.stem.name + ending) for ending in (".safetensors", ".parquet")]
-        self._partials = [partial_path(place) for place in self._places]
-        self.stem.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._latents = self._partials[0].open("wb")
-            self._latents.write(self._header(0))  # its place; what stands there comes last
-            self._table = pq.ParquetWriter(self._partials[1], TABLE)
-        except BaseException:
-            self.discard()
-            raise
-
-    def add(self, latents: np.ndarray, rows: Sequence[Row]) -> None:
-        """Some more pictures: latents (n, C, h, w) float16, finite, and a row each.
-
-        Raises:
-            ValueError: latents or a row that cannot be trained on; it names the row.
-        """
-        if latents.shape[1:] != self.latent_shape or latents.dtype != np.float16:
-            expected = ", ".join(map(str, ("N", *self.latent_shape)))
-            raise ValueError(f"latents are {latents.dtype} {latents.shape}; expected float16 ({expected})")
-        if len(latents) != len(rows):
-            raise ValueError(f"{len(latents)} latents but {len(rows)} rows; each picture needs both")
-        if not np.isfinite(latents).all():
-            bad = self.count + int(np.argwhere(~np.isfinite(latents))[0, 0])
-            raise ValueError(f"latents of row {bad} hold NaN or infinity")
-        for k, row in enumerate(rows, start=self.count):
-            try:
-                validate(row.phrases, row.boxes)
-            except ValueError as error:
-                raise ValueError(f"row {k} ({row.image_id}): {error}") from error
-            if len(row.scores) != len(row.boxes):
-                raise ValueError(f"row {k} ({row.image_id}): {len(row.scores)} scores but {len(row.boxes)} boxes")
-        self._latents.write(np.ascontiguousarray(latents, "<f2").data)
-        self.count += len(latents)
-        self._rows += rows
-        while len(self._rows) >= ROW_GROUP:
-            self._write_rows(ROW_GROUP)
-
-    def commit(self) -> None:
-        """Both files take their places, latents first."""
-        try:
-            if self._rows:
-                self._write_rows(len(self._rows))
-            self._table.close()
-            self._latents.seek(0)
-            self._latents.write(self._header(self.count))
-            self._latents.close()
-            for partial, place in zip(self._partials, self._places, strict=True):
-                settle(partial, place)
-        finally:
-            self.discard()
-
-    def discard(self) -> None:
-        """Nothing of what is not in its place stays."""
-        for name in ("_latents", "_table"):
-            if hasattr(self, name):
-                with suppress(OSError):  # of a full disk, for what is thrown away
-                    getattr(self, name).close()
-        for partial in self._partials:
-            partial.unlink(missing_ok=True)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.commit() if kind is None else self.discard()
-
-    def _write_rows(self, count: int) -> None:
-        rows, self._rows = self._rows[:count], self._rows[count:]
-        columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
-        self._table.write_table(pa.table(columns, schema=TABLE))
-
-    def _header(self, count: int) -> bytes:
-        """Of a safetensors file: as long for any number of pictures, and the same bytes for the same contents (the
-        library's own writer orders metadata by chance)."""
-        metadata = dict(sorted({"format": FORMAT, "version": VERSION, **self.metadata}.items()))
-        text, longest = (
-            json.dumps({"__metadata__": metadata, "latents": self._entry(number)}).encode()
-            for number in (count, 10**12)
-        )
-        length = -(-(8 + len(longest)) // 64) * 64 - 8  # the data begins at a multiple of 64
-        return length.to_bytes(8, "little") + text.ljust(length)
-
-    def _entry(self, count: int) -> dict[str, Any]:
-        size = 2 * count * int(np.prod(self.latent_shape))
-        return {"dtype": "F16", "shape": [count, *self.latent_shape], "data_offsets": [0, size]}
 
 
 class Shard:

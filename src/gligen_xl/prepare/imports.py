@@ -16,7 +16,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..data.published import SCALING_FACTOR, VAE, PublishedRow, read_boxes, read_latents
-from ..data.shards import DOWNSAMPLING, Row, Shard, ShardWriter, read_header
+from ..data.shard_writer import ShardWriter
+from ..data.shards import DOWNSAMPLING, Row, Shard, read_header
 from ..files import write_json
 from .frame import square_frame
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data.shards import Row, ShardWriter, read_header
+from ..data.shard_writer import ShardWriter
+from ..data.shards import Row, read_header
 from .ahead import Decoders
 from .captions import CaptionTable
 from .detect import Detector

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.shards import Row, write_shard
+from ..data.shard_writer import write_shard
+from ..data.shards import Row
 from .world import PICTURE_SIZE, draw, generator, ground_caption, sample_scene, scene_layout
 
 SHARD_PICTURES, ENCODED_AT_ONCE = 10_000, 100
