@@ -339,6 +339,6 @@ def test_waiting_for_room_ends_when_there_is_some(tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
