@@ -161,7 +161,7 @@ def test_every_recipe_is_a_configuration():
     from gligen_xl.commands.common import Parser
 
     for name in recipe_names():
-        (config,) = COMMANDS["train"].parse(Parser(prog="gligen-xl train"), [name])
+        config, *_ = COMMANDS["train"].parse(Parser(prog="gligen-xl train"), [name])
         settings = yaml.safe_load(find_recipe(name).read_text())
         assert config.samples == settings["samples"]
         assert config.augmentation.slots == settings["augmentation"]["slots"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from test_shards import METADATA, latents, row
 from tiny import grounded, sd_pipeline, sdxl_pipeline, text_config, tokenizer
@@ -14,16 +15,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModelWithProjection
 
 from gligen_xl import device
-from gligen_xl.adapter import adapter_parameters
+from gligen_xl.adapter import adapter_parameters, set_grounding_logit_bias
 from gligen_xl.data.batch import Augmentation, Batch, ShardDataset
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.phrases import embed_phrases
+from gligen_xl.train.accumulate import micro_batches, spoiled_unless_finite
 from gligen_xl.train.attention import watch_attention
 from gligen_xl.train.conditioning import Conditioner
 from gligen_xl.train.config import Objective
 from gligen_xl.train.ema import EMA
-from gligen_xl.train.objective import denoising_loss
+from gligen_xl.train.objective import denoising_loss, timesteps_of
 from gligen_xl.train.phrase_cache import PhraseCache
+from gligen_xl.train.steps import Steps
 
 SHAPES = ((8, 6), (2, 12), (1, 77))
 PHRASES = ["ring", "a red ring", "the small grey stone that lies beside a red ring", "sand", "a star", "two stars"]
@@ -117,7 +120,7 @@ def test_each_distinct_phrase_is_encoded_once_in_a_run(batch, monkeypatch):
     conditioner = Conditioner(pipeline)
     for _ in range(3):
         conditioner.phrases(replace(batch, phrases=[["a ring", "sand"], ["sand"], [], ["a ring"]]))
-    assert encoded == [(16, 6)]  # sixteen rows of six tokens, in place of four of 77 each time
+    assert encoded == [(32, 6)]  # once 32 rows of 6 tokens, in place of 4 of 77 each time
 
 
 def test_a_dropped_caption_is_encoded_once_or_never(batch, monkeypatch):
@@ -183,19 +186,24 @@ def test_a_step_never_waits_for_the_device(batch, make, monkeypatch):
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # moves there once, in the first step
     parameters = adapter_parameters(pipeline.unet)
-    ema = EMA(parameters, 0.9)
+    ema, steps = EMA(parameters, 0.9), Steps(Accelerator(cpu=True), 0, 4)
     monkeypatch.setattr(Batch, "noise_on", lambda batch, device: torch.empty_like(batch.latents, dtype=torch.float32))
     objective = Objective(snr_gamma=5.0, box_weight=2.0, noisy_bias=0.5)
     with NoWaiting():
         for phrases in (PHRASES[:3], PHRASES[2:], [*PHRASES, "grass"]):
             parts = [phrases[k::4] for k in range(4)]
             moved = replace(batch, phrases=parts).to("meta")
-            conditioning = conditioner(moved)
-            with watch_attention(pipeline.unet, moved.boxes, moved.mask, moved.latents.shape[-2:]) as attention:
-                losses = denoising_loss(pipeline.unet, scheduler, moved, conditioning, objective)
-                (losses + attention.mean()).mean().backward()
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            ema.update()
+            losses = []
+            for part, conditioning, _ in micro_batches(moved, conditioner(moved), 3):
+                with watch_attention(pipeline.unet, part.boxes, part.mask, part.latents.shape[-2:]) as attention:
+                    loss = denoising_loss(pipeline.unet, scheduler, part, conditioning, objective)
+                    spoiled_unless_finite((loss + attention.mean()).sum() / 4).backward()
+                losses.append(loss)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            ema.update(norm.isfinite())
+            set_grounding_logit_bias(pipeline.unet, 0.5)
+            quarters = timesteps_of(scheduler, moved, objective.noisy_bias) * 4 // 1000
+            steps.add(torch.cat(losses), quarters, norm)
     assert all(value.grad is not None for value in parameters.values())
 
 

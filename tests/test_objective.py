@@ -56,9 +56,9 @@ def test_box_weights_are_counted_pixel_by_pixel(boxes, height, width, weight):
     weights = box_weights(padded, mask, torch.Size((height, width)), weight)
     assert weights.shape == (1, 1, height, width)
     plain = torch.ones(height, width)
-    for row in range(height):
-        for column in range(width):
-            y, x = (row + 0.5) / height, (column + 0.5) / width
+    ys, xs = (((torch.arange(count) + 0.5) / count).tolist() for count in (height, width))  # in float32, as the boxes
+    for row, y in enumerate(ys):
+        for column, x in enumerate(xs):
             if any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in padded[0, :-1].tolist()):
                 plain[row, column] = weight
     torch.testing.assert_close(weights[0, 0], plain / plain.mean(), rtol=1e-4, atol=1e-5)

@@ -118,7 +118,9 @@ def test_killed_stopped_or_interrupted_at_any_moment_it_ends_with_the_same_bits(
             shutil.rmtree(out)
         else:
             codes.append(code)
-            assert code in (-signal.SIGKILL, -signal.SIGTERM, 75, 130), log.read_text()
+            assert code in (-signal.SIGKILL, -signal.SIGTERM, 75, 130), (
+                f"code {code} after signal {number}: {log.read_text()}"
+            )
             for path in list_checkpoints(out):
                 load_checkpoint(path)
     assert server.end(begin(server, recipe, out, log)) == 0, log.read_text()
