@@ -28,7 +28,7 @@ from gligen_xl.train.objective import denoising_loss, timesteps_of
 from gligen_xl.train.phrase_cache import PhraseCache
 from gligen_xl.train.steps import Steps
 
-SHAPES = ((8, 6), (2, 12), (1, 77))
+SHAPES = ((32, 6), (1, 12), (1, 24), (1, 77))  # those of a CPU
 PHRASES = ["ring", "a red ring", "the small grey stone that lies beside a red ring", "sand", "a star", "two stars"]
 
 

@@ -125,5 +125,5 @@ class Conditioner:
 
 # (rows, tokens) in which phrases are encoded. Most have four words or fewer, which is 6 tokens; longer ones are rare,
 # and to fill up a group costs a CPU as much as to encode more. A GPU takes as long for a few rows as for many.
-_SHAPES_CPU = ((32, 6), (2, 12), (1, 24), (1, 77))
+_SHAPES_CPU = ((32, 6), (1, 12), (1, 24), (1, 77))
 _SHAPES_GPU = ((64, 6), (64, 12), (32, 24), (8, 77))
