@@ -59,6 +59,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "supervised, share, gate, box weight": {
         **SUPERVISED, **SHARE, **CHANGES["gate"], **CHANGES["box weight"],
     },
+    "supervised, noisy, bias": {**SUPERVISED, **CHANGES["noisy"], **BIAS},
+    "supervised, noisy, gate": {**SUPERVISED, **CHANGES["noisy"], **CHANGES["gate"]},
+    "supervised, noisier": {**SUPERVISED, "objective.noisy_bias": 3.0},
     **{f"supervised, {name}": {**SUPERVISED, **change} for name, change in CHANGES.items()},
     "published": {},
     "gates": GATES,

@@ -22,7 +22,7 @@ from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
 from gligen_xl.data.batch import Augmentation, ShardDataset
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.phrases import embed_phrases
-from gligen_xl.train import loop
+from gligen_xl.train import loop, run_lock
 from gligen_xl.train.base import fresh_adapter, load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner
@@ -436,3 +436,14 @@ def test_the_gates_may_be_held_shut(config):
     optimization = replace(config.optimization, gate_learning_rate=0.0)
     train(replace(config, samples=8, optimization=optimization))
     assert lines(Path(config.out))[-1]["gate_mean"] == 0
+
+
+def test_two_runs_in_one_folder_are_refused(config, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
+    with (
+        run_lock.only_run_in(Path(config.out), is_main=True),
+        pytest.raises(ValueError, match="another run is at work"),
+    ):
+        train(config)
+    assert not list_checkpoints(config.out)
+    train(config)

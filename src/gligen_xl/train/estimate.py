@@ -267,7 +267,7 @@ def _epochs(config: TrainConfig) -> list[str]:
         count = int(drawn) if kind == "shapes" and drawn.isdigit() else sum(len(shard) for shard in _shards(source))
         if count:
             epochs = config.samples * weight / total / count
-            lines.append(f"{source}: {count:,} samples, gone through {epochs:.3g} times")
+            lines.append(f"{source}: {count:,} samples, gone through {epochs:,.1f} times")
         else:
             lines.append(f"{source} is not here, so its epochs are not known")
     return lines

@@ -50,6 +50,7 @@ from .optimizer import AdapterOptimizer
 from .processes import Processes, make_accelerator
 from .reached import Reached
 from .report import refresh_report
+from .run_lock import only_run_in
 from .signals import stop_requests
 from .start import start_adapter
 from .steps import Steps
@@ -65,7 +66,7 @@ def train(config: TrainConfig) -> Path:
         The folder of the finished adapter; or of the last checkpoint, if the run was asked to stop (Ctrl-C, SIGTERM).
 
     Raises:
-        ValueError: the run in `out` was begun with other settings, or data and base do not fit.
+        ValueError: the run in `out` was begun with other settings, or is still at work; or data and base do not fit.
         FloatingPointError: so many steps in a row as `skip_limit` were not finite. The last checkpoint stands.
         OSError: a checkpoint could not be written, as when the disk is full. The one before stands.
         RuntimeError: another process of the run is gone.
@@ -180,7 +181,11 @@ def train(config: TrainConfig) -> Path:
         """Whether the step that ended at `position` passed a multiple of `every`."""
         return every is not None and position // every > (position - config.batch_size) // every
 
-    with stop_requests() as request, RunLog(accelerator, config, position, steps, image_ids) as log:
+    with (
+        only_run_in(out, is_main=processes.is_main),
+        stop_requests() as request,
+        RunLog(accelerator, config, position, steps, image_ids) as log,
+    ):
         for batch in log.waiting_for(loader):
             factor = config.optimization.rate(position, stop)
             batch = batch.to(accelerator.device)

