@@ -3,9 +3,9 @@
 Every variant is trained from a fresh adapter, once per seed, and looked at on held-out layouts. Runs lie in
 runs/learning; one that is finished is not trained again, one that was stopped goes on.
 
-python benchmarks/learning.py                                                   # all of it: days of two cores
-python benchmarks/learning.py --only supervised "supervised, share" --seeds 1 --samples 9600 --every 2400
-python benchmarks/learning.py --samples 9600 --report                           # the tables of what there is
+python benchmarks/learning.py                                                   # all of it: five hours of one core
+python benchmarks/learning.py --only supervised "supervised, noisier" --seeds 0 --samples 25600 --look 1600
+python benchmarks/learning.py --report                                          # the table of what there is
 python benchmarks/learning.py --sizes                                           # parameters and times by placement
 """
 
@@ -32,42 +32,37 @@ from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Va
 from gligen_xl.train.loop import train
 
 ROOT = Path("runs/learning")
-GATES = {"optimization.gate_learning_rate": 2e-2}  # ten times the others
-BIAS = {"adapter.grounding_logit_bias": 2.0}
-SHARE = {"adapter.grounding_share": 0.5}
+GATES = {"optimization.gate_learning_rate": 1.5e-2}  # ten times the others
 SUPERVISED = {**GATES, "optimization.attention_weight": 0.1}
-# One change each, and first with GLIGEN's recipe as it is, then with attention supervision and quicker gates.
+NOISIER = {"objective.noisy_bias": 3.0}
+BIAS = {"adapter.grounding_logit_bias": 2.0}
+GATE = {"adapter.gate_init": 0.1}
+# One change each. By itself none of them learns to follow boxes in so few samples, so each is seen beside supervision.
 CHANGES: dict[str, dict[str, Any]] = {
-    "share": SHARE,
+    "noisy": {"objective.noisy_bias": 1.0},
+    "noisier": NOISIER,
     "bias": BIAS,
     "bias annealed": {**BIAS, "adapter.bias_share": 0.7},
-    "gate": {"adapter.gate_init": 0.1},
+    "share": {"adapter.grounding_share": 0.5},
+    "gate": GATE,
     "self-attention": {"adapter.fuser_init": "self_attention"},
     "min-SNR": {"objective.snr_gamma": 5.0},
-    "noisy": {"objective.noisy_bias": 1.0},
     "box weight": {"objective.box_weight": 4.0},
     "no EMA": {"optimization.ema_decay": 0.0},
     "every 2": {"adapter.every": 2},
     "first": {"adapter.blocks": "first"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "supervised": SUPERVISED,
-    "supervised, share": {**SUPERVISED, **SHARE},
-    "supervised, bias": {**SUPERVISED, **BIAS},  # the recipe `shapes`
-    "supervised, share, gate": {**SUPERVISED, **SHARE, **CHANGES["gate"]},
-    "supervised, share, box weight": {**SUPERVISED, **SHARE, **CHANGES["box weight"]},
-    "supervised, share, gate, box weight": {
-        **SUPERVISED, **SHARE, **CHANGES["gate"], **CHANGES["box weight"],
-    },
-    "supervised, noisy, bias": {**SUPERVISED, **CHANGES["noisy"], **BIAS},
-    "supervised, noisy, gate": {**SUPERVISED, **CHANGES["noisy"], **CHANGES["gate"]},
-    "supervised, noisier": {**SUPERVISED, "objective.noisy_bias": 3.0},
-    **{f"supervised, {name}": {**SUPERVISED, **change} for name, change in CHANGES.items()},
     "published": {},
     "gates": GATES,
-    "gates, share": {**GATES, **SHARE},
-    **CHANGES,
-}  # fmt: skip
+    "published, bias": BIAS,
+    "published, noisier": NOISIER,
+    "supervised": SUPERVISED,
+    **{f"supervised, {name}": {**SUPERVISED, **change} for name, change in CHANGES.items()},
+    "supervised, noisier, bias": {**SUPERVISED, **NOISIER, **BIAS},
+    "supervised, noisier, gate": {**SUPERVISED, **NOISIER, **GATE},
+    "supervised, noisier, bias, gate": {**SUPERVISED, **NOISIER, **BIAS, **GATE},
+}
 
 
 def config_of(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
@@ -77,20 +72,20 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
         data=str(ROOT / "data" / f"shapes-{options.pictures}"),
         out=str(ROOT / str(options.samples) / f"{name.replace(', ', '+').replace(' ', '-')}-{seed}"),
         samples=options.samples,
-        batch_size=64,
+        batch_size=32,
         seed=seed,
         checkpoint_every=options.every,
         keep_checkpoints=1,
-        log_every=25,
+        log_every=50,
         track=[],
         adapter=AdapterOptions(),
         augmentation=Augmentation(drop_caption=0.1, slots=6),
         optimization=Optimization(
-            learning_rate=2e-3, beta2=0.99, warmup_samples=1_600, ema_decay=0.98, attention_share=0.7
+            learning_rate=1.5e-3, beta2=0.99, warmup_samples=1_600, ema_decay=0.985, attention_share=0.7
         ),
         validation=Validation(
             data=str(ROOT / "data" / "held-out"),
-            every=options.look or options.every,
+            every=options.look,
             gain_every=options.every,
             pictures=options.layouts,
             steps=20,
@@ -143,7 +138,7 @@ def table(options: argparse.Namespace) -> str:
         "|---|---:|---|---|---|---|---|---|",
     ]
     for name in VARIANTS:
-        outs = [Path(config_of(name, seed, options).out) for seed in range(options.seeds)]
+        outs = [Path(config_of(name, seed, options).out) for seed in options.seeds]
         runs = [looks(out) for out in outs if (out / "adapter").is_dir()]
         if not runs:
             continue
@@ -225,12 +220,12 @@ def _timed(call: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=448_000)
-    parser.add_argument("--every", type=int, default=16_000, help="samples between looks at the grounding gain")
-    parser.add_argument("--look", type=int, help="samples between looks at pictures; by default as --every")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=9_600)
+    parser.add_argument("--every", type=int, default=1_600, help="samples between looks at the grounding gain")
+    parser.add_argument("--look", type=int, default=3_200, help="samples between looks at pictures")
     parser.add_argument("--layouts", type=int, default=64, help="held-out layouts that are drawn at each look")
-    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures")
+    parser.add_argument("--pictures", type=int, default=10_000, help="training pictures")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--sizes", action="store_true", help="measure where fusers stand, and train nothing")
     options = parser.parse_args()
@@ -239,7 +234,7 @@ def main() -> None:
         return
     if not options.report:
         draw_data(options.pictures)
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             for name in options.only or VARIANTS:
                 config = config_of(name, seed, options)
                 if not (Path(config.out) / "adapter").is_dir():

@@ -1,6 +1,8 @@
 """Checkpoints and averages: whole or not at all, verified when read, pruned."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,25 @@ def test_what_a_kill_left_half_written_is_cleared(tmp_path):
     (half / "weights.safetensors").write_bytes(b"half")
     save_checkpoint(tmp_path, 64, some(), {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000064"]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_none_by_halves(tmp_path, monkeypatch):
+    real = shutil.rmtree
+
+    def interrupted(path, *rest, **named):
+        if not Path(path).is_dir() or not any(Path(path).iterdir()):
+            return real(path, *rest, **named)
+        next(Path(path).glob("*.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    save_checkpoint(tmp_path, 64, some(), {}, keep=1)
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 128, some(), {}, keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000128"]
+    save_checkpoint(tmp_path, 192, some(), {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000192"]
 
 
 def test_whole_files_and_folders(tmp_path):

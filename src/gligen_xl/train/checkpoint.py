@@ -49,7 +49,7 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint has to stay")
-    for left in Path(root).glob(".checkpoint-*.partial"):  # of a run that was killed while it saved
+    for left in Path(root).glob(".checkpoint-*.partial"):  # of a run that was killed while it saved or removed
         shutil.rmtree(left)
     target = Path(root) / f"checkpoint-{position:08d}"
     try:
@@ -67,7 +67,7 @@ def save_checkpoint(
         stands = f"{there[-1]} is whole, and the same command continues from it" if there else "there is none yet"
         raise OSError(f"{target} could not be written: {error}; {stands}. Make room on the disk first") from error
     for old in _to_remove(list_checkpoints(root), keep, keep_every):
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))  # a kill leaves no half of a checkpoint
     return target
 
 
