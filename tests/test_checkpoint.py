@@ -168,8 +168,21 @@ def test_the_average_follows_its_formula_and_steps_aside():
     with ema.applied():
         torch.testing.assert_close(value.detach(), expected)
     assert torch.equal(value.detach(), own)
+    torch.testing.assert_close(ema.average["v"], expected)
     with pytest.raises(ValueError, match="decay is 1"):
         EMA({"v": value}, decay=1)
+
+
+def test_without_an_average_no_memory_is_taken():
+    value = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    ema = EMA({"v": value}, decay=0)
+    with torch.no_grad():
+        value.add_(1)
+    ema.update()
+    with ema.applied():
+        assert value.tolist() == [2.0, -1.0]
+    assert ema.average["v"].data_ptr() == value.data_ptr()
+    assert ema.average["v"].tolist() == [2.0, -1.0]
 
 
 def test_state_is_json(tmp_path):

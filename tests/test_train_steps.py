@@ -187,6 +187,55 @@ def test_two_processes_in_parts_equal_one_and_exchange_gradients_once_a_step(con
     assert 4 <= len(counts[0][0]) <= 8  # steps, by at most two buckets
 
 
+# Writes how many numbers a process keeps in moments and average.
+KEPT = """
+import gligen_xl.train.loop as loop
+real = loop.Shares.collect
+def counted(self, tensors):
+    with open({path!r} + os.environ["RANK"], "a") as file:
+        file.write(str(sum(value.numel() for value in tensors.values())) + " ")
+    return real(self, tensors)
+loop.Shares.collect = counted
+"""
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_processes_that_share_moments_and_average_end_with_the_same_bits(config, server, tmp_path, data, kind):
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    config = replace(
+        config, samples=32, validation=Validation(data=str(data), every=16, loss_samples=4, pictures=0),
+        optimization=replace(config.optimization, optimizer=kind),
+    )  # fmt: skip
+    whole = replace(config, out=str(tmp_path / "whole"))
+    shared = replace(config, out=str(tmp_path / "shared"), shard_optimizer=True)
+    on_two(server, whole, tmp_path, KEPT.format(path=str(tmp_path / "whole-")))
+    on_two(server, replace(shared), tmp_path, KEPT.format(path=str(tmp_path / "shared-")))
+    assert same(final(whole.out), final(shared.out))
+    assert lines(whole.out) == lines(shared.out)
+    assert lines(whole.out, "validation") == lines(shared.out, "validation")
+    adapters = [(Path(run.out) / "adapter" / "gligen_adapter.safetensors").read_bytes() for run in (whole, shared)]
+    assert adapters[0] == adapters[1]
+    kept = [[int(n) for n in (tmp_path / f"{name}-{rank}").read_text().split()]
+            for name in ("whole", "shared") for rank in (0, 1)]  # fmt: skip
+    assert kept[0] == kept[1]
+    assert all(0.45 * n < part < 0.55 * n for part, n in zip(kept[2], kept[0], strict=True))
+    assert all(0.45 * n < part < 0.55 * n for part, n in zip(kept[3], kept[0], strict=True))
+
+
+def test_a_run_may_go_on_with_shared_moments_and_without(config, server, tmp_path):
+    config = replace(config, samples=32)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    on_two(server, whole, tmp_path)
+    for position, shared in ((8, True), (16, False), (24, True)):
+        patch = "import gligen_xl.train.loop as loop\n" + STOP.format(position=position)
+        part = replace(config, shard_optimizer=shared)
+        ranks = server.begin_ranks(words(part, tmp_path), tmp_path / "log", patch=patch)
+        assert [server.end(pid) for pid in ranks] == [75, 75], logs(tmp_path)
+    on_two(server, config, tmp_path)
+    assert same(final(config.out), final(whole.out))
+
+
 def test_another_number_of_processes_sees_the_same_batches(config, server, tmp_path):
     config = replace(config, log_every=1, samples=32, micro_batch=2)
     whole = replace(config, out=str(tmp_path / "whole"))

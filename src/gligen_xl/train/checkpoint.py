@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +113,39 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dic
     return tensors, state
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of one of torch's optimizers or bitsandbytes' as flat named tensors: "<parameter index>.<name>"."""
-    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state of one of torch's optimizers or bitsandbytes' as flat named tensors: "<parameter number>.<name>".
+
+    Args:
+        parameters: what the numbers count, where the optimizer has only some of them; by default its own.
+    """
+    parameters = _parameters(optimizer) if parameters is None else parameters
     return {
-        f"{index}.{name}": value.clone() if name.startswith("qmap") else torch.as_tensor(value)  # qmaps are shared
-        for index, parameter in enumerate(parameters)
+        f"{number}.{name}": value.clone() if name.startswith("qmap") else torch.as_tensor(value)  # qmaps are shared
+        for number, parameter in enumerate(parameters)
         for name, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, for the same parameters in the same order."""
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor] | None = None
+) -> None:
+    """Put back what `optimizer_tensors` gave, for the same parameters in the same order, or for some of them."""
+    own = {parameter: index for index, parameter in enumerate(_parameters(optimizer))}
+    parameters = list(own) if parameters is None else parameters
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        counter = value.dim() == 0 and not value.is_floating_point()  # a number of steps, as bitsandbytes keeps it
-        state.setdefault(int(index), {})[name] = int(value) if counter else value
+        number, name = key.split(".", 1)
+        if (parameter := parameters[int(number)]) in own:
+            counter = value.dim() == 0 and not value.is_floating_point()  # a number of steps, as bitsandbytes keeps it
+            state.setdefault(own[parameter], {})[name] = int(value) if counter else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for group in optimizer.param_groups for value in group["params"]]
 
 
 def _checksum(path: Path) -> str:

@@ -187,6 +187,8 @@ class TrainConfig:
         compile: the U-Net by torch.compile. The first steps take minutes, so does a new size of latents.
         compile_backend: of torch.compile; "eager" and "aot_eager" only trace, to find what does not compile.
         gradient_compression: gradients pass between the processes as they are, or as bfloat16: half the traffic.
+        shard_optimizer: each process keeps moments and average of its share of the adapter alone; the weights are the
+            same to the bit, and exchanged once more a step.
         process_timeout: seconds that a process waits for the others before it ends with an error; more than a
             validation and a checkpoint take.
         skip_limit: steps of which loss or gradients are not finite are left out; so many in a row end the run.
@@ -215,6 +217,7 @@ class TrainConfig:
     compile: bool = False
     compile_backend: str = "inductor"
     gradient_compression: Literal["no", "bf16"] = "no"
+    shard_optimizer: bool = False
     process_timeout: int = 1800
     skip_limit: int = 10
     workers: int = 0
@@ -278,8 +281,8 @@ class TrainConfig:
 
 _MAY_CHANGE = {
     "out", "data", "resolution", "micro_batch", "gradient_checkpointing", "compile", "compile_backend",
-    "process_timeout", "skip_limit", "workers", "cache_gb", "log_every", "checkpoint_every", "keep_checkpoints",
-    "keep_every", "track", "validation",
+    "shard_optimizer", "process_timeout", "skip_limit", "workers", "cache_gb", "log_every", "checkpoint_every",
+    "keep_checkpoints", "keep_every", "track", "validation",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ class EMA:
     """Keeps `average = decay * average + (1 - decay) * parameter`, in float32, for the parameters it was given.
 
     The decay is lowered at the start to (1 + steps) / (10 + steps), so that the first random values are forgotten.
+    At a decay of 0 the average is the parameters themselves, and takes no memory.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float):
@@ -21,7 +22,9 @@ class EMA:
         self.decay = decay
         self._parameters = dict(parameters)
         self._steps = torch.zeros((), device=next(iter(self._parameters.values())).device)
-        self.average = {name: value.detach().float().clone() for name, value in self._parameters.items()}
+        self.average = {
+            name: value.detach().to(torch.float32, copy=decay > 0) for name, value in self._parameters.items()
+        }
 
     @property
     def steps(self) -> int:
@@ -50,19 +53,25 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the parameters hold their averages; afterwards their own values again, bit for bit."""
-        kept = {name: value.detach().clone() for name, value in self._parameters.items()}
-        self._copy(self.average)
+        """Inside the block the parameters hold their averages; afterwards their own values again, bit for bit.
+
+        They change places one by one, so no second copy of all is made; for float32 parameters.
+        """
+        self._change_places()
         try:
             yield
         finally:
-            self._copy(kept)
+            self._change_places()
 
     def copy_to_parameters(self) -> None:
         """The parameters become their averages."""
-        self._copy(self.average)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self.average[name])
 
     @torch.no_grad()
-    def _copy(self, values: Mapping[str, Tensor]) -> None:
+    def _change_places(self) -> None:
         for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+            own = parameter.clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(own)

@@ -75,14 +75,15 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
     shape, where_from = latent_shape(config, base)
     sizes = [value.numel() for value in adapter.values()]
     trained, moments = 4 * sum(sizes), moment_bytes(sizes, config.optimization.optimizer)
+    kept_by = processes if config.shard_optimizer else 1  # moments and average
     precision = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[config.precision]
     memory = {
         f"base U-Net, {precision}": _bytes(v for k, v in base.unet.named_parameters() if k not in adapter),
         f"text encoders, {precision}": sum(_bytes(encoder.parameters()) for encoder in base.text_encoders),
         "adapter, float32": trained,
         "gradients, float32": trained,
-        f"optimizer, {config.optimization.optimizer}": moments,
-        "average (EMA), float32": trained,
+        f"optimizer, {config.optimization.optimizer}": moments // kept_by,
+        "average (EMA), float32": trained // kept_by if config.optimization.ema_decay else 0,
     }
     if needs_vae(config):
         memory["VAE, float32"] = 4 * _count([base.vae])

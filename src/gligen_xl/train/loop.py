@@ -51,6 +51,7 @@ from .processes import Processes, make_accelerator
 from .reached import Reached
 from .report import refresh_report
 from .run_lock import only_run_in
+from .shares import Shares
 from .signals import stop_requests
 from .start import start_adapter
 from .steps import Steps
@@ -114,8 +115,9 @@ def train(config: TrainConfig) -> Path:
                 lambda: denoising_loss(unet, scheduler, first, conditioner(first), config.objective),
             )
     parameters = adapter_parameters(unet)
-    optimizer = AdapterOptimizer(parameters, config.optimization, accelerator.scaler)
-    ema = EMA(parameters, config.optimization.ema_decay)
+    shares = Shares(parameters, processes, sharded=config.shard_optimizer)
+    optimizer = AdapterOptimizer(parameters, config.optimization, accelerator.scaler, shares.own)
+    ema = EMA(shares.own, config.optimization.ema_decay)
     position = reached.position
     steps = Steps(accelerator, position, config.batch_size, reached.tensors.get("log"), reached.state.get("log"))
     if reached.checkpoint:
@@ -155,11 +157,13 @@ def train(config: TrainConfig) -> Path:
 
     def checkpoint() -> Path:
         groups = {
-            "gligen_adapter": ema.average,
+            "gligen_adapter": shares.collect(ema.average),
             "weights": parameters,
-            "optimizer": optimizer.tensors(),
+            "optimizer": shares.collect(optimizer.tensors()),
             "log": steps.tensors(),
         }
+        if not processes.is_main:
+            return out
         state = {
             "adapter": adapter_config(unet).to_dict(),
             "base": base,
@@ -192,6 +196,7 @@ def train(config: TrainConfig) -> Path:
             losses = backward(batch, config.optimization.attention(position, stop))
             optimizer.set_rate(factor)
             norm = optimizer.step()
+            shares.spread()
             ema.update(norm.isfinite())
             position += config.batch_size
             set_grounding_logit_bias(unet, config.adapter.logit_bias(position, stop))
@@ -204,22 +209,25 @@ def train(config: TrainConfig) -> Path:
             if validator and (whole or due(config.validation.gain_every)):
                 log.look()
                 with log.paused():
-                    if processes.is_main:
-                        with ema.applied():
+                    with ema.applied():
+                        shares.spread()
+                        if processes.is_main:
                             log.validation(position, *validator(gain_only=not whole))
-                    processes.wait()
+                        processes.wait()
+                    shares.spread()
             stopped = processes.any(request.came)
             if due(config.checkpoint_every) or position == stop or stopped:
                 with log.paused():
                     log.settle()
-                    saved = checkpoint() if processes.is_main else out
+                    saved = checkpoint()
                     processes.wait()
                 if stopped and position < stop:
                     log.say(f"stopped at {position} of {stop} samples; the same command continues from {saved}")
                     return saved
+        average = shares.collect(ema.average)
 
     finished = out / FINISHED
     if processes.is_main:
-        save_adapter(unet, finished, state=ema.average, metadata=about())
+        save_adapter(unet, finished, state=average, metadata=about())
         refresh_report(out)
     return finished

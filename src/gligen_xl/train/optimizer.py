@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,21 +25,30 @@ class AdapterOptimizer:
     Args:
         parameters: by name; all of them are trained.
         scaler: of the loss, in float16.
+        own: those that this process steps, where processes share them out; by default all.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], options: Optimization, scaler: GradScaler | None = None):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        options: Optimization,
+        scaler: GradScaler | None = None,
+        own: Collection[str] | None = None,
+    ):
         if frozen := [name for name, value in parameters.items() if not value.requires_grad]:
             raise ValueError(f"{len(frozen)} parameters are frozen, as {frozen[0]}; the optimizer takes trained ones")
         self.options, self.scaler = options, scaler
-        self.parameters = list(parameters.values())
+        others = {name: value for name, value in parameters.items() if ".alpha_" not in name}
+        gates = {name: value for name, value in parameters.items() if ".alpha_" in name}
+        self.parameters = [*others.values(), *gates.values()]
+        self.whole = torch.optim.SGD(self.parameters)  # has no state; for what is done to the gradients of all
+        own = parameters if own is None else own
         device = self.parameters[0].device.type
         self.fused = options.optimizer == "adamw" and device in FUSED
-        gates = [value for name, value in parameters.items() if ".alpha_" in name]
-        others = [value for name, value in parameters.items() if ".alpha_" not in name]
         gate_rate = options.learning_rate if options.gate_learning_rate is None else options.gate_learning_rate
         groups = [
-            {"params": others, "lr": options.learning_rate, "base_lr": options.learning_rate},
-            {"params": gates, "lr": gate_rate, "base_lr": gate_rate, "weight_decay": 0.0},
+            {"params": _some(others, own), "lr": options.learning_rate, "base_lr": options.learning_rate},
+            {"params": _some(gates, own), "lr": gate_rate, "base_lr": gate_rate, "weight_decay": 0.0},
         ]
         settings = {"betas": (options.beta1, options.beta2), "weight_decay": options.weight_decay}
         if options.optimizer == "adamw8bit":
@@ -59,7 +68,7 @@ class AdapterOptimizer:
             Their norm before clipping, a scalar on the device. If it is not finite, weights and moments are as before.
         """
         if self.scaler is not None:
-            self.scaler.unscale_(self.inner)
+            self.scaler.unscale_(self.whole)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
         if self.fused:
             self.inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined] - torch's AMP protocol
@@ -68,20 +77,25 @@ class AdapterOptimizer:
             self.inner.step()
         if self.scaler is not None:
             self.scaler.update()
-        self.inner.zero_grad()
+        self.whole.zero_grad()
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        return optimizer_tensors(self.inner)
+        """Moments and counts of those that this process steps, by the number among all; see `optimizer_tensors`."""
+        return optimizer_tensors(self.inner, self.parameters)
 
     def load(self, tensors: Mapping[str, Tensor], scaler: dict[str, Any] | None) -> None:
-        """Go on from what `tensors` gave, and from the state of the scaler."""
-        load_optimizer_tensors(self.inner, tensors)
+        """Go on from what `tensors` gave, here or on all processes, and from the state of the scaler."""
+        load_optimizer_tensors(self.inner, tensors, self.parameters)
         if self.scaler is not None and scaler is not None:
             self.scaler.load_state_dict(scaler)
 
     def scaler_state(self) -> dict[str, Any] | None:
         return None if self.scaler is None else self.scaler.state_dict()
+
+
+def _some(parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> list[nn.Parameter]:
+    return [value for name, value in parameters.items() if name in names]
 
 
 def _eight_bit(groups: list[dict[str, Any]], settings: dict[str, Any], device: str) -> torch.optim.Optimizer:

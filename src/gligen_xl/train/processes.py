@@ -6,7 +6,8 @@ over the network between CPUs (gloo): it does not wait for a device, and a proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
 )
+from torch import Tensor
 
 from .config import TrainConfig
 
@@ -46,8 +48,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, which training does not know; every "
-            "process holds the whole adapter. Launch it plainly (torchrun, or accelerate launch --multi_gpu)"
+            f"accelerate is set up for {accelerator.distributed_type.value}, which training does not know. Launch it "
+            "plainly (torchrun, or accelerate launch --multi_gpu); shard_optimizer shares the optimizer's state"
         )
     if config.batch_size % accelerator.num_processes:
         raise ValueError(
@@ -65,7 +67,8 @@ class Processes:
     """
 
     def __init__(self, accelerator: Accelerator, timeout: int):
-        self.count, self.is_main = accelerator.num_processes, accelerator.is_main_process
+        self.count, self.rank = accelerator.num_processes, accelerator.process_index
+        self.is_main = accelerator.is_main_process
         self._group: Any = None
         if self.count > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -91,6 +94,36 @@ class Processes:
         yield
         if self.is_main:
             self.wait()
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The named tensors of all processes, on the main one, in main memory; the others get theirs back."""
+        with self._heard():
+            if not self.is_main:
+                self._send(tensors)
+                return dict(tensors)
+            collected = {name: value.cpu() for name, value in tensors.items()}
+            for rank in range(1, self.count):
+                collected |= self._receive(rank)
+            return collected
+
+    def _send(self, tensors: Mapping[str, Tensor]) -> None:
+        kinds = [[name, str(value.dtype).removeprefix("torch."), value.shape] for name, value in tensors.items()]
+        header = torch.frombuffer(bytearray(json.dumps(kinds).encode()), dtype=torch.uint8)
+        dist.send(torch.tensor(header.numel()), 0, group=self._group)
+        dist.send(header, 0, group=self._group)
+        for value in tensors.values():
+            dist.send(value.detach().contiguous().cpu(), 0, group=self._group)
+
+    def _receive(self, rank: int) -> dict[str, Tensor]:
+        size = torch.tensor(0)
+        dist.recv(size, rank, group=self._group)
+        header = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(header, rank, group=self._group)
+        tensors = {}
+        for name, kind, shape in json.loads(header.numpy().tobytes()):
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, kind))
+            dist.recv(tensors[name], rank, group=self._group)
+        return tensors
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
