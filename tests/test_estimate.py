@@ -132,6 +132,16 @@ def test_what_is_on_the_device_counts(tiny):
     assert activations["checkpointing"] < activations["plain"] < activations["watched"]
 
 
+def test_shared_moments_and_no_average(tiny):
+    config = TrainConfig(model=str(tiny), data="elsewhere", out="runs/x", resolution=32, batch_size=8)
+    plain, shared = (estimate(replace(config, shard_optimizer=shared), processes=4) for shared in (False, True))
+    for part in ("optimizer", "average"):
+        assert memory(shared, part) == memory(plain, part) // 4 > 0
+    assert shared.checkpoint == plain.checkpoint
+    without = replace(config, optimization=Optimization(ema_decay=0))
+    assert memory(estimate(without), "average") == 0
+
+
 def test_moments_are_those_of_the_optimizers():
     torch.manual_seed(0)
     pytest.importorskip("bitsandbytes")
