@@ -101,7 +101,6 @@ def ended_with(out):
     return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}, lines, kept
 
 
-@pytest.mark.slow
 def test_killed_stopped_or_interrupted_at_any_moment_it_ends_with_the_same_bits(server, recipe, tmp_path):
     out, log, chance, codes = tmp_path / "out", tmp_path / "log", random.Random(0), []
     assert server.end(begin(server, recipe, tmp_path / "whole", log)) == 0, log.read_text()
