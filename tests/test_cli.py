@@ -183,11 +183,17 @@ def test_evaluate_writes_its_report(capsys, tmp_path):
     out = tmp_path / "report"
     code, output, error = run(capsys, "evaluate", "--count", 2, "--steps", 2, "--beta", 1, "--out", out)
     assert code == 0, error
-    assert "| beta 1 |" in output
-    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "report.json", "report.md"]
-    assert list(json.loads((out / "report.json").read_text())["metrics"]) == ["beta 1", "off", "shuffled"]
+    assert "beta-1" in output
+    assert {"grid.png", "report.json", "report.md", "pictures", "detections"} <= {path.name for path in out.iterdir()}
+    gone = next((out / "pictures" / "beta-1").iterdir())
+    gone.unlink()
+    code, _, error = run(capsys, "evaluate", "--count", 2, "--pictures", out / "pictures", "--out", tmp_path / "again")
+    assert code == 1
+    assert f"not scored: beta-1 {gone.stem}: missing" in error
     (tmp_path / "dogs.json").write_text('{"phrases": ["a dog"], "boxes": [[0, 0, 1, 1]]}')
-    assert "cannot look for 'a dog'" in fails(capsys, "evaluate", "--layouts", tmp_path / "dogs.json", "--out", out)
+    assert "cannot look for 'a dog'" in fails(
+        capsys, "evaluate", "--layouts", tmp_path / "dogs.json", "--detector", "shapes", "--out", out
+    )
     assert "no detector 'yolo'" in fails(capsys, "evaluate", "--detector", "yolo")
 
 
@@ -241,18 +247,25 @@ def test_a_second_command_leaves_the_pictures_of_the_first(model, layouts, tmp_p
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--count", 3), "--count is 3; .* holds 2 layouts"),
+        (("--count", 3), "count is 3; .* holds 2 layouts"),
+        (("--part", "3/2"), "--part is '3/2'"),
+        (("--sweep", "beta=x"), "--sweep is 'beta=x'"),
+        (("--sweep", "steps=1"), "sweep of 'steps'"),
+        (("--pictures", "here", "--beta", 1), "--beta is of generating"),
+        (("--generate_only", "--clip", "x"), "--clip is of scoring"),
         (("--beta", 1, 7), "shares of the steps, 0 to 1"),
         (("--seed", 10**20), "--seed is 1"),
         (("--out", "FILE"), "File exists"),
     ],
 )
 def test_evaluate_complains_before_it_generates(model, layouts, tmp_path, capsys, monkeypatch, words, says):
-    monkeypatch.setattr("gligen_xl.evaluate.run.generate", lambda *_, **__: pytest.fail("generated"))
+    monkeypatch.setattr("gligen_xl.evaluate.pictures.generate", lambda *_, **__: pytest.fail("generated"))
     (tmp_path / "file").write_text("")
     words = [tmp_path / "file" if word == "FILE" else word for word in words]
     out = () if "--out" in words else ("--out", tmp_path / "report")
-    assert re.search(says, fails(capsys, "evaluate", "--layouts", layouts, "--model", model, *out, *words))
+    assert re.search(
+        says, fails(capsys, "evaluate", "--layouts", layouts, "--detector", "shapes", "--model", model, *out, *words)
+    )
 
 
 def test_shapes_pack_makes_a_folder_with_both(model, tmp_path, capsys):

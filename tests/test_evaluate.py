@@ -1,9 +1,7 @@
-"""Box metrics on cases counted by hand, and the report."""
+"""A whole evaluation with painters in place of models: what is perfect scores perfectly, and what is not does not."""
 
-import json
-
-import numpy as np
 import pytest
+from painters import Painter
 from PIL import Image
 
 from gligen_xl import Layout
@@ -12,21 +10,11 @@ from gligen_xl.evaluate import (
     ShapesDetector,
     evaluate_layouts,
     find_detector,
+    find_protocol,
     held_out_layouts,
-    match,
-    summarize,
-    write_report,
+    point_metrics,
 )
 from gligen_xl.shapes.world import draw, sample_scene, scene_layout
-
-
-def test_each_request_gets_one_detection_and_none_twice():
-    requested = np.array([[0, 0, 0.4, 0.4], [0.05, 0, 0.45, 0.4], [0.8, 0.8, 1, 1]])
-    detected = np.array([[0.05, 0, 0.45, 0.4], [0.0, 0.0, 0.2, 0.4]])
-    assigned = match(requested, detected)
-    assert [number for number, _ in assigned] == [1, 0, None]
-    assert [iou for _, iou in assigned] == pytest.approx([0.5, 1.0, 0.0])
-    assert match(requested, np.empty((0, 4))) == [(None, 0.0)] * 3
 
 
 def test_metrics_by_hand():
@@ -36,14 +24,14 @@ def test_metrics_by_hand():
         ObjectScore(0.3, {"colour": True, "shape": True}),
         ObjectScore(0.0, {"colour": False, "shape": False}),
     ]
-    assert summarize(scores) == pytest.approx(
+    assert point_metrics(scores) == pytest.approx(
         {
             "objects": 4, "mean_iou": 0.45, "recall_50": 0.5, "recall_75": 0.25, "colour": 0.75,
             "colour_of_found": 1.0, "shape": 0.5, "shape_of_found": 0.5, "success": 0.25,
         }
     )  # fmt: skip
     with pytest.raises(ValueError, match="no objects"):
-        summarize([])
+        point_metrics([])
 
 
 def test_the_detector_scores_right_and_wrong_pictures():
@@ -51,7 +39,7 @@ def test_the_detector_scores_right_and_wrong_pictures():
     layout = scene_layout(scene)  # of objects that do not cover one another
     right = ShapesDetector().score(draw(scene), layout)
     assert all(score.iou > 0.8 and all(score.attributes.values()) for score in right)
-    assert summarize(ShapesDetector().score(draw(other), layout))["success"] < 1
+    assert point_metrics(ShapesDetector().score(draw(other), layout))["success"] < 1
 
 
 @pytest.mark.parametrize("phrase", ["a dog", "a red thing", "a red blue circle", "circle"])
@@ -61,54 +49,53 @@ def test_phrases_that_the_detector_does_not_know(phrase):
     assert ShapesDetector.parse("A Large RED circle!") == ("red", "circle")
 
 
-class Painter:
-    """In place of a pipeline: draws exactly what is asked when it is given boxes, and nothing otherwise."""
-
-    def __call__(self, prompts, *, gligen_boxes=None, generator, **_):
-        pictures = [self.scenes[int(g.initial_seed())] if gligen_boxes else self.empty for g in generator]
-        return type("Output", (), {"images": pictures})
-
-
-def painter(count):
-    made = Painter()
-    made.scenes = [draw(sample_scene(0, k)) for k in range(count)]
-    made.empty = Image.new("RGB", (64, 64), (108, 158, 84))
-    return made
+def point(condition):
+    return point_metrics([score for picture in condition.pictures for score in picture.objects])
 
 
 def test_a_perfect_painter_scores_perfectly_and_the_controls_do_not(tmp_path):
-    layouts = [scene_layout(sample_scene(0, k), index=k) for k in range(12)]
-    report = evaluate_layouts(painter(12), layouts, find_detector("shapes"), batch_size=5)
-    metrics = report.metrics()
-    assert list(metrics) == ["beta 1", "beta 0.4", "off", "shuffled"]
-    assert metrics["beta 1"]["recall_50"] == 1
-    assert metrics["off"]["mean_iou"] == 0
+    protocol = find_protocol("shapes", count=12)
+    conditions = evaluate_layouts(Painter(protocol), protocol, find_detector("shapes"), tmp_path, batch_size=5)
+    assert [c.name for c in conditions] == ["beta-1", "beta-0.4", "off", "shuffled", "real", "empty"]
+    assert [c.kind for c in conditions] == ["grounded", "grounded", "off", "shuffled", "real", "empty"]
+    assert all(len(c.pictures) == len(c.paths) == 12 and not c.unread for c in conditions)
+    metrics = {c.name: point(c) for c in conditions}
+    assert metrics["beta-1"]["recall_50"] == metrics["real"]["recall_50"] == 1
+    assert metrics["beta-1"] == metrics["real"]
+    assert metrics["off"]["mean_iou"] == metrics["empty"]["mean_iou"] == 0
     assert metrics["shuffled"]["recall_50"] < 0.3
-    write_report(report, tmp_path, model="painter")
-    said = json.loads((tmp_path / "report.json").read_text())
-    assert said["metrics"] == metrics
-    assert said["model"] == "painter"
-    assert len(said["pictures"]) == 12
-    assert "| beta 1 |" in (tmp_path / "report.md").read_text()
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.width > 3 * 256
+    assert conditions[0].settings == {"beta": 1, "guidance_scale": 2}
 
 
-def test_what_cannot_be_evaluated_is_refused_before_anything_is_generated():
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_generated(tmp_path):
     class Never:
+        unet = scheduler = None
+
         def __call__(self, *_, **__):
             pytest.fail("the pipeline was called")
 
-    good = held_out_layouts(1)
+    protocol, detector = find_protocol("shapes", count=1), find_detector("shapes")
     for bad, says in (
         (Layout(prompt="grass", id="x"), "layout x has no boxes"),
         (Layout(phrases=["a dog"], boxes=[[0, 0, 1, 1]]), "cannot look for 'a dog'"),
     ):
+        protocol.layouts[1:] = [bad]
         with pytest.raises(ValueError, match=says):
-            evaluate_layouts(Never(), [*good, bad], find_detector("shapes"))
-    with pytest.raises(ValueError, match="no beta"):
-        evaluate_layouts(Never(), good, find_detector("shapes"), betas=[])
+            evaluate_layouts(Never(), protocol, detector, tmp_path)
+    del protocol.layouts[1:]
+    for betas, says in (([], "no beta"), ([1.5], "shares of the steps, 0 to 1")):
+        with pytest.raises(ValueError, match=says):
+            evaluate_layouts(Never(), protocol, detector, tmp_path, betas=betas)
     with pytest.raises(ValueError, match="no detector 'yolo'"):
         find_detector("yolo")
     with pytest.raises(ValueError, match="0 layouts"):
         held_out_layouts(0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_layout_has_nothing_to_be_shuffled_with(tmp_path):
+    protocol = find_protocol("shapes", count=1)
+    conditions = evaluate_layouts(Painter(protocol), protocol, find_detector("shapes"), tmp_path, betas=[1])
+    assert [c.name for c in conditions] == ["beta-1", "off", "real", "empty"]
+    with Image.open(conditions[0].paths[conditions[0].pictures[0].key]) as picture:
+        assert picture.size == (64, 64)

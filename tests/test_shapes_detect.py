@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gligen_xl.evaluate import ShapesDetector, summarize
+from gligen_xl.evaluate import ShapesDetector, point_metrics
 from gligen_xl.shapes import detect
 from gligen_xl.shapes.data import pictures
 from gligen_xl.shapes.world import BACKGROUNDS, HELD_OUT_SEED, Scene, draw, sample_scene, scene_layout
@@ -14,7 +14,7 @@ from gligen_xl.shapes.world import BACKGROUNDS, HELD_OUT_SEED, Scene, draw, samp
 def measured(images, seed):
     detector = ShapesDetector()
     scores = [detector.score(picture, scene_layout(sample_scene(seed, k))) for k, picture in enumerate(images)]
-    return summarize([score for of_picture in scores for score in of_picture])
+    return point_metrics([score for of_picture in scores for score in of_picture])
 
 
 def test_its_error_on_drawn_pictures():

@@ -2,54 +2,251 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from ..layout import read_layouts
-from .common import Parser, UsageError, load, model_arguments, watched
+from ..files import read_json
+from .common import Parser, UsageError, best_device, load, model_arguments, quiet_imports, watched
+
+if TYPE_CHECKING:
+    from ..evaluate.detectors import Detector
+    from ..evaluate.pictures import Way
+    from ..evaluate.protocols import Protocol
+    from ..evaluate.run import Condition
+    from ..layout import Layout
 
 HELP = "Measure how well boxes are followed."
+UNREAD = 1  # exit code
+
+ENDINGS = f"""The same command goes on where it was stopped. Exit codes: 0 everything is generated, or scored; {UNREAD}
+the report stands, but pictures are missing or damaged: it names them; 2 an error; 130 an interrupt."""
 
 
-def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
-    parser.add_argument("--layouts", default="shapes", help="shapes (held-out scenes), or a JSON or JSONL file")
-    parser.add_argument("--count", type=int, help="how many, the first ones; by default 256 scenes, or the whole file")
-    parser.add_argument("--detector", default="shapes", help="what finds the objects: shapes")
-    parser.add_argument("--beta", type=float, nargs="+", default=[1.0, 0.4], help="shares of the steps to evaluate")
-    parser.add_argument("--no_controls", action="store_true", help="leave out grounding off and shuffled layouts")
-    parser.add_argument("--out", default="evaluation", help="folder for report.json, report.md and grid.png")
+def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] | None, dict[str, list[float]]]:
+    parser.epilog = ENDINGS
+    add = parser.add_argument
+    add("--layouts", default="shapes", help="shapes, coco, coco-2014, coco-2017, coco-position, coco-mig, or a file")
+    add("--coco", help="folder of COCO's annotations and pictures")
+    add(
+        "--layout_seed",
+        type=int,
+        default=0,
+        help="of layouts that are drawn: coco-mig and coco-position without a file",
+    )
+    add("--real", help="with a file of layouts: folder of their real pictures, named by id")
+    add("--count", type=int, help="how many layouts, the first ones; by default all, and 256 of shapes")
+    add("--out", default="evaluation", help="folder for pictures, detections and the report")
+    add("--beta", type=float, nargs="+", help="shares of the steps to evaluate; by default 1 and 0.4, with a sweep 1")
+    add("--sweep", action="append", default=[], help="beta=0,0.2,0.4,1 or guidance_scale=1,2,5; may be repeated")
+    add("--no_controls", action="store_true", help="leave out grounding off, shuffled, real and empty pictures")
+    add("--part", help="1/4: generate the first of four parts, and stop; four such commands do all")
+    add("--generate_only", action="store_true", help="write the pictures, and stop")
+    add("--pictures", help="score the pictures of this folder, KEY.png or WAY/KEY.png; nothing is generated")
+    add("--detector", help="shapes, a folder or a Hub repository; by default that of the protocol")
+    add("--threshold", type=float, help="score from which on a detection counts; by default the detector's")
+    add("--segmenter", help="for colours: a folder or repository of SAM, in place of an ellipse in the box")
+    add("--clip", help="measure CLIP scores with this model: a folder or a Hub repository")
+    add("--fid", help="measure FID and KID from the pictures of this folder")
+    add("--fid_python", help="the interpreter that has clean-fid, where it is not this one")
+    add("--compare", help="folder of another evaluation of the same layouts: differences from it")
     model_arguments(parser)
     parser.set_defaults(steps=20, batch_size=16)
-    return (parser.parse_args(words),)
+    arguments = parser.parse_args(words)
+    part = None if arguments.part is None else _part(arguments.part)
+    sweep: dict[str, list[float]] = {}
+    for text in arguments.sweep:
+        name, values = _sweep(text)
+        sweep[name] = sweep.get(name, []) + values
+    _check(arguments)
+    arguments.beta = arguments.beta or ([1.0] if sweep else [1.0, 0.4])
+    return arguments, part, sweep
 
 
-def run(arguments: Namespace) -> None:
-    from ..evaluate import evaluate_layouts, find_detector, held_out_layouts, write_report
-    from ..versions import versions
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"--part is {text!r}; expected 1/4 to 4/4, for one of four parts")
+    return int(found[1]), int(found[2])
 
-    detector = find_detector(arguments.detector)
-    if arguments.layouts == "shapes":
-        layouts = held_out_layouts(256 if arguments.count is None else arguments.count)
-    else:
-        layouts = read_layouts(arguments.layouts)
-        if arguments.count is not None and not 1 <= arguments.count <= len(layouts):
-            raise UsageError(f"--count is {arguments.count}; {arguments.layouts} holds {len(layouts)} layouts")
-        layouts = layouts[: arguments.count]
+
+def _sweep(text: str) -> tuple[str, list[float]]:
+    name, _, values = text.partition("=")
+    try:
+        return name, [float(value) for value in values.split(",")]
+    except ValueError:
+        raise UsageError(f"--sweep is {text!r}; expected beta=0,0.4,1 or guidance_scale=1,2,5") from None
+
+
+def _check(arguments: Namespace) -> None:
+    if arguments.pictures:
+        for name in ("beta", "sweep", "part", "generate_only", "adapter"):
+            if arguments[name]:
+                raise UsageError(f"--{name} is of generating, but --pictures are there already; give one of the two")
+    if arguments.generate_only or arguments.part:
+        for name in ("clip", "fid", "compare"):
+            if arguments[name]:
+                raise UsageError(f"--{name} is of scoring, which comes after --generate_only and --part; leave it out")
+
+
+def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, list[float]]) -> int:
+    quiet_imports()
+    from ..evaluate import find_protocol
+    from ..evaluate.pictures import find_ways, keyed
+    from ..evaluate.run import check_phrases, find_pictures, picture_folder
+
+    protocol = find_protocol(
+        arguments.layouts,
+        coco=arguments.coco,
+        pictures=arguments.real,
+        count=arguments.count,
+        seed=arguments.layout_seed,
+    )
+    layouts = keyed(protocol.layouts)
     Path(arguments.out).mkdir(parents=True, exist_ok=True)  # rather found out now than after an hour
+    if arguments.pictures:
+        pictures = find_pictures(arguments.pictures, layouts)
+        return _score(arguments, protocol, pictures, _detector(arguments, protocol), _said_of(arguments.pictures))
+
+    _settle(arguments)
+    ways = find_ways(arguments.beta, arguments.guidance_scale, sweep, off=not arguments.no_controls)
+    with _processes(part) as (mine, scores):
+        detector = _detector(arguments, protocol) if scores and not arguments.generate_only else None
+        if detector is not None:
+            check_phrases(layouts, detector)
+        settings = _generate(arguments, layouts, ways, mine)
+    if detector is None:
+        return 0
+    return _score(
+        arguments, protocol, {way: picture_folder(arguments.out, way.name) for way in ways}, detector, settings
+    )
+
+
+def _settle(arguments: Namespace) -> None:
+    """What `load` would fill in, and one GPU a process."""
+    if arguments.guidance_scale is None:
+        arguments.guidance_scale = 2.0 if arguments.model == "shapes" else 5.0
+    if arguments.device is None and (device := best_device()) == "cuda":
+        arguments.device = f"{device}:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+@contextmanager
+def _processes(part: tuple[int, int] | None) -> Iterator[tuple[tuple[int, int], bool]]:
+    """The part of the work that is this process's, and whether it scores: --part, or as torchrun shares it out. Then
+    the first process goes on when all have come to the end of the block."""
+    count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if part is not None:
+        yield part, False
+    elif count == 1:
+        yield (1, 1), True
+    else:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", timeout=timedelta(days=10))
+        try:
+            yield (rank + 1, count), rank == 0
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+
+def _generate(
+    arguments: Namespace, layouts: Mapping[str, Layout], ways: list[Way], part: tuple[int, int]
+) -> dict[str, Any]:
+    """What the pictures are generated with."""
+    from ..evaluate.binding import BINDING
+    from ..evaluate.run import generate_all
+
+    about = {name: arguments[name] for name in ("model", "config", "variant", "adapter")}
+    about = {name: value and value.rstrip("/") for name, value in about.items()}
+    about["guidance_scale"] = arguments.guidance_scale
     pipeline = load(arguments)
-    report = evaluate_layouts(
+    about["dtype"] = str(pipeline.unet.dtype).removeprefix("torch.")
+    made = generate_all(
         pipeline,
         layouts,
-        detector,
-        betas=arguments.beta,
-        controls=not arguments.no_controls,
-        seed=arguments.seed,
+        arguments.out,
+        ways,
         steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
+        seed=arguments.seed,
         batch_size=arguments.batch_size,
-        progress=lambda pictures, name: watched(pictures, name, len(layouts)),
+        part=part,
+        about=about,
+        progress=watched,
     )
-    about = {"model": arguments.model, "adapter": arguments.adapter, "versions": versions()}
-    write_report(report, arguments.out, **about)
-    print(f"\n{report.table()}\nwritten to {arguments.out}")
+    print(
+        f"{made} pictures made, for {len(layouts)} layouts in {len(ways)} ways; in {Path(arguments.out) / 'pictures'}"
+    )
+    return read_json(Path(arguments.out) / BINDING)
+
+
+def _detector(arguments: Namespace, protocol: Protocol) -> Detector:
+    from ..evaluate import find_detector
+
+    name = arguments.detector or protocol.detector
+    return find_detector(
+        name,
+        device=arguments.device or best_device(),
+        threshold=arguments.threshold,
+        colour=name != "shapes" and "colour" in protocol.attributes,
+        segmenter=arguments.segmenter,
+    )
+
+
+def _said_of(pictures: str) -> dict[str, Any]:
+    """What is known of how pictures were generated: of an evaluation's own, all."""
+    from ..evaluate.binding import BINDING
+
+    binding = Path(pictures).absolute().parent / BINDING
+    return {"pictures": pictures, **(read_json(binding) if binding.is_file() else {})}
+
+
+def _score(
+    arguments: Namespace, protocol: Protocol, pictures: Mapping[Way, Path], detector: Detector, settings: dict[str, Any]
+) -> int:
+    from ..evaluate import Report, write_report
+    from ..evaluate.clip import ClipScorer
+    from ..evaluate.run import compare, score_all
+    from ..versions import versions
+
+    out, device = Path(arguments.out), arguments.device or best_device()
+    clip = ClipScorer.load(arguments.clip, device=device) if arguments.clip else None
+    conditions = score_all(
+        protocol, pictures, out, detector, clip=clip, controls=not arguments.no_controls, progress=watched
+    )
+    if clip is not None:
+        settings |= clip.settings
+    if arguments.fid:
+        settings["distances"] = _distances(arguments, conditions, device)
+    compared = compare(conditions, arguments.compare, detector, clip) if arguments.compare else None
+    report = Report(protocol=protocol, detector=detector, conditions=conditions, settings=settings, compared=compared)
+    write_report(report, out, versions=versions())
+    print(f"\n{report.table()}\nwritten to {out}")
+    unread = [(condition.name, *item) for condition in conditions for item in condition.unread.items()]
+    for name, key, why in unread[:10]:
+        print(f"not scored: {name} {key}: {why}", file=sys.stderr)
+    if len(unread) > 10:
+        print(f"not scored: {len(unread) - 10} more", file=sys.stderr)
+    return UNREAD if unread else 0
+
+
+def _distances(arguments: Namespace, conditions: list[Condition], device: str) -> dict[str, dict[str, Any]]:
+    """FID and KID of the pictures of each condition from those of --fid."""
+    from ..evaluate.fid import distances, pictures_in
+
+    sets = {
+        condition.name: [path for key, path in condition.paths.items() if key not in condition.unread]
+        for condition in conditions
+        if condition.kind in ("grounded", "off", "real")
+    }
+    found = distances(sets, pictures_in(arguments.fid), python=arguments.fid_python, device=device)
+    return {name: asdict(distance) for name, distance in found.items()}

@@ -1,19 +1,34 @@
 """How well boxes are followed: objects are detected in generated pictures and compared with what was requested."""
 
-from .boxes import ObjectScore, match, summarize
-from .detectors import Detector, ShapesDetector, find_detector
+from .detectors import Detector, ShapesDetector, Wanted, find_detector
+from .found import Found
+from .metrics import Estimate, paired_difference, point_metrics, summarize
+from .protocols import Protocol, find_protocol
 from .report import Report, write_report
-from .run import evaluate_layouts, held_out_layouts
+from .run import Condition, compare, evaluate_layouts, score_all
+from .scores import ObjectScore, PictureScore, score_picture
+from .shapes_layouts import held_out_layouts
 
 __all__ = [
+    "Condition",
     "Detector",
+    "Estimate",
+    "Found",
     "ObjectScore",
+    "PictureScore",
+    "Protocol",
     "Report",
     "ShapesDetector",
+    "Wanted",
+    "compare",
     "evaluate_layouts",
     "find_detector",
+    "find_protocol",
     "held_out_layouts",
-    "match",
+    "paired_difference",
+    "point_metrics",
+    "score_all",
+    "score_picture",
     "summarize",
     "write_report",
 ]

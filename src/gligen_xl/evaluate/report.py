@@ -1,87 +1,266 @@
-"""What an evaluation found: JSON for programs, a table for people, pictures for the eye."""
+"""What an evaluation found: JSON for programs, a table for the terminal, a page and a grid of pictures for the eye.
+
+report = Report(protocol, detector, conditions, settings)
+write_report(report, "out")       # out/report.json, report.md, report.html, grid.png
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..files import whole_file, write_json
-from ..layout import Layout
+from ..files import whole_file
+from ..prepare.pictures import PictureError, decode
 from ..show import draw_boxes, grid
-from .boxes import ObjectScore
+from . import report_words as words
+from .detectors import Detector
+from .metrics import Estimate, summarize
+from .pictures import keyed
+from .protocols import Protocol
+from .report_page import report_page
+from .scores import PictureScore
+from .slices import Slice, slices
 
-_SHOWN = 8  # layouts in the picture grid
-SHUFFLED = "shuffled"
+if TYPE_CHECKING:
+    from .run import Comparison, Condition
 
-
-@dataclass(frozen=True)
-class Condition:
-    """One way of generating the layouts: its metrics, the scores of every object, and the pictures."""
-
-    name: str
-    metrics: dict[str, float]
-    scores: list[list[ObjectScore]]
-    pictures: list[Image.Image]
+SCHEMA_VERSION = 1  # of report.json: another one, where a program that reads it would have to change
+_SHOWN = 8  # layouts in the grid of pictures
+_CELL = 512  # pixels of a picture in it, at most
+_LINE = 120  # characters of a line of report.json, where it is more than one value
 
 
 @dataclass(frozen=True)
 class Report:
-    layouts: list[Layout]
-    conditions: list[Condition]
-    settings: dict[str, Any]
+    """An evaluation.
 
-    def metrics(self) -> dict[str, dict[str, float]]:
-        return {condition.name: condition.metrics for condition in self.conditions}
+    Args:
+        conditions: the first one is what the page begins with.
+        settings: how pictures were generated; "distances" are FID and KID by condition, where they were measured.
+        compared: paired differences from another evaluation.
+    """
+
+    protocol: Protocol
+    detector: Detector
+    conditions: Sequence[Condition]
+    settings: Mapping[str, Any]
+    compared: Sequence[Comparison] | None = None
+
+    @cached_property
+    def metrics(self) -> dict[str, dict[str, Estimate]]:
+        """By condition and name, as `summarize` has them, and "fid" and "kid"; rounded as they are written.
+
+        A condition without pictures has none. FID has no interval: its ends are NaN.
+        """
+        ap = find_spec("faster_coco_eval") is not None
+        metrics = {}
+        for condition in self.conditions:
+            found = summarize(condition.pictures, ap=ap) if condition.pictures else {}
+            metrics[condition.name] = _rounded(found | self._distances(condition.name))
+        return metrics
+
+    def _distances(self, name: str) -> dict[str, Estimate]:
+        distance = self.settings.get("distances", {}).get(name)
+        if distance is None:
+            return {}
+        kid = Estimate(distance["kid"], distance["kid_low"], distance["kid_high"])
+        return {"fid": Estimate(distance["fid"], math.nan, math.nan), "kid": kid}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The metrics of the protocol that were measured, in its order; KID beside FID."""
+        names = [part for name in self.protocol.metrics for part in (("fid", "kid") if name == "fid" else (name,))]
+        names += [name for name in ("fid", "kid") if name not in names]  # asked for, whatever the protocol
+        return [name for name in names if any(name in of_one for of_one in self.metrics.values())]
+
+    def compared_names(self, compared: Comparison) -> list[str]:
+        return [name for name in self.protocol.metrics if name in compared.difference]
+
+    @cached_property
+    def slices(self) -> dict[str, dict[str, list[Slice]]]:
+        """By condition and grouping: of the first condition, and what it is measured against."""
+        return {
+            condition.name: {
+                grouping: [replace(part, metrics=_rounded(part.metrics)) for part in parts]
+                for grouping, parts in slices(condition.pictures, self.protocol.layouts, self.detector.wanted).items()
+            }
+            for condition in self.conditions
+            if condition is self.conditions[0] or condition.kind in ("off", "real")
+        }
+
+    def seen(self, condition: Condition) -> float:
+        """How many objects a picture the detector is sure of, whatever they are. The condition has pictures."""
+        numbers = [len(self.sure(picture)) for picture in condition.pictures]
+        return sum(numbers) / len(numbers)
+
+    def sure(self, picture: PictureScore) -> list[int]:
+        """The numbers of the detections that count: those from the detector's threshold on."""
+        threshold = self.detector.settings.get("threshold", 0.0)
+        return [number for number, found in enumerate(picture.found) if found.score >= threshold]
 
     def table(self) -> str:
-        """Markdown; shares in percent."""
-        names = [name for name in self.conditions[0].metrics if name != "objects"]
-        lines = [
-            "| | " + " | ".join(name.replace("_", " ") for name in names) + " |",
-            "|---|" + "---:|" * len(names),
+        """Markdown; what lacks, what the detector itself gets wrong, and the metrics of the conditions."""
+        lacking = words.unread(self)
+        parts = [
+            words.markdown(words.about(self)) + "\n",
+            *(["**Pictures that could not be read are in no figure.**\n\n" + _listed(lacking)] if lacking else []),
+            words.markdown(words.bounds(self)) + "\n",
+            words.table(self),
+            *([words.differences(self)] if self.compared else []),
+            *([_listed(notes)] if (notes := words.notes(self)) else []),
         ]
-        for condition in self.conditions:
-            cells = [_cell(name, condition.metrics[name]) for name in names]
-            lines.append(f"| {condition.name} | " + " | ".join(cells) + " |")
-        objects = self.conditions[0].metrics["objects"]
-        return "\n".join(lines) + f"\n\n{len(self.layouts)} layouts, {objects} objects.\n"
+        return "\n".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {
-                "layout": layout.to_dict(),
-                "scores": {
-                    condition.name: [{"iou": round(s.iou, 4), **s.attributes} for s in condition.scores[k]]
-                    for condition in self.conditions
-                    if condition.name != SHUFFLED  # those belong to another layout
-                },
-            }
-            for k, layout in enumerate(self.layouts)
-        ]
-        return {"settings": self.settings, "metrics": self.metrics(), "pictures": rows}
+    def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
+        """What `report.json` holds.
+
+        Args:
+            folder: that paths of pictures are relative to.
+        """
+        protocol, detector = self.protocol, self.detector
+        document = {
+            "settings": self.settings,
+            "protocol": {
+                "name": protocol.name,
+                "paper": protocol.paper,
+                "parameters": protocol.parameters,
+                "metrics": protocol.metrics,
+                "layouts": len(protocol.layouts),
+                "objects": sum(len(layout.boxes) for layout in protocol.layouts),
+            },
+            "detector": {
+                "name": detector.name,
+                "settings": detector.settings,
+                "attributes": detector.attributes,
+                "labels_decide": detector.labels_decide,
+            },
+            "conditions": [self._condition(condition, folder) for condition in self.conditions],
+            "compared": [
+                {
+                    "condition": one.condition,
+                    "other": one.other,
+                    "difference": _estimates(_rounded(one.difference)),
+                }
+                for one in self.compared or ()
+            ],
+        }
+        return words.plain_json(document)  # type: ignore[return-value]
+
+    def _condition(self, condition: Condition, folder: str | Path | None) -> dict[str, Any]:
+        return {
+            "name": condition.name,
+            "kind": condition.kind,
+            "settings": condition.settings,
+            "metrics": _estimates(self.metrics[condition.name]),
+            "detections_a_picture": self.seen(condition) if condition.pictures else None,
+            "unread": condition.unread,
+            "slices": {
+                grouping: [
+                    {"name": part.name, "objects": part.objects, "pictures": part.pictures, **_estimates(part.metrics)}
+                    for part in parts
+                ]
+                for grouping, parts in self.slices.get(condition.name, {}).items()
+            },
+            "pictures": [self._picture(picture, condition, folder) for picture in condition.pictures],
+        }
+
+    def _picture(self, picture: PictureScore, condition: Condition, folder: str | Path | None) -> dict[str, Any]:
+        sure = self.sure(picture)
+        measured = {"clip": picture.clip, "clip_objects": picture.clip_objects}
+        path = condition.paths.get(picture.key)
+        return {
+            "key": picture.key,
+            **({} if path is None or folder is None else {"path": os.path.relpath(path, folder)}),
+            "layout": picture.layout.to_dict(),
+            "success": picture.success,
+            "objects": [
+                {
+                    "iou": score.iou,
+                    "success": score.success,
+                    "attributes": score.attributes,
+                    "assigned": None if score.assigned is None else sure.index(score.assigned),
+                }
+                for score in picture.objects
+            ],
+            "found": [picture.found[number].to_dict() for number in sure],
+            "extra": picture.extra,
+            "missing": picture.missing,
+            **{name: value for name, value in measured.items() if value is not None},
+        }
 
     def grid(self) -> Image.Image:
         """The first layouts, a row each, under every condition; boxes are drawn."""
-        shown = [condition for condition in self.conditions if condition.name != SHUFFLED]
+        shown = [condition for condition in self.conditions if condition.kind != "shuffled"]
+        layouts = dict(list(keyed(self.protocol.layouts).items())[:_SHOWN])
         rows = [
-            [draw_boxes(condition.pictures[k], layout) for condition in shown]
-            for k, layout in enumerate(self.layouts[:_SHOWN])
+            [draw_boxes(_picture_of(condition, key), layout) for condition in shown] for key, layout in layouts.items()
         ]
-        return grid(rows, columns=[c.name for c in shown], captions=[layout.prompt for layout in self.layouts[:_SHOWN]])
-
-
-def _cell(name: str, value: float) -> str:
-    return f"{value:.3f}" if name == "mean_iou" else f"{100 * value:.1f} %"
+        for picture in (picture for row in rows for picture in row):
+            picture.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
+        captions = [layout.prompt for layout in layouts.values()]
+        return grid(rows, columns=[condition.name for condition in shown], captions=captions)
 
 
 def write_report(report: Report, folder: str | Path, **about: Any) -> None:
-    """Write `report.json`, `report.md` and `grid.png`; `about` is added to the JSON (model, versions)."""
+    """Write `report.json`, `report.md`, `report.html` and `grid.png`; `about` is added to the JSON (as versions)."""
     folder = Path(folder)
-    write_json(folder / "report.json", {**about, **report.to_dict()})
-    with whole_file(folder / "report.md") as partial:
-        partial.write_text(report.table(), encoding="utf-8")
+    document = {"schema_version": SCHEMA_VERSION, **about, **report.to_dict(folder)}
+    texts = {"report.json": _lines(document) + "\n", "report.md": f"{report.table()}\n{words.DEFINITIONS}\n"}
+    texts["report.html"] = report_page(report, about)
+    for name, text in texts.items():
+        with whole_file(folder / name) as partial:
+            partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))  # of file names that are not text
     with whole_file(folder / "grid.png") as partial:
         report.grid().save(partial, format="PNG")
+
+
+def _picture_of(condition: Condition, key: str) -> Image.Image:
+    """Grey, where there is none."""
+    try:
+        return decode(condition.paths[key])
+    except (KeyError, OSError, PictureError):
+        return Image.new("RGB", (256, 256), (128, 128, 128))
+
+
+def _rounded(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """As they are written, so that all files say the same."""
+    return {
+        name: Estimate(*(round(number, 6) for number in (estimate.value, estimate.low, estimate.high)))
+        for name, estimate in estimates.items()
+    }
+
+
+def _estimates(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {
+        name: int(estimate.value)
+        if name in ("objects", "pictures")
+        else {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+        for name, estimate in estimates.items()
+    }
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "".join(f"- {words.markdown(line)}\n" for line in lines)
+
+
+def _lines(value: Any, indent: str = "") -> str:
+    """JSON with what fits into a line on one: a box, an object."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if len(indent) + len(flat) <= _LINE or not isinstance(value, dict | list):
+        return flat
+    inner = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(name, ensure_ascii=False)}: {_lines(item, inner)}" for name, item in value.items()]
+        start, end = "{}"
+    else:
+        items, (start, end) = [_lines(item, inner) for item in value], "[]"
+    return f"{start}\n" + ",\n".join(inner + item for item in items) + f"\n{indent}{end}"

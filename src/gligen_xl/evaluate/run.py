@@ -1,32 +1,76 @@
-"""Evaluation: the same layouts and noise with grounding on, partly on, off, and against layouts of other pictures."""
+"""Evaluation: the same layouts and noise with grounding on, partly on and off, beside pictures that bound the figures.
+
+    conditions = evaluate_layouts(pipeline, find_protocol("shapes"), find_detector("shapes"), "out")
+
+Generating (`generate_all`) and scoring (`score_all`) are apart: each goes on where it was stopped, and the second takes
+pictures of any program (`find_pictures`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from ..generate import generate
-from ..layout import Layout
+from ..layout import Layout, read_layouts
 from ..pipelines.grounding import GroundingMixin
-from ..pipelines.schedule import GroundingSchedule
-from ..shapes.world import HELD_OUT_SEED, sample_scene, scene_layout
-from .boxes import summarize
+from ..prepare.pictures import PictureError, decode
+from .binding import LAYOUTS, bind, check_slots, generation_settings, only_one_at, write_keyed
+from .clip import ClipScorer
 from .detectors import Detector
-from .report import SHUFFLED, Condition, Report
+from .found import Found
+from .kept import Kept, Seen
+from .metrics import Estimate, paired_difference
+from .pictures import (
+    SWEPT,
+    Kind,
+    Progress,
+    Way,
+    copy_pictures,
+    find_files,
+    find_ways,
+    generate_pictures,
+    keyed,
+    read_about,
+    unwatched,
+)
+from .protocols import Protocol
+from .scores import PictureScore, score_picture
+
+MISSING = "missing"
+_AT_ONCE = 16  # pictures in memory
 
 
-def held_out_layouts(count: int, seed: int = HELD_OUT_SEED) -> list[Layout]:
-    """Layouts of the shapes world that no training has seen; their prompts never say where anything is."""
-    if count < 1:
-        raise ValueError(f"{count} layouts; expected at least 1")
-    return [scene_layout(sample_scene(seed, k), seed=seed, index=k, places=False) for k in range(count)]
+@dataclass(frozen=True)
+class Condition:
+    """The pictures of one way of making them, scored.
+
+    Args:
+        settings: beta and guidance_scale, where they are known.
+        pictures: scores of those that could be read.
+        paths: picture files by key.
+        unread: why not, of those that are missing or damaged; they are in no metric.
+    """
+
+    name: str
+    kind: Kind
+    settings: Mapping[str, Any]
+    pictures: tuple[PictureScore, ...]
+    paths: Mapping[str, Path]
+    unread: Mapping[str, str]
 
 
 def evaluate_layouts(
     pipeline: GroundingMixin,
-    layouts: Sequence[Layout],
+    protocol: Protocol,
     detector: Detector,
+    out: str | Path,
     *,
     betas: Sequence[float] = (1.0, 0.4),
     controls: bool = True,
@@ -34,40 +78,329 @@ def evaluate_layouts(
     steps: int = 20,
     guidance_scale: float = 2.0,
     batch_size: int = 16,
-    progress: Callable[[Iterable[Image.Image], str], Iterable[Image.Image]] | None = None,
-) -> Report:
-    """Generate every layout under each condition, and score it.
+    progress: Progress = unwatched,
+) -> list[Condition]:
+    """Generate the layouts of a protocol in each way, and score them.
 
-    Conditions: each of `betas`; and with `controls` "off" (the same prompts and noise without boxes), and "shuffled"
-    (the pictures of the first beta scored against the next picture's layout), which says what chance would give.
+    Args:
+        out: the folder; what stands there already is not made again.
+        controls: with grounding off, shuffled layouts, real and empty pictures; see `score_all`.
+    """
+    layouts = keyed(protocol.layouts)
+    check_phrases(layouts, detector)
+    ways = find_ways(betas, guidance_scale, off=controls)
+    generate_all(
+        pipeline, layouts, out, ways, steps=steps, seed=seed, batch_size=batch_size,
+        about={"guidance_scale": guidance_scale}, progress=progress,
+    )  # fmt: skip
+    pictures = {way: picture_folder(out, way.name) for way in ways}
+    return score_all(protocol, pictures, out, detector, controls=controls, progress=progress)
+
+
+def check_phrases(layouts: Mapping[str, Layout], detector: Detector) -> None:
+    """Complain before an hour of generating rather than after it.
 
     Raises:
-        ValueError: layouts without boxes, or phrases that the detector does not know, before anything is generated.
+        ValueError: a layout without boxes, or a phrase that the detector cannot look for.
     """
-    for k, layout in enumerate(layouts):
+    for key, layout in layouts.items():
         if not layout.boxes:
-            raise ValueError(f"layout {layout.id or k} has no boxes; there is nothing to evaluate")
-        detector.score(Image.new("RGB", (8, 8)), layout)  # complains about phrases now rather than after an hour
-    if not betas:
-        raise ValueError("no beta to evaluate")
-    for beta in betas:
-        GroundingSchedule.parse(beta)  # complains now, too
-    watch = progress or (lambda pictures, _: pictures)
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed}
+            raise ValueError(f"layout {key} has no boxes; there is nothing to evaluate")
+        for phrase in layout.phrases:
+            detector.wanted(phrase)
 
-    def condition(name: str, pictures: Sequence[Image.Image], against: Sequence[Layout]) -> Condition:
-        scores = [detector.score(picture, layout) for picture, layout in zip(pictures, against, strict=True)]
-        return Condition(name, summarize([s for of_layout in scores for s in of_layout]), scores, list(pictures))
 
-    conditions = []
-    for beta in betas:
-        name = f"beta {beta:g}"
-        pictures = list(watch(generate(pipeline, layouts, beta=beta, **settings), name))
-        conditions.append(condition(name, pictures, layouts))
-    if controls:
-        pictures = list(watch(generate(pipeline, layouts, grounded=False, **settings), "off"))
-        conditions.append(condition("off", pictures, layouts))
-        if len(layouts) > 1:
-            shuffled = [*layouts[1:], layouts[0]]
-            conditions.append(condition(SHUFFLED, conditions[0].pictures, shuffled))
-    return Report(list(layouts), conditions, {**settings, "betas": list(betas)})
+def picture_folder(out: str | Path, name: str) -> Path:
+    return Path(out) / "pictures" / name
+
+
+# Generating ---------------------------------------------------------------------------------------------------------
+
+
+def generate_all(
+    pipeline: GroundingMixin,
+    layouts: Mapping[str, Layout],
+    out: str | Path,
+    ways: Sequence[Way],
+    *,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 8,
+    part: tuple[int, int] = (1, 1),
+    about: Mapping[str, Any] | None = None,
+    progress: Progress = unwatched,
+) -> int:
+    """Make the pictures that `out` lacks, of every way, or a part of them.
+
+    Args:
+        part: see `generate_pictures`.
+        about: what else the pictures depend on, as the names of model and adapter; another in the same folder is
+            refused.
+
+    Returns:
+        How many were made.
+    """
+    check_slots(pipeline, layouts)
+    bind(out, layouts, generation_settings(pipeline, **(about or {}), steps=steps, seed=seed))
+    with only_one_at(out, part):
+        return sum(
+            generate_pictures(
+                pipeline, layouts, picture_folder(out, way.name), way,
+                steps=steps, seed=seed, batch_size=batch_size, part=part, progress=progress,
+            )
+            for way in ways
+        )  # fmt: skip
+
+
+# Pictures of other programs -----------------------------------------------------------------------------------------
+
+
+def find_pictures(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way, Path]:
+    """The folders that hold pictures of the layouts, FOLDER/WAY/KEY.png, or FOLDER/KEY.png; any format will do.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no picture in it is called by a key.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} of pictures")
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = {
+        _way("pictures" if path == folder else path.name, read_about(next(iter(files.values())))): path
+        for path in (folder, *inner)
+        if (files := find_files(path, layouts))
+    }
+    if not found:
+        raise ValueError(
+            f"{folder} has no picture of these {len(layouts)} layouts; expected {next(iter(layouts))}.png and so on, "
+            "there or in folders of it"
+        )
+    return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
+
+
+def _way(name: str, about: Mapping[str, Any] | None = None) -> Way:
+    """As far as a folder's name tells, and the text of a picture in it."""
+    settings = {swept: value for swept in SWEPT if isinstance(value := (about or {}).get(swept), int | float)}
+    swept, _, value = name.rpartition("-")
+    if not settings and swept in SWEPT:
+        with suppress(ValueError):
+            settings[swept] = float(value)
+    kinds: dict[str, Kind] = {"off": "off", "real": "real", "empty": "empty"}
+    return Way(name, kinds.get(name, "grounded"), settings)
+
+
+def _rank(way: Way) -> tuple[Any, ...]:
+    """The largest beta first, as that is what others are compared with; controls last."""
+    kinds = ("grounded", "off", "real", "empty")
+    return kinds.index(way.kind), "beta" not in way.settings, -sum(way.settings.values()), way.name
+
+
+# Scoring ------------------------------------------------------------------------------------------------------------
+
+
+def score_all(
+    protocol: Protocol,
+    pictures: Mapping[Way, Path],
+    out: str | Path,
+    detector: Detector,
+    *,
+    clip: ClipScorer | None = None,
+    controls: bool = True,
+    progress: Progress = unwatched,
+) -> list[Condition]:
+    """Score pictures against their layouts; what is found in them is kept in `out`.
+
+    Args:
+        pictures: their folders.
+        controls: also score the first folder's pictures against layouts of other pictures ("shuffled": what chance
+            gives), real pictures where the protocol has them ("real": about the most that can be reached), and such
+            that hold nothing ("empty": the detector's own inventions).
+
+    Raises:
+        ValueError: a phrase that the detector cannot look for, or a picture whose text says that it is of another
+            layout.
+    """
+    layouts = keyed(protocol.layouts)
+    check_phrases(layouts, detector)
+    scorer = _Scorer(Path(out), detector, clip, progress)
+    conditions = [
+        scorer(way, layouts, _of_these(find_files(folder, layouts), layouts))
+        for way, folder in pictures.items()
+        if not (controls and way.kind in ("real", "empty"))
+    ]
+    write_keyed(out, layouts)
+    if not conditions:
+        raise ValueError(f"only real and empty pictures: {', '.join(map(str, pictures.values()))}")
+    if not controls:
+        return conditions
+    if len(layouts) > 1:
+        conditions.append(scorer(Way("shuffled", "shuffled", {}), shuffled(layouts), conditions[0].paths))
+    bounds: dict[Kind, Callable[[Layout], Image.Image] | None] = {"real": protocol.real, "empty": protocol.empty}
+    for kind, picture_of in bounds.items():
+        if picture_of is not None:
+            folder = picture_folder(out, kind)
+            failed = copy_pictures(layouts, folder, picture_of, kind, progress=progress)
+            conditions.append(scorer(Way(kind, kind, {}), layouts, find_files(folder, layouts), failed))
+    return conditions
+
+
+def shuffled(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """To each key the layout of another: of the next one with as many objects, where there is one, else the next."""
+    keys = list(layouts)
+    other = dict(zip(keys, [*keys[1:], *keys[:1]], strict=True))
+    alike: dict[int, list[str]] = {}
+    for key, layout in layouts.items():
+        alike.setdefault(len(layout.boxes), []).append(key)
+    for group in alike.values():
+        if len(group) > 1:
+            other |= zip(group, [*group[1:], group[0]], strict=True)
+    return {key: layouts[other[key]] for key in keys}
+
+
+def _of_these(files: dict[str, Path], layouts: Mapping[str, Layout]) -> dict[str, Path]:
+    """The files; of those whose text says what layout they are of, it is this one."""
+    for key, path in files.items():
+        said = read_about(path).get("layout")
+        if not isinstance(said, dict):
+            continue
+        for name in ("prompt", "phrases", "boxes"):
+            if said.get(name) != (now := layouts[key].to_dict()[name]):
+                raise ValueError(
+                    f"{path} is of a layout with other {name} ({said.get(name)!r:.200}, now {now!r:.200}); "
+                    "the names of pictures and the ids of layouts do not belong together"
+                )
+    return files
+
+
+class _Scorer:
+    """Looks at pictures a few at a time."""
+
+    def __init__(self, out: Path, detector: Detector, clip: ClipScorer | None, progress: Progress):
+        self.out, self.detector, self.clip, self.progress = out, detector, clip, progress
+
+    def __call__(
+        self,
+        way: Way,
+        layouts: Mapping[str, Layout],
+        paths: Mapping[str, Path],
+        failed: Mapping[str, str] | None = None,
+    ) -> Condition:
+        """Args: layouts: that the picture of each key is scored against. failed: why some are missing."""
+        kept = _all_kept(self.out, way.name, self.detector, self.clip)
+        unread = {key: MISSING for key in layouts if key not in paths} | dict(failed or {})
+        scores: list[PictureScore] = []
+        for seen in self.progress(self._look(layouts, paths, kept, unread), f"score {way.name}", len(paths)):
+            scores.append(_score(seen.layout, seen.key, [one.find(seen) for one in kept], self.detector))
+        ordered = {key: unread[key] for key in layouts if key in unread}
+        if not scores:
+            key, why = next(iter(ordered.items()))
+            raise ValueError(f"none of {len(layouts)} pictures of {way.name} can be read; the first one, {key}: {why}")
+        return Condition(way.name, way.kind, way.settings, tuple(scores), paths, ordered)
+
+    def _look(
+        self, layouts: Mapping[str, Layout], paths: Mapping[str, Path], kept: Sequence[Kept], unread: dict[str, str]
+    ) -> Iterator[Seen]:
+        """Those pictures that can be read, after what is in them is kept."""
+        keys = [key for key in layouts if key in paths]
+        for first in range(0, len(keys), _AT_ONCE):
+            every: list[Seen] = []
+            pictures: dict[Seen, Image.Image] = {}
+            for key in keys[first : first + _AT_ONCE]:
+                try:
+                    encoded = paths[key].read_bytes()
+                    seen = Seen(key, layouts[key], hashlib.sha256(encoded).hexdigest())
+                    if any(one.find(seen) is None for one in kept):
+                        pictures[seen] = decode(encoded)
+                    every.append(seen)
+                except (PictureError, OSError) as error:
+                    unread[key] = str(error)
+            for one in kept:
+                one.add(pictures)
+            yield from every
+
+
+def _all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) -> list[Kept]:
+    """What the detector found in the pictures of that folder, and what CLIP says of them."""
+
+    def detect(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
+        return [[item.to_dict() for item in found] for found in detector.detect(pictures, layouts)]
+
+    folder = out / "detections" / name
+    kept = [Kept(folder / f"{detector.name}.jsonl", detector.settings, detect)]
+    if clip is not None:
+
+        def compare(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
+            return [[score.clip, score.clip_objects] for score in clip.score(pictures, layouts)]
+
+        kept.append(Kept(folder / "clip.jsonl", clip.settings, compare))
+    return kept
+
+
+def _score(layout: Layout, key: str, found: Sequence[Any], detector: Detector) -> PictureScore:
+    """Args: found: as `_all_kept` has it."""
+    score = score_picture(layout, key, [Found.from_dict(item) for item in found[0]], detector)
+    if len(found) == 1:
+        return score
+    whole, objects = found[1]
+    return replace(score, clip=whole, clip_objects=tuple(objects))
+
+
+# Comparing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A condition less the same one of another evaluation, in pictures of the same layouts."""
+
+    condition: str
+    other: str
+    difference: Mapping[str, Estimate]
+
+
+def compare(
+    conditions: Iterable[Condition], other: str | Path, detector: Detector, clip: ClipScorer | None = None
+) -> list[Comparison]:
+    """Paired differences from another evaluation: of the conditions with the same name; if none has, of the first.
+
+    The other one's pictures are not looked at: what the same detector found in them is kept in its folder.
+
+    Raises:
+        FileNotFoundError: it is no evaluation's folder.
+        ValueError: it is of other layouts, or was scored by another detector.
+    """
+    other = Path(other)
+    if not (other / LAYOUTS).is_file():
+        raise FileNotFoundError(f"{other} is no evaluation: it has no {LAYOUTS}")
+    ours = [condition for condition in conditions if condition.kind in ("grounded", "off")]
+    theirs_of = {layout.id: layout for layout in read_layouts(other / LAYOUTS)}
+    names = sorted((way for way in _kept_ways(other) if way.kind in ("grounded", "off")), key=_rank)
+    same = [(condition, condition.name) for condition in ours if condition.name in {way.name for way in names}]
+    pairs = same or [(ours[0], way.name) for way in names[:1]]
+    ap = find_spec("faster_coco_eval") is not None
+    compared = []
+    for condition, name in pairs:
+        kept = _all_kept(other, name, detector, clip)
+        theirs = [
+            _score(score.layout, score.key, found, detector)
+            for score in condition.pictures
+            if _same(score.layout, theirs_of.get(score.key))
+            and None not in (found := [one.last(score.key, score.layout) for one in kept])
+        ]
+        if theirs:
+            compared.append(Comparison(condition.name, name, paired_difference(condition.pictures, theirs, ap=ap)))
+    if not compared:
+        raise ValueError(
+            f"{other} holds nothing that {detector.name} with these settings found for these layouts; score it in the "
+            f"same way first (--pictures {other / 'pictures'} --out {other})"
+        )
+    return compared
+
+
+def _kept_ways(out: Path) -> Iterator[Way]:
+    for folder in (out / "detections").iterdir() if (out / "detections").is_dir() else ():
+        yield _way(folder.name)
+
+
+def _same(a: Layout, b: Layout | None) -> bool:
+    return b is not None and (a.prompt, a.phrases, a.boxes) == (b.prompt, b.phrases, b.boxes)

@@ -8,15 +8,16 @@ It is made from what stands in the folder of the run, while the run goes on or a
 from __future__ import annotations
 
 import base64
-import html
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from ..charts import SMOOTHED, Curve, chart, short
 from ..files import whole_file
-from .curves import SMOOTHED, Curve, chart, heat_strip, short
+from ..page import charts, figure, page, text, tiles
+from .curves import heat_strip
 from .record import Row, RunRecord, evenly, picture_bytes, read_run, series
 from .summary import METRICS, duration, in_words, percent, plain
 
@@ -60,32 +61,16 @@ def report_page(run: RunRecord) -> str:
         ("Validations in numbers", _table(run.validations)),
         ("Settings", _settings(run)),
     ]
-    body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections if content)
     note = f"<p class=note>{run.unread} broken lines of metrics.jsonl were left out.</p>" if run.unread else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_text(name)}</title>
-<style>
-{Path(__file__).with_name("report.css").read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<header>
-<p class=kicker>gligen-xl training run</p>
-<h1>{_text(name)}</h1>
-<p class=lead>{_text(in_words(run))}</p>
-{_tiles(run)}
-</header>
-{body}
-<footer>{note}<p>Smooth lines are means over {100 * SMOOTHED:g} % of the run around each place; the shade or thin line \
-behind them is the range of the logged values. The outermost hundredth of these may lie outside of the frame.</p>
-</footer>
-</body>
-</html>
-"""
+    return page(
+        name,
+        kicker="gligen-xl training run",
+        head=f"<p class=lead>{text(in_words(run))}</p>\n{_tiles(run)}",
+        sections=sections,
+        foot=f"{note}<p>Smooth lines are means over {100 * SMOOTHED:g} % of the run around each place; the shade or "
+        "thin line behind them is the range of the logged values. The outermost hundredth of these may lie outside of "
+        "the frame.</p>",
+    )
 
 
 # Parts --------------------------------------------------------------------------------------------------------------
@@ -94,45 +79,41 @@ behind them is the range of the logged values. The outermost hundredth of these 
 def _tiles(run: RunRecord) -> str:
     """The figures to look at first."""
     last = run.measured
-    tiles = []
+    cells = []
     if run.samples:
         whole = run.config.get("samples")
-        tiles.append(("samples", short(run.samples), f"of {short(whole)}" if whole else ""))
+        cells.append(("samples", short(run.samples), f"of {short(whole)}" if whole else ""))
     if seconds := run.seconds:
-        tiles.append(("time in steps", duration(seconds), f"{run.samples / seconds:.3g} samples/s"))
+        cells.append(("time in steps", duration(seconds), f"{run.samples / seconds:.3g} samples/s"))
     if "grounding_gain" in last:
-        tiles.append(("grounding gain", percent(last["grounding_gain"]), "of held-out loss"))
+        cells.append(("grounding gain", percent(last["grounding_gain"]), "of held-out loss"))
     for name, label, write in (("mean_iou", "mean IoU", plain), ("recall_50", "recall@0.5", percent)):
         if f"on_{name}" in last:
             off = f"off {write(last[f'off_{name}'])}" if f"off_{name}" in last else ""
-            tiles.append((label, write(last[f"on_{name}"]), off))
+            cells.append((label, write(last[f"on_{name}"]), off))
     if gates := series(run.training, "gate_mean") or series(run.validations, "gate_mean"):
-        tiles.append(("mean gate", plain(gates[-1][1]), "|tanh α|, 0 to 1"))
+        cells.append(("mean gate", plain(gates[-1][1]), "|tanh α|, 0 to 1"))
     if run.skipped:
-        tiles.append(("skipped steps", short(len(run.skipped)), "not finite"))
-    cells = [
-        f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd><small>{_text(beside)}</small></div>"
-        for label, value, beside in tiles
-    ]
-    return f"<dl class=tiles>{''.join(cells)}</dl>" if cells else ""
+        cells.append(("skipped steps", short(len(run.skipped)), "not finite"))
+    return tiles(cells)
 
 
 def _boxes(run: RunRecord, end: float) -> str:
     rows = run.validations
     quarters = [Curve(_quarter(k), series(rows, f"grounding_gain_q{k}"), f"s{k}") for k in range(1, 5)]
-    return _charts(
-        _figure(
+    return charts(
+        figure(
             "Grounding gain",
             "share of the held-out loss that the boxes take away, same noise",
             chart([Curve("", series(rows, "grounding_gain"))], end=end, write=percent, zero=True, reach=0.01),
         ),
-        _figure(
+        figure(
             "Grounding gain by noise",
             "the same by quarter of the timesteps",
             chart(quarters, end=end, write=percent, zero=True, reach=0.01),
         ),
         *(
-            _figure(
+            figure(
                 METRICS[name],
                 "of pictures of held-out layouts, grounding on and off",
                 chart(
@@ -145,7 +126,7 @@ def _boxes(run: RunRecord, end: float) -> str:
             )
             for name in ("mean_iou", "recall_50")
         ),
-        _figure(
+        figure(
             "Held-out loss",
             "mean squared error, with boxes and without, same noise",
             chart(
@@ -164,13 +145,13 @@ def _training(run: RunRecord, end: float) -> str:
         ("loss", "Loss", "mean squared error of the training batches", False),
         ("grad_norm", "Gradient norm", "before clipping", True),
     )
-    figures = [
-        _figure(title, what, chart([Curve("", series(rows, name), noisy=True)], end=end, write=plain, log=log))
+    drawn = [
+        figure(title, what, chart([Curve("", series(rows, name), noisy=True)], end=end, write=plain, log=log))
         for name, title, what, log in single
     ]
-    figures.insert(
+    drawn.insert(
         1,
-        _figure(
+        figure(
             "Loss by noise",
             "by quarter of the timesteps",
             chart(quarters, end=end, write=plain, log=True),
@@ -182,12 +163,12 @@ def _training(run: RunRecord, end: float) -> str:
         counted = [(row["samples"], number) for number, row in enumerate(run.skipped, 1)]
         steps = [(0, 0), *counted, (run.samples, len(counted))]
         skipped = chart([Curve("", steps, "c2", dots=False)], end=end, write=_whole, zero=True)
-    charts = _charts(
-        *figures,
-        _figure("Learning rate", "of all but the gates", rate),
-        _figure("Skipped steps", "in all, as loss or gradients were not finite", skipped),
+    shown = charts(
+        *drawn,
+        figure("Learning rate", "of all but the gates", rate),
+        figure("Skipped steps", "in all, as loss or gradients were not finite", skipped),
     )
-    return charts + _skipped(run)
+    return shown + _skipped(run)
 
 
 def _skipped(run: RunRecord) -> str:
@@ -198,7 +179,7 @@ def _skipped(run: RunRecord) -> str:
         names = [str(name) for name in names] if isinstance(names, list) else []
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         of = f": pictures {', '.join(names[:_NAMED])}{more}" if names else ""
-        lines.append(f"<li>by {row['samples']:,} samples{_text(of)}</li>")
+        lines.append(f"<li>by {row['samples']:,} samples{text(of)}</li>")
     return f"<p>Steps left out last:</p><ul>{''.join(lines)}</ul>\n" if lines else ""
 
 
@@ -207,20 +188,20 @@ def _gates(run: RunRecord, end: float) -> str:
         Curve("mean", series(run.training, "gate_mean") or series(run.validations, "gate_mean"), dots=False),
         Curve("largest", series(run.validations, "gate_largest"), "c2"),
     ]
-    mean = _figure("Gates", "|tanh α|: how far fusers are open", chart(curves, end=end, write=plain, zero=True))
+    mean = figure("Gates", "|tanh α|: how far fusers are open", chart(curves, end=end, write=plain, zero=True))
     columns = [(row["samples"], row["gates"]) for row in run.training if row.get("gates")]
     if not columns:
-        return _charts(mean)
+        return charts(mean)
     strip, largest = heat_strip(columns, end=end)
     what = f"the same for each of {len(columns[-1][1])} blocks; full colour is {plain(largest)}"
-    return _charts(mean, _figure("Gates by block", what, strip))
+    return charts(mean, figure("Gates by block", what, strip))
 
 
 def _speed(run: RunRecord, end: float) -> str:
     speed, waiting = (series(run.training, name) for name in ("samples_per_s", "waiting"))
-    return _charts(
-        _figure("Speed", "samples a second", chart([Curve("", speed, noisy=True)], end=end, write=short, zero=True)),
-        _figure(
+    return charts(
+        figure("Speed", "samples a second", chart([Curve("", speed, noisy=True)], end=end, write=short, zero=True)),
+        figure(
             "Waiting for data",
             "share of the time in which the computation waited",
             chart([Curve("", waiting, noisy=True)], end=end, write=percent, zero=True, reach=0.1),
@@ -258,7 +239,7 @@ def _table(rows: Sequence[Row]) -> str:
     for name in names:
         values = (row.get(name) for row in shown)
         cells = "".join(f"<td>{plain(v) if isinstance(v, int | float) else ''}</td>" for v in values)
-        lines.append(f"<tr><th scope=row>{_text(name.replace('_', ' '))}</th>{cells}</tr>")
+        lines.append(f"<tr><th scope=row>{text(name.replace('_', ' '))}</th>{cells}</tr>")
     left_out = f"<p>{len(shown)} of {len(rows)}.</p>" if len(shown) < len(rows) else ""
     return f"{left_out}<div class=wide><table><tr><th scope=row>samples</th>{head}</tr>{''.join(lines)}</table></div>\n"
 
@@ -266,26 +247,12 @@ def _table(rows: Sequence[Row]) -> str:
 def _settings(run: RunRecord) -> str:
     parts = []
     if run.config:
-        parts.append(f"<pre>{_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))}</pre>")
+        parts.append(f"<pre>{text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))}</pre>")
     if run.versions:
         parts.append(
-            f"<p>Made with {_text(', '.join(f'{name} {number}' for name, number in run.versions.items()))}.</p>"
+            f"<p>Made with {text(', '.join(f'{name} {number}' for name, number in run.versions.items()))}.</p>"
         )
     return "".join(parts)
-
-
-# Small parts --------------------------------------------------------------------------------------------------------
-
-
-def _charts(*figures: str) -> str:
-    there = [figure for figure in figures if figure]
-    return f"<div class=charts>{''.join(there)}</div>\n" if there else ""
-
-
-def _figure(title: str, what: str, svg: str) -> str:
-    if not svg:
-        return ""
-    return f"<figure><figcaption><b>{_text(title)}</b> {_text(what)}</figcaption>{svg}</figure>\n"
 
 
 def _quarter(k: int) -> str:
@@ -294,7 +261,3 @@ def _quarter(k: int) -> str:
 
 def _whole(value: float) -> str:
     return short(value) if value == int(value) else ""
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

@@ -19,8 +19,9 @@ from PIL import Image
 
 from ..adapter import gate_values
 from ..data.batch import Augmentation, Batch, ShardDataset
-from ..evaluate.boxes import summarize
 from ..evaluate.detectors import find_detector
+from ..evaluate.metrics import point_metrics
+from ..evaluate.scores import score_picture
 from ..generate import generate
 from ..layout import Layout
 from ..pipelines import GroundingMixin
@@ -63,8 +64,8 @@ class Validator:
         self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
         self.detector = find_detector(options.detector) if options.detector else None
         if self.detector:
-            for layout in self.layouts:
-                self.detector.score(Image.new("RGB", (8, 8)), layout)  # complains about phrases now, not after hours
+            for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
+                self.detector.wanted(phrase)  # complains now, not after hours
 
     def _layout(self, number: int) -> Layout:
         """A held-out sample as a layout, with the boxes that training would keep and the size of its picture."""
@@ -105,8 +106,9 @@ class Validator:
         off = list(generate(self.pipeline, self.layouts, grounded=False, **settings))
         if self.detector:
             for name, pictures in (("on", on), ("off", off)):
-                scores = [self.detector.score(p, layout) for p, layout in zip(pictures, self.layouts, strict=True)]
-                summary = summarize([score for of_picture in scores for score in of_picture])
+                found = zip(self.layouts, self.detector.detect(pictures, self.layouts), strict=True)
+                scores = [score_picture(layout, "", here, self.detector) for layout, here in found]
+                summary = point_metrics([score for of_picture in scores for score in of_picture.objects])
                 del summary["objects"]
                 metrics |= {f"{name}_{key}": value for key, value in summary.items()}
         rows = [

@@ -1,0 +1,100 @@
+"""What all pictures of a folder are generated with, written into it; and one process at a time at a part of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..adapter.model import adapter_config, adapter_state_dict, is_attached
+from ..files import read_json, write_json
+from ..layout import Layout, write_layouts
+from ..pipelines.grounding import GroundingMixin
+
+BINDING, LAYOUTS = "generation.json", "layouts.jsonl"
+
+
+def generation_settings(pipeline: GroundingMixin, **settings: Any) -> dict[str, Any]:
+    """What a folder's pictures depend on beside their layouts and ways: `settings`, the scheduler, and a checksum of
+    the adapter's weights, where these can be read (with sequential offload they cannot)."""
+    settings |= {"scheduler": type(pipeline.scheduler).__name__}
+    checksum = _adapter_checksum(pipeline.unet)
+    return settings if checksum is None else settings | {"adapter_checksum": checksum}
+
+
+def _adapter_checksum(unet: torch.nn.Module) -> str | None:
+    if not is_attached(unet):
+        return None
+    digest = hashlib.sha256()
+    for name, value in sorted(adapter_state_dict(unet).items()):
+        if value.is_meta:
+            return None
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_keyed(out: str | Path, layouts: Mapping[str, Layout]) -> None:
+    """`layouts.jsonl`: the id of each is its key, which its pictures are called by."""
+    write_layouts(Path(out) / LAYOUTS, [replace(layout, id=key) for key, layout in layouts.items()])
+
+
+def bind(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, Any]) -> None:
+    """Say what the pictures of `out` are of, and are generated with: the first process does, the others agree.
+
+    Raises:
+        ValueError: they were generated with something else; names it.
+    """
+    path = Path(out) / BINDING
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{BINDING}.lock")):
+        if not path.is_file():
+            write_json(path, settings)
+        write_keyed(out, layouts)
+    former = read_json(path)
+    if not isinstance(former, dict):
+        raise ValueError(f"{path} does not say what the pictures beside it were generated with; choose another folder")
+    for name in sorted(former.keys() & settings.keys()):
+        if former[name] != settings[name]:
+            raise ValueError(
+                f"{out} holds pictures generated with {name} {former[name]!r}, now it is {settings[name]!r}; "
+                "choose another folder (--out)"
+            )
+
+
+@contextmanager
+def only_one_at(out: str | Path, part: tuple[int, int]) -> Iterator[None]:
+    """Inside the block this part of the folder is this process's; the lock goes with it, however it ends.
+
+    Raises:
+        ValueError: another process is at it.
+    """
+    lock = FileLock(Path(out) / f".part-{part[0]}-of-{part[1]}.lock")
+    try:
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(
+            f"another process generates part {part[0]}/{part[1]} in {out}; wait for it, or share the work "
+            "(--part 1/2 and --part 2/2)"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_slots(pipeline: GroundingMixin, layouts: Mapping[str, Layout]) -> None:
+    """Raises ValueError where a layout has more objects than the adapter takes."""
+    if not is_attached(getattr(pipeline, "unet", None)):
+        return
+    slots = adapter_config(pipeline.unet).slots
+    for key, layout in layouts.items():
+        if len(layout.boxes) > slots:
+            raise ValueError(f"layout {key} has {len(layout.boxes)} objects, the adapter {slots} slots; leave it out")

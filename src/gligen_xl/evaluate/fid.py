@@ -1,0 +1,154 @@
+"""How alike two sets of pictures are: FID (arXiv 1706.08500) and KID (arXiv 1801.01401), with clean-fid's features.
+
+clean-fid (arXiv 2104.11222) resizes pictures as FID should be given, and needs torchvision, which breaks diffusers and
+transformers unless it is of the same build as torch. So it runs in a process of its own, with an interpreter that may
+be another environment's; see `ENVIRONMENT`. The features' network is fetched by clean-fid at the first use.
+
+FID of few pictures is too high, the more so the fewer they are: compare only sets of the same size, best of 10,000 or
+more. KID has no such bias, and an interval.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..files import read_json, write_json
+
+ENVIRONMENT = (
+    "clean-fid wants an environment of its own, where torchvision is of the same build as torch: "
+    "python -m venv fid-env && fid-env/bin/pip install clean-fid, then --fid_python fid-env/bin/python"
+)
+_WEIGHTS = (
+    "clean-fid fetches its network at the first use. Without a network put inception-2015-12-05.pt into /tmp, where it "
+    "looks first"
+)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_PROGRAM = Path(__file__).with_name("inception.py")
+_REAL = "real pictures"
+_ROWS = 1024  # of a kernel matrix at once
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of a set of pictures from the real ones.
+
+    Args:
+        fid: as clean-fid gives it.
+        kid: unbiased, so it may be a little under 0; not multiplied by 1,000.
+        kid_low, kid_high: 95 % interval over the draw of pictures of both sets.
+        pictures, real_pictures: how many there were.
+    """
+
+    fid: float
+    kid: float
+    kid_low: float
+    kid_high: float
+    pictures: int
+    real_pictures: int
+
+
+def pictures_in(folder: str | Path) -> list[Path]:
+    """All picture files under a folder, sorted, without hidden ones.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+    return found
+
+
+def distances(
+    sets: Mapping[str, Sequence[str | Path]],
+    real: Sequence[str | Path],
+    *,
+    python: str | Path | None = None,
+    device: str = "cpu",
+    workers: int = 4,
+    batch_size: int = 32,
+) -> dict[str, Distance]:
+    """How far each set of picture files is from the real ones; these are looked at once.
+
+    Args:
+        sets: files by name; `pictures_in` gives those of a folder.
+        python: the interpreter that has clean-fid; None: this one.
+        workers: processes that resize.
+
+    Raises:
+        FileNotFoundError: there is no such interpreter.
+        ValueError: fewer than two pictures in a set, or clean-fid did not run; says why, and what to do.
+    """
+    every = {_REAL: real, **sets}
+    for name, files in every.items():
+        if len(files) < 2:
+            raise ValueError(
+                f"{name}: {len(files)} pictures; FID and KID need at least 2, and mean little below 10,000"
+            )
+    with tempfile.TemporaryDirectory(prefix="gligen-xl-fid-") as folder:
+        request = {
+            "sets": {name: [str(Path(file).absolute()) for file in files] for name, files in every.items()},
+            "real": _REAL, "device": device, "workers": workers, "batch_size": batch_size,
+        }  # fmt: skip
+        write_json(Path(folder) / "request.json", request)
+        _run(python or sys.executable, Path(folder))
+        fids = read_json(Path(folder) / "fid.json")
+        features = [np.load(Path(folder) / f"{k}.npy", allow_pickle=False) for k in range(len(every))]
+    found = {}
+    for name, of_set in zip(sets, features[1:], strict=True):
+        found[name] = Distance(fids[name], *kernel_distance(of_set, features[0]), len(of_set), len(features[0]))
+    return found
+
+
+def _run(python: str | Path, folder: Path) -> None:
+    """Its progress bars go to the terminal."""
+    command = [str(python), str(_PROGRAM), str(folder / "request.json"), str(folder)]
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        raise FileNotFoundError(f"no interpreter {python}: {error.strerror}. {ENVIRONMENT}") from error
+    if code:
+        told = folder / "error.json"
+        error = read_json(told) if told.is_file() else {"kind": "", "text": f"it ended with exit code {code}"}
+        advice = _WEIGHTS if error["kind"] in ("URLError", "HTTPError") else ENVIRONMENT
+        raise ValueError(f"clean-fid did not run with {python}: {error['text']}. {advice}")
+
+
+def kernel_distance(features: np.ndarray, real: np.ndarray) -> tuple[float, float, float]:
+    """KID between two sets of features (n, width) and (m, width): the value, and its 95 % interval.
+
+    The squared maximum mean discrepancy with the kernel (x.y / width + 1)**3, without bias and over all pictures; the
+    mean over random subsets, as it is often given, estimates the same. The interval is the normal one of a U-statistic:
+    its variance is that of the pictures' own shares in it, summed over both sets.
+    """
+    x, y = features.astype(np.float64), real.astype(np.float64)
+    among_x, among_y = _kernel_means(x, x, same=True), _kernel_means(y, y, same=True)
+    x_to_y, y_to_x = _kernel_means(x, y), _kernel_means(y, x)
+    value = among_x.mean() + among_y.mean() - 2 * x_to_y.mean()
+    variance = (2 * (among_x - x_to_y)).var(ddof=1) / len(x) + (2 * (among_y - y_to_x)).var(ddof=1) / len(y)
+    half = 1.96 * np.sqrt(variance)
+    return float(value), float(value - half), float(value + half)
+
+
+def _kernel_means(a: np.ndarray, b: np.ndarray, *, same: bool = False) -> np.ndarray:
+    """(len(a),): the mean kernel of each row of `a` with those of `b`; if both are the same, without itself."""
+    means = np.empty(len(a))
+    for start in range(0, len(a), _ROWS):
+        rows = slice(start, start + _ROWS)
+        kernel = (a[rows] @ b.T / a.shape[1] + 1) ** 3
+        if same:
+            kernel[np.arange(len(kernel)), np.arange(start, start + len(kernel))] = 0
+        means[rows] = kernel.sum(-1) / (len(b) - same)
+    return means

@@ -1,0 +1,82 @@
+"""What was found in pictures, kept in a file: looking at the same picture again costs nothing.
+
+A line of JSON for each picture: its key, its checksum, a digest of what it was looked at for, and what was found. A
+line that a kill cut short is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .. import __version__
+from ..layout import Layout
+
+Look = Callable[[Sequence[Image.Image], Sequence[Layout]], list[Any]]  # what is found in each picture, as JSON
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture file that is looked at for a layout. `checksum` is of its bytes."""
+
+    key: str
+    layout: Layout
+    checksum: str
+
+
+class Kept:
+    """What one detector found in the pictures of one folder.
+
+    Args:
+        settings: all that what is found depends on, beside picture and layout.
+        look: finds it.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], look: Look):
+        self.path, self.look = path, look
+        self._settings = json.dumps([__version__, settings], sort_keys=True, default=str)
+        self._found: dict[tuple[str, str], Any] = {}  # by the picture's checksum and the digest
+        self._last: dict[tuple[str, str], Any] = {}  # by key and digest
+        kept = path.read_bytes() if path.is_file() else b""
+        self._cut = kept[-1:] not in (b"", b"\n")
+        for line in kept.splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                entry = json.loads(line)
+                self._keep(*(entry[name] for name in ("key", "picture", "asked", "found")))
+
+    def find(self, seen: Seen) -> Any:
+        """What was found in it before, or None."""
+        return self._found.get((seen.checksum, self._digest(seen.layout)))
+
+    def last(self, key: str, layout: Layout) -> Any:
+        """What was found in the picture of that key when it was last looked at, or None."""
+        return self._last.get((key, self._digest(layout)))
+
+    def add(self, pictures: Mapping[Seen, Image.Image]) -> None:
+        """Look at those that are not there yet, and keep what is found."""
+        new = [seen for seen in pictures if self.find(seen) is None]
+        if not new:
+            return
+        lines = []
+        for seen, found in zip(new, self.look([pictures[s] for s in new], [s.layout for s in new]), strict=True):
+            asked = self._digest(seen.layout)
+            self._keep(seen.key, seen.checksum, asked, found)
+            lines.append(json.dumps({"key": seen.key, "picture": seen.checksum, "asked": asked, "found": found}))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(("\n" * self._cut + "".join(f"{line}\n" for line in lines)).encode())
+        self._cut = False
+
+    def _keep(self, key: str, checksum: str, asked: str, found: Any) -> None:
+        self._found[checksum, asked] = self._last[key, asked] = found
+
+    def _digest(self, layout: Layout) -> str:
+        said = json.dumps([self._settings, layout.prompt, layout.phrases, layout.boxes])
+        return hashlib.sha256(said.encode()).hexdigest()[:16]

@@ -1,0 +1,229 @@
+"""Metrics over pictures, with intervals: how well are boxes followed, and how sure is that?
+
+Intervals are 95 % percentile intervals of the bootstrap (B. Efron, "Bootstrap methods: another look at the jackknife",
+Annals of Statistics 7, 1979; B. Efron and R. Tibshirani, "An introduction to the bootstrap", 1993, chapter 13). Whole
+pictures are resampled, as the objects of one picture are alike. They say how much chance there is in which layouts and
+noises were taken, not in the training of a model. Of a few dozen pictures they are too narrow; of one picture, or where
+all pictures agree, they are a point. The samples of AP are moved so that their mean is the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .ap import AP_NAMES, AveragePrecision
+from .scores import FOUND, ObjectScore, PictureScore
+
+_BLOCK = 2_000_000  # weights at once
+_LOW, _HIGH = 0.025, 0.975
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def summarize(
+    pictures: Sequence[PictureScore], *, ap: bool = True, seed: int = 0, resamples: int = 1000
+) -> dict[str, Estimate]:
+    """Metrics over pictures; shares are 0-1.
+
+    Args:
+        ap: with the AP family, which wants faster-coco-eval (extra `evaluation`).
+        seed: of the resamples; the same seed gives the same intervals.
+
+    Returns:
+        objects, pictures: how many; their intervals are points.
+        mean_iou: an object to which nothing was assigned counts 0.
+        recall_50, recall_75: share of objects of IoU at least 0.5, 0.75.
+        ATTRIBUTE: share of objects whose assigned detection has the right one.
+        ATTRIBUTE_of_found: the same share among the found (IoU at least 0.5); 0 where none is.
+        mean_iou_right: mean IoU where found objects with a wrong attribute count 0, as COCO-MIG counts it. Only where
+            attributes are judged.
+        success: share of objects that are found and right in every attribute.
+        picture_success: share of pictures of which all objects are.
+        wrong_count: share of pictures with more or fewer objects of a requested label than requested.
+        extra_objects: how many there are too many in a picture.
+        ap, ap_50, ap_75, ar: see `AveragePrecision`.
+        clip, clip_objects: mean over the pictures, and boxes, for which they were measured; left out where none was.
+
+    Raises:
+        ValueError: there are no objects, or faster-coco-eval is missing.
+    """
+    statistics = _Statistics(pictures, ap)
+    samples = _resample(statistics.resampled, len(pictures), resamples, seed)
+    return _counts(pictures) | _estimates(statistics.point, samples)
+
+
+def paired_difference(
+    a: Sequence[PictureScore], b: Sequence[PictureScore], *, ap: bool = True, seed: int = 0, resamples: int = 1000
+) -> dict[str, Estimate]:
+    """By how much the metrics of `a` are above those of `b`, in pictures of the same layouts.
+
+    Pictures are paired by their keys; those that only one side has (as the other's could not be read) are left out.
+    Both sides are resampled together, so that easy and hard layouts cancel out: the interval is narrower than those
+    of `a` and `b` suggest. An interval without 0 is a difference beyond chance.
+
+    Returns:
+        The names of `summarize` that both sides have. objects and pictures say how many were compared.
+
+    Raises:
+        ValueError: a key stands for different layouts, a side has a key twice, or they have none in common.
+    """
+    a, b = _pairs(a, b)
+    of_a, of_b = _Statistics(a, ap), _Statistics(b, ap)
+    names = [name for name in of_a.point if name in of_b.point]
+    columns_a, columns_b = ([list(side.point).index(name) for name in names] for side in (of_a, of_b))
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return of_a.resampled(weights)[:, columns_a] - of_b.resampled(weights)[:, columns_b]
+
+    samples = _resample(difference, len(a), resamples, seed)
+    point = {name: of_a.point[name] - of_b.point[name] for name in names}
+    return _counts(a) | _estimates(point, samples, lowest=-1)
+
+
+def point_metrics(scores: Sequence[ObjectScore]) -> dict[str, float]:
+    """Those metrics of `summarize` that objects alone tell, without intervals.
+
+    objects, mean_iou, recall_50, recall_75, ATTRIBUTE, ATTRIBUTE_of_found and success.
+    """
+    if not scores:
+        raise ValueError("no objects to summarize")
+    ratios = _of_objects(scores).items()
+    return {"objects": len(scores)} | {name: _ratio(values.sum(), counted.sum()) for name, (values, counted) in ratios}
+
+
+def _pairs(a: Sequence[PictureScore], b: Sequence[PictureScore]) -> tuple[list[PictureScore], list[PictureScore]]:
+    by_key = [{picture.key: picture for picture in side} for side in (a, b)]
+    for side, pictures in zip(by_key, (a, b), strict=True):
+        if len(side) < len(pictures):
+            raise ValueError(f"{len(pictures)} pictures have only {len(side)} different keys; expected one key each")
+    common = [key for key in by_key[0] if key in by_key[1]]
+    if not common:
+        raise ValueError("no picture of one side is of a layout of the other; compare evaluations of the same layouts")
+    for key in common:
+        if by_key[0][key].layout != by_key[1][key].layout:
+            raise ValueError(f"{key} is another layout on either side; compare evaluations of the same layouts")
+    return [by_key[0][key] for key in common], [by_key[1][key] for key in common]
+
+
+def _counts(pictures: Sequence[PictureScore]) -> dict[str, Estimate]:
+    counts = {"objects": sum(len(picture.objects) for picture in pictures), "pictures": len(pictures)}
+    return {name: Estimate(count, count, count) for name, count in counts.items()}
+
+
+# Values -------------------------------------------------------------------------------------------------------------
+
+_Ratio = tuple[np.ndarray, np.ndarray]  # what is summed, and what its sum is divided by
+
+
+def _of_objects(scores: Sequence[ObjectScore]) -> dict[str, _Ratio]:
+    """Each metric as a ratio of two sums over objects: (objects,) each."""
+    iou = np.array([score.iou for score in scores])
+    found = (iou >= FOUND).astype(float)
+    each = np.ones_like(iou)
+    ratios = {"mean_iou": (iou, each), "recall_50": (found, each), "recall_75": ((iou >= 0.75).astype(float), each)}
+    for name in scores[0].attributes:
+        right = np.array([score.attributes[name] for score in scores], float)
+        ratios |= {name: (right, each), f"{name}_of_found": (right * found, found)}
+    return ratios | {"success": (np.array([score.success for score in scores], float), each)}
+
+
+def _of_pictures(pictures: Sequence[PictureScore]) -> dict[str, _Ratio]:
+    """Each metric as a ratio of two sums over pictures: (n,) each."""
+    scores = [score for picture in pictures for score in picture.objects]
+    if not scores:
+        raise ValueError("no objects to summarize")
+    of_picture = np.repeat(np.arange(len(pictures)), [len(picture.objects) for picture in pictures])
+    of_objects = _of_objects(scores)
+    if scores[0].attributes:
+        wrong = [score.iou >= FOUND and not score.success for score in scores]
+        iou, each = of_objects["mean_iou"]
+        of_objects["mean_iou_right"] = np.where(wrong, 0, iou), each
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        return np.bincount(of_picture, values, len(pictures))
+
+    ratios = {name: (summed(values), summed(counted)) for name, (values, counted) in of_objects.items()}
+    each = np.ones(len(pictures))
+
+    def of_each(values: Sequence[float]) -> _Ratio:
+        return np.array(values, float), each
+
+    ratios["picture_success"] = of_each([picture.success for picture in pictures])
+    ratios["wrong_count"] = of_each([picture.extra + picture.missing > 0 for picture in pictures])
+    ratios["extra_objects"] = of_each([picture.extra for picture in pictures])
+    for name, measured in (
+        ("clip", [() if picture.clip is None else (picture.clip,) for picture in pictures]),
+        ("clip_objects", [picture.clip_objects or () for picture in pictures]),
+    ):
+        if any(measured):
+            ratios[name] = np.array([sum(values) for values in measured]), np.array([len(v) for v in measured], float)
+    return ratios
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total / count) if count else 0.0
+
+
+class _Statistics:
+    """The metrics of n pictures (`point`), and of resamples of them."""
+
+    def __init__(self, pictures: Sequence[PictureScore], ap: bool):
+        ratios = _of_pictures(pictures)
+        self._values, self._counted = (np.stack(columns, axis=1) for columns in zip(*ratios.values(), strict=True))
+        self._ap = AveragePrecision(pictures) if ap else None
+        self.point = {name: _ratio(values.sum(), counted.sum()) for name, (values, counted) in ratios.items()}
+        if self._ap:
+            self.point |= zip(AP_NAMES, self._ap.point.tolist(), strict=True)
+
+    def resampled(self, weights: np.ndarray) -> np.ndarray:
+        """The metrics where picture k counts `weights[:, k]` times: (r, n) -> (r, metrics); NaN is undefined."""
+        with np.errstate(invalid="ignore"):
+            ratios = (weights @ self._values) / (weights @ self._counted)
+            return np.hstack([ratios, self._ap.resampled(weights)]) if self._ap else ratios
+
+
+# Intervals ----------------------------------------------------------------------------------------------------------
+
+
+def _resample(statistic: Callable[[np.ndarray], np.ndarray], number: int, resamples: int, seed: int) -> np.ndarray:
+    """A statistic (r, n) -> (r, metrics) of resamples of n pictures: (resamples, metrics)."""
+    if resamples < 1:
+        raise ValueError(f"{resamples} resamples; expected at least 1")
+    return np.concatenate([statistic(weights) for weights in _weights(number, resamples, seed)])
+
+
+def _weights(number: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of n pictures is in a resample: blocks of (r, n)."""
+    random = np.random.default_rng(seed)
+    rows = max(_BLOCK // number, 1)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        yield random.multinomial(number, np.full(number, 1 / number), size).astype(float)
+
+
+def _estimates(point: Mapping[str, float], samples: np.ndarray, lowest: float = 0) -> dict[str, Estimate]:
+    """Intervals of samples (resamples, metrics); undefined samples are left out, and each interval holds its value.
+
+    A repeated picture agrees with itself, so that AP of resamples is too high, often all of it. What tells is how far
+    they are from their mean; AP is from `lowest` to 1.
+    """
+    estimates = {}
+    for (name, value), column in zip(point.items(), samples.T, strict=True):
+        defined = column[~np.isnan(column)]
+        if not len(defined):
+            defined = np.array([value])
+        if name in AP_NAMES:
+            defined = np.clip(defined - defined.mean() + value, lowest, 1)
+        low, high = np.quantile(defined, (_LOW, _HIGH)).tolist()
+        estimates[name] = Estimate(value, min(low, value), max(high, value))
+    return estimates

@@ -1,0 +1,228 @@
+"""How an evaluation's figures are named and written, and the sentences that go before them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .metrics import Estimate
+
+if TYPE_CHECKING:
+    from .report import Report
+
+_NAMES = {
+    "mean_iou": "mean IoU",
+    "mean_iou_right": "mean IoU, attributes right",
+    "recall_50": "recall@0.5",
+    "recall_75": "recall@0.75",
+    "success": "success",
+    "picture_success": "whole pictures",
+    "wrong_count": "wrong count",
+    "extra_objects": "extra objects",
+    "ap": "AP",
+    "ap_50": "AP50",
+    "ap_75": "AP75",
+    "ar": "AR",
+    "clip": "CLIP",
+    "clip_objects": "CLIP of boxes",
+    "fid": "FID",
+    "kid": "KID",
+}
+_FACTORS_AND_DIGITS = {
+    "mean_iou": (1, 3),
+    "mean_iou_right": (1, 3),
+    "extra_objects": (1, 2),
+    "ap": (100, 1),
+    "ap_50": (100, 1),
+    "ap_75": (100, 1),
+    "ar": (100, 1),
+    "clip": (1, 1),
+    "clip_objects": (1, 1),
+    "fid": (1, 1),
+    "kid": (1, 4),
+}
+LESS_IS_BETTER = frozenset({"wrong_count", "extra_objects", "fid", "kid"})
+_UNREAD = 5  # pictures that are named of each condition
+
+DEFINITIONS = (
+    "Success: the share of objects that are found (a detection of the right label, IoU at least 0.5) and right in "
+    "every attribute; whole pictures: the share of pictures of which all objects are. Wrong count: the share of "
+    "pictures with more or fewer objects of a requested label than requested; extra objects: how many too many a "
+    "picture has. AP and AR are times 100. In brackets: 95 % intervals of the bootstrap over pictures. They hold the "
+    "chance of layouts and noise, not that of another training."
+)
+
+
+def label(name: str) -> str:
+    return _NAMES.get(name, name.replace("_", " "))
+
+
+def is_share(name: str) -> bool:
+    """Whether it is from 0 to 1."""
+    return name in ("mean_iou", "mean_iou_right", "ap", "ap_50", "ap_75", "ar") or name not in _FACTORS_AND_DIGITS
+
+
+def value(name: str, number: float, *, sign: bool = False) -> str:
+    """ "71.2 %", "0.643"; with a sign, as of differences, "+3.1"."""
+    figure = _figure(name, number, "+" if sign else "")
+    return figure if sign or name in _FACTORS_AND_DIGITS else f"{figure} %"
+
+
+def interval(name: str, estimate: Estimate, *, sign: bool = False) -> str:
+    """ "[68.0, 74.1]", in the unit of `value`; empty where there is none."""
+    ends = (estimate.low, estimate.high)
+    if not all(map(math.isfinite, ends)):
+        return ""
+    return f"[{', '.join(_figure(name, end, '+' if sign else '') for end in ends)}]"
+
+
+def _figure(name: str, number: float, sign: str) -> str:
+    factor, digits = _FACTORS_AND_DIGITS.get(name, (100, 1))
+    rounded = round(factor * number, digits) + 0.0  # no -0
+    return f"{rounded:{sign}.{digits}f}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+# Sentences ----------------------------------------------------------------------------------------------------------
+
+
+def bounds(report: Report) -> str:
+    """What the detector makes of real pictures and of such that hold nothing: its own mistakes."""
+    metrics = {condition.kind: report.metrics[condition.name] for condition in report.conditions}
+    sentences = []
+    if "success" in metrics.get("real", {}):
+        of_real, ap = metrics["real"]["success"], metrics["real"].get("ap")
+        precision = f" (AP {value('ap', ap.value)})" if ap and "ap" in report.names else ""
+        sentences.append(
+            f"Of real pictures with their true boxes the detector {report.detector.name} counts "
+            f"{value('success', of_real.value)} {interval('success', of_real)} of the objects as a success{precision}. "
+            "That is about the most a model can reach here (upper bound): what lacks to 100 % are its mistakes, and "
+            "those of the boxes."
+        )
+    elif "real" not in metrics:
+        sentences.append(
+            f"No real pictures were scored (upper bound), so how much the detector {report.detector.name} misses "
+            "itself is not known."
+        )
+    if "success" in metrics.get("empty", {}):
+        of_empty = metrics["empty"]["success"]
+        (empty,) = (condition for condition in report.conditions if condition.kind == "empty")
+        sentences.append(
+            f"Of pictures that hold none of the objects it counts {value('success', of_empty.value)} "
+            f"{interval('success', of_empty)} (lower bound), and sees {report.seen(empty):.2f} objects a picture."
+        )
+    elif "empty" not in metrics:
+        sentences.append("No empty pictures were scored (lower bound), so what it invents is not known.")
+    return " ".join(sentences)
+
+
+def unread(report: Report) -> list[str]:
+    """A line for each condition that lacks pictures; empty where none does."""
+    lines = []
+    for condition in report.conditions:
+        if condition.unread:
+            named = [f"{key} ({why})" for key, why in list(condition.unread.items())[:_UNREAD]]
+            more = len(condition.unread) - len(named)
+            whole = len(condition.unread) + len(condition.pictures)
+            rest = f"; and {more} more" if more else ""
+            lines.append(f"{condition.name}: {len(condition.unread)} of {whole} pictures: {'; '.join(named)}{rest}")
+    return lines
+
+
+def about(report: Report) -> str:
+    """What was evaluated, by whose protocol, seen by what."""
+    protocol = report.protocol
+    paper = f" ({protocol.paper})" if protocol.paper else ""
+    objects = sum(len(layout.boxes) for layout in protocol.layouts)
+    attributes = report.detector.attributes
+    judged = f", which judges {' and '.join(attributes)} as well" if attributes else ""
+    return (
+        f"Protocol {protocol.name}{paper}: {counted(len(protocol.layouts), 'layout')}, {counted(objects, 'object')}. "
+        f"Detector {report.detector.name}{judged}."
+    )
+
+
+def notes(report: Report) -> list[str]:
+    """What else the reader should know."""
+    lacking = [name for name in report.protocol.metrics if name not in report.names]
+    lines = []
+    if "ap" in lacking and any(condition.pictures for condition in report.conditions):
+        lines.append("AP was not measured: it needs pip install 'gligen-xl[evaluation]'.")
+    if others := [label(name) for name in lacking if name in ("clip", "fid")]:
+        lines.append(f"Not measured, as it was not asked for: {', '.join(others)}.")
+    few = min((len(condition.pictures) for condition in report.conditions if condition.pictures), default=0)
+    if few and few < 30:
+        lines.append(f"{counted(few, 'picture')} a condition are few: intervals are too narrow.")
+    return lines
+
+
+def table(report: Report) -> str:
+    """Markdown: conditions as rows, metrics as columns."""
+    header = ["", *map(_heading, report.names), "pictures"]
+    rows = [header]
+    for condition in report.conditions:
+        metrics = report.metrics[condition.name]
+        cells = [_cell(name, metrics.get(name)) for name in report.names]
+        rows.append([condition.name, *cells, str(len(condition.pictures))])
+    return markdown_table(rows)
+
+
+def differences(report: Report) -> str:
+    """Markdown: paired differences from the other evaluation; empty where there are none."""
+    parts = []
+    for compared in report.compared or ():
+        names = report.compared_names(compared)
+        rows = [["", *map(_heading, names), "pictures"]]
+        cells = [_cell(name, compared.difference[name], sign=True) for name in names]
+        pictures = compared.difference["pictures"].value
+        rows.append([f"{compared.condition} less the other {compared.other}", *cells, f"{pictures:.0f}"])
+        parts.append(markdown_table(rows))
+    return "\n".join(parts)
+
+
+def _heading(name: str) -> str:
+    return label(name) + (" (less is better)" if name in LESS_IS_BETTER else "")
+
+
+def _cell(name: str, estimate: Estimate | None, *, sign: bool = False) -> str:
+    if estimate is None:
+        return "-"
+    return f"{value(name, estimate.value, sign=sign)} {interval(name, estimate, sign=sign)}".strip()
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the heading; columns are padded, so that it can be read as it stands."""
+    rows = [[markdown(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return f"| {' | '.join([first, *others])} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(rows[0]), f"|{rule}|", *map(line, rows[1:])]) + "\n"
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    for sign, instead in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
+        text = text.replace(sign, instead)
+    return " ".join(text.split())
+
+
+def plain_json(item: object) -> object:
+    """What JSON can say: floats rounded to six digits behind the point, those that are not finite as null."""
+    if isinstance(item, Mapping):
+        return {str(name): plain_json(inner) for name, inner in item.items()}
+    if isinstance(item, list | tuple | set | frozenset):
+        return [plain_json(inner) for inner in item]
+    if isinstance(item, float):
+        return round(item, 6) if math.isfinite(item) else None
+    return item if isinstance(item, str | int | None) else str(item)

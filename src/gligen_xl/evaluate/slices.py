@@ -1,0 +1,162 @@
+"""Where boxes are followed and where they are not: metrics of parts of the objects.
+
+    slices(condition.pictures, protocol.layouts, detector.wanted)["size"]
+
+A grouping puts each requested object into one part. Intervals are over pictures, as those of the whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ..layout import Layout
+from .metrics import Estimate, summarize
+from .scores import PictureScore, restrict
+
+if TYPE_CHECKING:
+    from .detectors import Wanted
+
+# Shares of the picture's area. 2 % is what layout-to-image's filter leaves out; from there on the sides of a square box
+# grow by about half each time: 14, 22, 32 and 50 % of the picture's.
+SIZE_EDGES = (0.02, 0.05, 0.1, 0.25)
+# Number of the objects of all layouts that have the phrase. Phrases follow Zipf's law: a factor of ten each time.
+FREQUENCY_EDGES = (2, 10, 100)
+# One by one as far as COCO-MIG and COCO-Position go (2 to 6); published layouts have up to 30, few more than 10.
+MOST_OBJECTS_ALONE, MANY_OBJECTS = 6, 10
+
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+METRICS = ("success", "mean_iou", "recall_50")  # those that are of single objects
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the objects.
+
+    Args:
+        objects, pictures: how many, and in how many pictures.
+        metrics: those of METRICS.
+    """
+
+    name: str
+    objects: int
+    pictures: int
+    metrics: Mapping[str, Estimate]
+
+
+def slices(
+    pictures: Sequence[PictureScore], layouts: Sequence[Layout], wanted: Callable[[str], Wanted]
+) -> dict[str, list[Slice]]:
+    """The parts that have objects, in their order, by grouping.
+
+    Args:
+        layouts: all that are evaluated, to count phrases in.
+        wanted: a detector's; it tells the attributes that a phrase asks for.
+
+    Returns:
+        size: share of the picture's area.
+        position: which ninth of the picture the centre of the box is in, "top left" to "bottom right".
+        objects: number of objects in the picture.
+        frequency: number of the objects of all layouts with this phrase (not of the data that a model was trained on).
+        ATTRIBUTE: the value that is asked for, as "red", most frequent first; where phrases ask for one.
+    """
+    wanted = cache(wanted)
+    counts = Counter(plain_phrase(phrase) for layout in layouts for phrase in layout.phrases)
+    attributes = {
+        name for picture in pictures for phrase in picture.layout.phrases for name in wanted(phrase).attributes
+    }
+
+    def size(picture: PictureScore, k: int) -> str:
+        return size_name(picture.layout.boxes[k])
+
+    def position(picture: PictureScore, k: int) -> str:
+        return position_name(picture.layout.boxes[k])
+
+    def objects(picture: PictureScore, k: int) -> str:
+        return objects_name(len(picture.objects))
+
+    def frequency(picture: PictureScore, k: int) -> str:
+        return frequency_name(counts[plain_phrase(picture.layout.phrases[k])])
+
+    def asked(attribute: str) -> _Part:
+        return lambda picture, k: wanted(picture.layout.phrases[k]).attributes.get(attribute, "")
+
+    groupings = {"size": size, "position": position, "objects": objects, "frequency": frequency}
+    groupings |= {attribute: asked(attribute) for attribute in sorted(attributes)}
+    return {name: parts for name, part in groupings.items() if (parts := _parts(pictures, part, _ORDERS.get(name)))}
+
+
+# Names of parts -----------------------------------------------------------------------------------------------------
+
+
+def size_name(box: Sequence[float]) -> str:
+    """By the share of the picture's area."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return _SIZES[sum(area >= edge for edge in SIZE_EDGES)]
+
+
+def position_name(box: Sequence[float]) -> str:
+    """By the third that the box's centre is in, of the height and of the width."""
+    row, column = (min(int(3 * (box[k] + box[k + 2]) / 2), 2) for k in (1, 0))
+    return _place(ROWS[row], COLUMNS[column])
+
+
+def objects_name(number: int) -> str:
+    if number <= MOST_OBJECTS_ALONE:
+        return str(number)
+    return _OBJECTS[-2] if number <= MANY_OBJECTS else _OBJECTS[-1]
+
+
+def frequency_name(number: int) -> str:
+    return _FREQUENCIES[sum(number >= edge for edge in FREQUENCY_EDGES)]
+
+
+def plain_phrase(phrase: str) -> str:
+    """Capitals and spaces make no other phrase."""
+    return " ".join(phrase.casefold().split())
+
+
+def _place(row: str, column: str) -> str:
+    return row if column == "centre" else column if row == "middle" else f"{row} {column}"
+
+
+_SIZES = (
+    f"under {100 * SIZE_EDGES[0]:g} %",
+    *(f"{100 * low:g} to {100 * high:g} %" for low, high in pairwise(SIZE_EDGES)),
+    f"from {100 * SIZE_EDGES[-1]:g} %",
+)
+_FREQUENCIES = (
+    "once",
+    *(f"{low} to {high - 1} times" for low, high in pairwise(FREQUENCY_EDGES)),
+    f"{FREQUENCY_EDGES[-1]} times or more",
+)
+_OBJECTS = (
+    *(str(number) for number in range(1, MOST_OBJECTS_ALONE + 1)),
+    f"{MOST_OBJECTS_ALONE + 1} to {MANY_OBJECTS}",
+    f"more than {MANY_OBJECTS}",
+)
+POSITIONS = tuple(_place(row, column) for row in ROWS for column in COLUMNS)  # row by row
+_ORDERS = {"size": _SIZES, "position": POSITIONS, "objects": _OBJECTS, "frequency": _FREQUENCIES}
+
+
+# Parts --------------------------------------------------------------------------------------------------------------
+
+_Part = Callable[[PictureScore, int], str]  # of the k-th object; empty: in none
+
+
+def _parts(pictures: Sequence[PictureScore], part: _Part, order: Sequence[str] | None) -> list[Slice]:
+    """Args: order: of the parts; None: most objects first, then by name."""
+    sizes = Counter(part(picture, k) for picture in pictures for k in range(len(picture.objects)))
+    names = order or sorted(sizes, key=lambda name: (-sizes[name], name))
+    return [_slice(name, pictures, part) for name in names if name and sizes[name]]
+
+
+def _slice(name: str, pictures: Sequence[PictureScore], part: _Part) -> Slice:
+    kept = restrict(pictures, lambda picture, k: part(picture, k) == name)
+    metrics = summarize(kept, ap=False)
+    objects = sum(len(picture.objects) for picture in kept)
+    return Slice(name, objects, len(kept), {metric: metrics[metric] for metric in METRICS})

@@ -1,0 +1,411 @@
+"""Generating and scoring: seeds, kills, several processes, damaged pictures, other programs' pictures, comparing."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from painters import Painter, noise
+from PIL import Image
+from tiny import grounded, sdxl_pipeline
+
+from gligen_xl import Layout
+from gligen_xl.evaluate import compare, evaluate_layouts, find_detector, find_protocol, point_metrics
+from gligen_xl.evaluate.binding import bind, generation_settings, only_one_at
+from gligen_xl.evaluate.detectors import ShapesDetector
+from gligen_xl.evaluate.pictures import (
+    Way,
+    find_files,
+    find_ways,
+    generate_pictures,
+    keyed,
+    read_about,
+    seeded,
+)
+from gligen_xl.evaluate.run import find_pictures, generate_all, score_all, shuffled
+
+ON, OFF = Way.grounded(1.0, 2.0), Way.off(2.0)
+RED = {"prompt": "grass", "phrases": ["a red circle"], "boxes": [[0.1, 0.1, 0.5, 0.5]]}
+
+
+def scenes(count):
+    protocol = find_protocol("shapes", count=count)
+    return protocol, keyed(protocol.layouts)
+
+
+def point(condition):
+    return point_metrics([score for picture in condition.pictures for score in picture.objects])
+
+
+class Counting(ShapesDetector):
+    """Counts what it looks at."""
+
+    def __init__(self):
+        self.looked, self.largest = 0, 0
+
+    def detect(self, pictures, layouts):
+        self.looked += len(pictures)
+        self.largest = max(self.largest, len(pictures))
+        return super().detect(pictures, layouts)
+
+
+# Names, seeds, ways -------------------------------------------------------------------------------------------------
+
+
+def test_names_of_pictures():
+    ids = [None, "cat-1.2", "a/b", "../x", "", "Grün", "y" * 100, None]
+    keys = list(keyed([Layout(**RED, id=name) for name in ids]))
+    assert keys[0] == "000000"
+    assert keys[1] == "cat-1.2"
+    assert keys[7] == "000007"
+    assert len(set(keys)) == 8
+    assert all(len(key) < 100 and "/" not in key and key[0] != "." for key in keys)
+    for pair in (["a", "A"], ["000001", None]):
+        with pytest.raises(ValueError, match="layouts 0 and 1 would both be called"):
+            keyed([Layout(**RED, id=name) for name in pair])
+
+
+def test_the_seed_follows_from_what_the_layout_says():
+    first = seeded(Layout(**RED), 0).seed
+    assert first == seeded(Layout(**RED), 0).seed == 69855604329614
+    others = [Layout(**RED | {"prompt": "sand"}), Layout(**RED, id="x"), Layout(**RED | {"boxes": [[0, 0, 0.5, 0.5]]})]
+    assert len({first, seeded(Layout(**RED), 1).seed, *(seeded(layout, 0).seed for layout in others)}) == 5
+    assert seeded(Layout(**RED, seed=7), 3).seed == 7
+
+
+def test_ways_by_name_and_none_twice():
+    sweep = {"beta": [0, 0.4, 1], "guidance_scale": [1, 2, 5.5]}
+    ways = find_ways([1.0], 2.0, sweep, off=True)
+    assert [way.name for way in ways] == [
+        "beta-1",
+        "beta-0",
+        "beta-0.4",
+        "guidance_scale-1",
+        "guidance_scale-5.5",
+        "off",
+    ]
+    assert ways[4].settings == {"beta": 1.0, "guidance_scale": 5.5}
+    for bad, says in (
+        ({"steps": [3]}, "sweep of 'steps'"),
+        ({"beta": [2]}, "0 to 1"),
+        ({"guidance_scale": [-1]}, "-1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            find_ways([1.0], 2.0, bad, off=True)
+
+
+def test_shuffled_layouts_are_others_with_as_many_objects_where_there_are_any():
+    _, layouts = scenes(24)
+    other = shuffled(layouts)
+    sizes = [len(layout.boxes) for layout in layouts.values()]
+    for key, layout in layouts.items():
+        assert other[key] != layout
+        assert len(other[key].boxes) == len(layout.boxes) or sizes.count(len(layout.boxes)) == 1
+    assert shuffled(dict(list(layouts.items())[:1])) == dict(list(layouts.items())[:1])
+
+
+# Generating ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_the_same_in_whatever_batch_order_or_part_it_is_made(tmp_path):
+    """Of a real pipeline, to rounding."""
+    pipeline = grounded(sdxl_pipeline())
+    layouts = keyed(
+        [
+            Layout(
+                **RED, id=f"{k}", width=16 + 8 * (k % 2), height=16, **({"negative_prompt": "sea"} if k == 3 else {})
+            )
+            for k in range(6)
+        ]
+    )
+    assert generate_pictures(pipeline, layouts, tmp_path / "whole", ON, steps=3, batch_size=4) == 6
+    turned = dict(reversed(layouts.items()))
+    for part in ((2, 2), (1, 2)):
+        assert generate_pictures(pipeline, turned, tmp_path / "parts", ON, steps=3, batch_size=2, part=part) == 3
+    few = {key: layouts[key] for key in ("4", "1")}
+    assert generate_pictures(pipeline, few, tmp_path / "few", ON, steps=3, batch_size=1) == 2
+    for folder in ("parts", "few"):
+        for key, path in find_files(tmp_path / folder, layouts).items():
+            with Image.open(path) as one, Image.open(tmp_path / "whole" / f"{key}.png") as other:
+                assert one.size == other.size == (layouts[key].width, 16)
+                assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    said = read_about(tmp_path / "few" / "4.png")
+    assert said["layout"] == seeded(layouts["4"], 0).to_dict()
+    assert (said["beta"], said["guidance_scale"], said["steps"]) == (1.0, 2.0, 3)
+
+
+def test_nothing_is_made_twice_after_an_interrupt(tmp_path):
+    protocol, layouts = scenes(10)
+    painter = Painter(protocol, most=4)
+    with pytest.raises(KeyboardInterrupt):
+        generate_pictures(painter, layouts, tmp_path, ON, steps=3, batch_size=2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(before) == 4
+    again = Painter(protocol)
+    assert generate_pictures(again, layouts, tmp_path, ON, steps=3, batch_size=4) == again.made == 6
+    assert generate_pictures(again, layouts, tmp_path, ON, steps=3, batch_size=4) == 0
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}.items()
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(layouts)
+
+
+def _paint(folder, count, part):
+    protocol, layouts = scenes(count)
+    generate_pictures(Painter(protocol, seconds=0.01), layouts, folder, ON, steps=3, batch_size=2, part=part)
+
+
+def test_a_killed_process_and_two_at_once(tmp_path):
+    """Every file is a whole picture at every moment; what a killed process made stays as it is."""
+    begin = multiprocessing.get_context("fork").Process
+    killed = begin(target=_paint, args=(tmp_path, 40, (1, 1)))
+    killed.start()
+    while len(list(tmp_path.glob("*.png"))) < 5:
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*.png")}
+    assert 5 <= len(before) < 40
+    both = [begin(target=_paint, args=(tmp_path, 40, (k, 2))) for k in (1, 2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*.png")}
+    assert before.items() <= after.items()
+    assert len(after) == 40
+    for path in after:
+        with Image.open(path) as picture:
+            picture.load()
+
+
+def test_another_setting_in_the_same_folder_is_refused(tmp_path):
+    protocol, layouts = scenes(2)
+    painter = Painter(protocol)
+    settings = {"steps": 3, "seed": 0, "about": {"model": "one"}}
+    generate_all(painter, layouts, tmp_path, [ON, OFF], **settings)
+    assert painter.made == 4
+    for other, says in (
+        ({"steps": 4}, "steps 3, now it is 4"),
+        ({"seed": 1}, "seed 0, now it is 1"),
+        ({"about": {"model": "two"}}, "model 'one', now it is 'two'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            generate_all(painter, layouts, tmp_path, [ON], **{**settings, **other})
+    (key, layout), *rest = layouts.items()
+    moved = {key: replace(layout, boxes=[[0, 0, 0.5, 0.5]] * len(layout.boxes)), **dict(rest)}
+    with pytest.raises(ValueError, match=f"{key}.png is a picture of another layout"):
+        generate_all(painter, moved, tmp_path, [ON], **settings)
+    with pytest.raises(ValueError, match="guidance_scale"):
+        generate_all(
+            painter, layouts, tmp_path, [replace(ON, settings={"beta": 1.0, "guidance_scale": 3.0})], **settings
+        )
+    assert painter.made == 4
+    (tmp_path / "generation.json").write_text("[1]")
+    with pytest.raises(ValueError, match="does not say"):
+        generate_all(painter, layouts, tmp_path, [ON], **settings)
+
+
+def test_another_adapter_of_the_same_name_is_refused(tmp_path):
+    pipeline = grounded(sdxl_pipeline())
+    bind(tmp_path, {}, generation_settings(pipeline))
+    bind(tmp_path, {}, generation_settings(grounded(sdxl_pipeline())))
+    next(iter(p for n, p in pipeline.unet.named_parameters() if "fuser" in n)).data.add_(1)
+    with pytest.raises(ValueError, match="adapter_checksum"):
+        bind(tmp_path, {}, generation_settings(pipeline))
+    assert generation_settings(sdxl_pipeline()) == {"scheduler": "DDIMScheduler"}
+
+
+def test_more_objects_than_slots_are_refused_at_once(tmp_path):
+    layout = Layout(prompt="x", phrases=["a dog"] * 3, boxes=[[0, 0, 1, 1]] * 3, id="much")
+    with pytest.raises(ValueError, match="layout much has 3 objects, the adapter 2 slots"):
+        generate_all(grounded(sdxl_pipeline(), slots=2), keyed([layout]), tmp_path, [ON], steps=2)
+
+
+def test_one_process_at_a_part(tmp_path):
+    with (
+        only_one_at(tmp_path, (1, 2)),
+        only_one_at(tmp_path, (2, 2)),
+        pytest.raises(ValueError, match="another process generates part 1/2"),
+        only_one_at(tmp_path, (1, 2)),
+    ):
+        pass
+    with only_one_at(tmp_path, (1, 2)):
+        pass
+
+
+# Scoring ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    """The folder of twenty scenes, painted and scored."""
+    out, (protocol, _), detector = tmp_path_factory.mktemp("painted"), scenes(20), Counting()
+    evaluate_layouts(Painter(protocol), protocol, detector, out, betas=[1])
+    assert detector.looked == 100  # on, off, shuffled, real and empty
+    assert detector.largest <= 16
+    return out
+
+
+@pytest.fixture
+def evaluated(painted, tmp_path):
+    """A copy of it, whose detections are kept: protocol, a detector that has not looked at anything, conditions."""
+    shutil.copytree(painted, tmp_path / "out")
+    (protocol, _), detector = scenes(20), Counting()
+    conditions = evaluate_layouts(Painter(protocol), protocol, detector, tmp_path / "out", betas=[1])
+    return protocol, detector, conditions
+
+
+def test_what_was_found_is_kept(evaluated, tmp_path):
+    protocol, detector, conditions = evaluated
+    out, painter = tmp_path / "out", Painter(protocol)
+    again = evaluate_layouts(painter, protocol, detector, out, betas=[1])
+    assert again == conditions
+    assert (detector.looked, painter.made) == (0, 0)
+
+    file = out / "detections" / "beta-1" / "shapes.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])  # a kill cut the last line short
+    assert evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False) == conditions[:1]
+    assert evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False) == conditions[:1]
+    assert detector.looked == 1
+
+    path = conditions[0].paths[conditions[0].pictures[3].key]
+    noise((64, 64)).save(path)  # another picture under the same name
+    changed = evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False)
+    assert detector.looked == 2
+    assert changed[0].pictures[3] != conditions[0].pictures[3]
+    detector.settings = {"detector": "shapes", "threshold": 0.5}
+    evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False)
+    assert detector.looked == 22
+
+
+def test_damaged_and_missing_pictures_are_named_and_in_no_metric(evaluated, tmp_path):
+    protocol, detector, conditions = evaluated
+    whole = conditions[0]
+    truncated, text, empty, gone, large = (whole.pictures[k].key for k in (2, 5, 7, 11, 13))
+    path = whole.paths[truncated]
+    path.write_bytes(path.read_bytes()[:-200])
+    whole.paths[text].write_text("no picture")
+    whole.paths[empty].write_bytes(b"")
+    whole.paths[gone].unlink()
+    with Image.open(whole.paths[large]) as picture:
+        picture.resize((128, 96), Image.Resampling.NEAREST).save(whole.paths[large])
+    layouts = keyed(protocol.layouts)
+    after = score_all(protocol, find_pictures(tmp_path / "out" / "pictures", layouts), tmp_path / "out", detector)
+    damaged = after[0]
+    assert list(damaged.unread) == [truncated, text, empty, gone]
+    assert "truncated or damaged" in damaged.unread[truncated]
+    assert "not a picture" in damaged.unread[text]
+    assert damaged.unread[empty] == "empty file"
+    assert damaged.unread[gone] == "missing"
+    kept = [score for score in whole.pictures if score.key not in damaged.unread and score.key != large]
+    assert [score for score in damaged.pictures if score.key != large] == kept
+    assert point(damaged)["recall_50"] == 1
+    by_name = {condition.name: condition for condition in after}
+    assert by_name["shuffled"].unread == damaged.unread
+    assert not by_name["off"].unread
+    assert len(by_name["off"].pictures) == len(by_name["real"].pictures) == 20
+
+
+def test_a_condition_without_any_readable_picture_is_an_error(evaluated, tmp_path):
+    protocol, detector, conditions = evaluated
+    for path in conditions[0].paths.values():
+        path.write_text("x")
+    with pytest.raises(ValueError, match="none of 20 pictures of beta-1 can be read"):
+        evaluate_layouts(Painter(protocol), protocol, detector, tmp_path / "out", betas=[1])
+
+
+def test_real_pictures_that_cannot_be_read_are_named(tmp_path):
+    protocol, layouts = scenes(4)
+    broken = list(layouts)[1]
+
+    def real(layout):
+        if layout.id == broken:
+            raise ValueError("truncated or damaged: photo.jpg")
+        return protocol.real(layout)
+
+    conditions = evaluate_layouts(
+        Painter(protocol), replace(protocol, real=real), ShapesDetector(), tmp_path, betas=[1]
+    )
+    (condition,) = [condition for condition in conditions if condition.kind == "real"]
+    assert condition.unread == {broken: "truncated or damaged: photo.jpg"}
+
+
+# Pictures of other programs -----------------------------------------------------------------------------------------
+
+
+def test_pictures_of_any_program_in_any_format(tmp_path):
+    protocol, layouts = scenes(6)
+    flat, ways = tmp_path / "flat", tmp_path / "ways"
+    flat.mkdir()
+    for k, (key, layout) in enumerate(layouts.items()):
+        for folder in ("off", "beta-0.4", "beta-1", "mine"):
+            (ways / folder).mkdir(parents=True, exist_ok=True)
+            protocol.real(layout).save(ways / folder / f"{key}.{'webp' if k % 2 else 'png'}", lossless=True)
+        protocol.real(layout).save(flat / f"{key}.bmp")
+    (flat / "readme.txt").write_text("x")
+    found = find_pictures(flat, layouts)
+    assert [(way.name, way.kind, way.settings) for way in found] == [("pictures", "grounded", {})]
+    assert point(score_all(protocol, found, tmp_path / "a", ShapesDetector(), controls=False)[0])["recall_50"] == 1
+    found = find_pictures(ways, layouts)
+    assert [way.name for way in found] == ["beta-1", "beta-0.4", "mine", "off"]
+    assert [way.kind for way in found] == ["grounded"] * 3 + ["off"]
+    assert list(found)[1].settings == {"beta": 0.4}
+    (flat / f"{next(iter(layouts))}.jpg").write_text("")
+    with pytest.raises(ValueError, match="leave one of the two"):
+        find_pictures(flat, layouts)
+    with pytest.raises(ValueError, match=r"expected 000000\.png and so on"):
+        find_pictures(flat, keyed([Layout(**RED)]))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        find_pictures(tmp_path / "nowhere", layouts)
+
+
+def test_pictures_that_say_they_are_of_another_layout(evaluated, tmp_path):
+    protocol, detector, conditions = evaluated
+    first, second = (conditions[0].paths[score.key] for score in conditions[0].pictures[:2])
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=f"{second.name} is of a layout with other"):
+        score_all(protocol, {ON: first.parent}, tmp_path / "out", detector)
+
+
+# Comparing ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_evaluations_are_compared_picture_by_picture(evaluated, tmp_path):
+    _, detector, conditions = evaluated
+    worse, _ = scenes(20)
+    bad = {layout.id for layout in worse.layouts[:5]}
+    layouts = keyed(worse.layouts)
+    (tmp_path / "theirs").mkdir()
+    for key, layout in layouts.items():
+        picture = worse.empty(layout) if layout.id in bad else worse.real(layout)
+        picture.save(tmp_path / "theirs" / f"{key}.png")
+    other = tmp_path / "other"
+    score_all(worse, find_pictures(tmp_path / "theirs", layouts), other, detector)
+    (compared,) = compare(conditions, other, detector)
+    assert (compared.condition, compared.other) == ("beta-1", "pictures")
+    objects = sum(len(layout.boxes) for layout in worse.layouts)
+    lost = sum(len(layout.boxes) for layout in worse.layouts[:5])
+    difference = compared.difference["recall_50"]
+    assert difference.value == pytest.approx(lost / objects)
+    assert 0 < difference.low < difference.value < difference.high
+    same = compare(conditions, tmp_path / "out", detector)
+    assert [(c.condition, c.other) for c in same] == [("beta-1", "beta-1"), ("off", "off")]
+    assert same[0].difference["mean_iou"].value == 0
+
+    detector.settings = {"detector": "shapes", "threshold": 0.9}
+    with pytest.raises(ValueError, match="holds nothing that shapes with these settings found"):
+        compare(conditions, other, detector)
+    with pytest.raises(FileNotFoundError, match="no evaluation"):
+        compare(conditions, tmp_path / "theirs", detector)
+
+
+def test_layouts_are_written_by_their_keys(evaluated, tmp_path):
+    _, _, conditions = evaluated
+    lines = [json.loads(line) for line in (tmp_path / "out" / "layouts.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [score.key for score in conditions[0].pictures]
+    assert find_detector("shapes").name == "shapes"
