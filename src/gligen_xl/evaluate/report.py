@@ -153,7 +153,7 @@ class Report:
                 for one in self.compared or ()
             ],
         }
-        return words.plain_json(document)  # type: ignore[return-value]
+        return words.plain_json(document)
 
     def _condition(self, condition: Condition, folder: str | Path | None) -> dict[str, Any]:
         return {

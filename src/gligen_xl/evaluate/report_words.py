@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .metrics import Estimate
 
@@ -217,7 +217,7 @@ def markdown(text: str) -> str:
     return " ".join(text.split())
 
 
-def plain_json(item: object) -> object:
+def plain_json(item: Any) -> Any:
     """What JSON can say: floats rounded to six digits behind the point, those that are not finite as null."""
     if isinstance(item, Mapping):
         return {str(name): plain_json(inner) for name, inner in item.items()}
