@@ -14,8 +14,8 @@ HELP = "Train an adapter, or continue the run that stands in its folder."
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 
 ENDINGS = f"""The same command continues a run that did not end. Exit codes: 0 finished; {STOPPED} stopped by SIGTERM or
-Ctrl-C, after a step with a checkpoint or before the first one; 130 at once, by a second Ctrl-C; 2 an error: wrong input,
-a full disk, losses that are not finite, another process that is gone. The last checkpoint stands in any case."""
+Ctrl-C, after a step with a checkpoint or before the first one; 130 at once, by a second Ctrl-C; 2 an error: wrong
+input, a full disk, losses that are not finite, another process that is gone. The last checkpoint stands in any case."""
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
