@@ -198,7 +198,7 @@ def _go_on(
         return every is not None and position // every > (position - config.batch_size) // every
 
     with RunLog(accelerator, config, position, steps, image_ids) as log:
-        if reached.checkpoint:
+        if 0 < position < stop:
             log.say(f"continues from {reached.checkpoint}, {position:,} of {stop:,} samples")
         if processes.any(request.came):
             log.say("stopped before the first step; the same command begins again")
