@@ -30,6 +30,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/native.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/train.py
 
 bench-real-size: $(READY)
 	$(BIN)/python benchmarks/real_size.py

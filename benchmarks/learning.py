@@ -4,7 +4,7 @@ Every variant is trained from a fresh adapter, once per seed, and looked at on h
 runs/learning; one that is finished is not trained again, one that was stopped goes on.
 
 python benchmarks/learning.py                                                   # all of it: five hours of one core
-python benchmarks/learning.py --only supervised "supervised, noisier" --seeds 0 --samples 25600 --look 1600
+python benchmarks/learning.py --only supervised "supervised, noisier" --samples 25600 --decay 0.5
 python benchmarks/learning.py --report                                          # the table of what there is
 python benchmarks/learning.py --sizes                                           # parameters and times by placement
 """
@@ -70,7 +70,7 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
     config = TrainConfig(
         model="shapes",
         data=str(ROOT / "data" / f"shapes-{options.pictures}"),
-        out=str(ROOT / str(options.samples) / f"{name.replace(', ', '+').replace(' ', '-')}-{seed}"),
+        out=str(ROOT / _length(options) / f"{name.replace(', ', '+').replace(' ', '-')}-{seed}"),
         samples=options.samples,
         batch_size=32,
         seed=seed,
@@ -81,7 +81,12 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
         adapter=AdapterOptions(),
         augmentation=Augmentation(drop_caption=0.1, slots=6),
         optimization=Optimization(
-            learning_rate=1.5e-3, beta2=0.99, warmup_samples=1_600, ema_decay=0.985, attention_share=0.7
+            learning_rate=1.5e-3,
+            beta2=0.99,
+            warmup_samples=1_600,
+            ema_decay=0.985,
+            attention_share=0.7,
+            decay_share=options.decay,
         ),
         validation=Validation(
             data=str(ROOT / "data" / "held-out"),
@@ -97,6 +102,11 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
         group, field = path.split(".")
         config = replace(config, **{group: replace(getattr(config, group), **{field: value})})
     return config
+
+
+def _length(options: argparse.Namespace) -> str:
+    """The folder of runs of this length."""
+    return f"{options.samples}-decay-{options.decay}" if options.decay else str(options.samples)
 
 
 def draw_data(pictures: int) -> None:
@@ -222,6 +232,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=9_600)
+    parser.add_argument("--decay", type=float, default=0.0, help="last share of a run over which the rate falls to 0")
     parser.add_argument("--every", type=int, default=1_600, help="samples between looks at the grounding gain")
     parser.add_argument("--look", type=int, default=3_200, help="samples between looks at pictures")
     parser.add_argument("--layouts", type=int, default=64, help="held-out layouts that are drawn at each look")

@@ -11,35 +11,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gligen_xl.shapes.model import new_tokenizer
+from gligen_xl.train.known_bases import CLIP_BIG_G, CLIP_L, SDXL_UNET, VAE
 
-# The published configurations (stabilityai/stable-diffusion-xl-base-1.0).
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SDXL_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.13025,
-    "sample_size": 1024,
-    "force_upcast": False,
-}
-SDXL_TEXT = (
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
-)
+SDXL_VAE = VAE | {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": False}
+SDXL_TEXT = (CLIP_L, CLIP_BIG_G)
 # The same forms at about a third of the width: proportions of SDXL that a laptop runs.
 SMALL_UNET = SDXL_UNET | {
     "sample_size": 32,
@@ -50,9 +25,16 @@ SMALL_UNET = SDXL_UNET | {
     "projection_class_embeddings_input_dim": 384 + 6 * 256,
 }
 SMALL_VAE = SDXL_VAE | {"block_out_channels": (32, 32, 64, 64), "sample_size": 256}
-SMALL_TEXT = (
-    {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4},
-    {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
+SMALL_TEXT = tuple(
+    CLIP_L
+    | {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 6,
+        "num_attention_heads": width // 64,
+        "projection_dim": width,
+    }
+    for width in (256, 384)
 )
 
 
@@ -75,7 +57,7 @@ def random_weights(make, dtype: torch.dtype) -> nn.Module:
 def parts(
     unet: dict,
     vae: dict,
-    text: tuple[dict, dict],
+    text: tuple[dict, ...],
     dtype: torch.dtype,
     *,
     unet_dtype: torch.dtype | None = None,
@@ -91,13 +73,12 @@ def parts(
         tokenizer = new_tokenizer(Path(folder))
     tokenizer.model_max_length = max_tokens or tokenizer.model_max_length
     common = {
-        "vocab_size": 49408,
         "max_position_embeddings": tokenizer.model_max_length,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    first, second = (CLIPTextConfig(**one, projection_dim=one["hidden_size"], **common) for one in text)
+    first, second = (CLIPTextConfig(**(one | common)) for one in text)
     return {
         "vae": random_weights(lambda: AutoencoderKL(**vae), dtype),
         "text_encoder": random_weights(lambda: CLIPTextModel(first), dtype),

@@ -1,6 +1,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,3 +32,27 @@ def shapes_pipeline():
     pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained("shapes")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def nothing_hangs():
+    """The test fails after a minute."""
+
+    def give_up(*_):
+        raise TimeoutError("the test hangs")
+
+    former = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, former)
+
+
+@pytest.fixture
+def own_precision():
+    """The test may train in a precision of its own: accelerate knows one a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

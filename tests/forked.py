@@ -1,4 +1,4 @@
-"""A process that has the libraries imported and forks a process of its own for every training command."""
+"""A process that has the libraries imported and forks a process of its own for every command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 _SERVER = """
 import json, os, sys
-import gligen_xl.train.loop, torch.distributed
 from gligen_xl.cli import main
 print("ready", flush=True)
 for line in sys.stdin:
@@ -33,10 +32,17 @@ for line in sys.stdin:
 
 
 class Server:
-    def __init__(self):
+    """The process.
+
+    Args:
+        modules: that the commands need, with commas between; they are imported here, once for all.
+    """
+
+    def __init__(self, modules: str = "gligen_xl.train.loop, torch.distributed"):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLIGEN_XL_TRACEBACK": ""}
+        program = [sys.executable, "-c", f"import {modules}\n{_SERVER}"]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         assert self._line() == "ready"
 

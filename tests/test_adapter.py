@@ -26,6 +26,7 @@ from gligen_xl.adapter import (
 )
 from gligen_xl.adapter.layers import Fuser, fourier_features
 from gligen_xl.adapter.model import fusers, transformer_blocks
+from gligen_xl.train.known_bases import SDXL_UNET
 
 PHRASE_DIM, SLOTS = 24, 5
 
@@ -137,22 +138,9 @@ def test_equal_to_diffusers_gated_unet(make):
 
 def test_true_size_on_the_meta_device():
     """70 fusers, 1,812,438,988 parameters, names and shapes of diffusers' gated SDXL U-Net."""
-    settings = {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
     with torch.device("meta"):
-        ours = UNet2DConditionModel(**settings)
-        theirs = UNet2DConditionModel(**settings, attention_type="gated")
+        ours = UNet2DConditionModel(**SDXL_UNET)
+        theirs = UNet2DConditionModel(**SDXL_UNET, attention_type="gated")
     assert sum(value.numel() for value in ours.parameters()) == 2_567_463_684
     attach(ours, AdapterConfig(cross_attention_dim=2048, phrase_dim=2048))
     assert len(fusers(ours)) == 70

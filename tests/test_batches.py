@@ -22,17 +22,7 @@ from gligen_xl.data.loader import batches
 from gligen_xl.data.order import SampleOrder
 from gligen_xl.data.shard_writer import write_shard
 
-
-@pytest.fixture(autouse=True)
-def _nothing_hangs():
-    def give_up(*_):
-        raise TimeoutError("the test hangs")
-
-    former = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, former)
+pytestmark = pytest.mark.usefixtures("nothing_hangs")
 
 
 @pytest.fixture

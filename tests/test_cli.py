@@ -48,10 +48,16 @@ def run(capsys, *words):
     return code, output.out, output.err
 
 
+def succeeds(capsys, *words):
+    code, output, error = run(capsys, *words)
+    assert code == 0, error
+    return output
+
+
 def fails(capsys, *words):
     """Runs a command that has to fail; returns its one line."""
     code, _, error = run(capsys, *words)
-    assert code == 2
+    assert code == 2, error
     lines = [line for line in error.splitlines() if line.startswith("gligen-xl")]
     assert len(lines) == 1, error
     assert "Traceback" not in error

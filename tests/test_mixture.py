@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_batches import flat
 from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
+from tiny_run import final, train_until
 
 from gligen_xl.data import mixture
 from gligen_xl.data.batch import Augmentation, ShardDataset
@@ -19,7 +20,6 @@ from gligen_xl.data.mixture import BLOCK, MixtureOrder, turns_of
 from gligen_xl.data.order import SampleOrder
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
-from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.config import Optimization, TrainConfig
 
 
@@ -153,23 +153,13 @@ def config(folders, tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-def test_a_run_on_two_sources_resumed_equals_uninterrupted(config, folders, tmp_path, monkeypatch):
+def test_a_run_on_two_sources_resumed_equals_uninterrupted(config, folders, tmp_path):
     finished = loop.train(replace(config, out=str(tmp_path / "whole")))
-    real = loop.denoising_loss
-
-    def fail(unet, scheduler, batch, *rest):
-        if batch.position == 16:
-            raise KeyboardInterrupt
-        return real(unet, scheduler, batch, *rest)
-
-    monkeypatch.setattr(loop, "denoising_loss", fail)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config)
-    monkeypatch.setattr(loop, "denoising_loss", real)
+    train_until(16, config)
     again = loop.train(replace(config, cache_gb=0.0001, workers=1))  # another window by default: the run keeps its own
     name = "gligen_adapter.safetensors"
     assert (again / name).read_bytes() == (finished / name).read_bytes()
-    _, state = load_checkpoint(list_checkpoints(config.out)[-1])
+    _, state = final(config.out)
     assert state["windows"] == [None, 16]
     with pytest.raises(ValueError, match=r"weights \[2, 1\], not \[1, 1\]"):
         loop.train(replace(config, data=dict.fromkeys(config.sources, 1)))

@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_run import noised
 
 from gligen_xl.data.batch import Batch
 from gligen_xl.train.config import Objective
@@ -78,8 +79,7 @@ def test_min_snr_weighs_the_error_of_the_clean_picture(kind):
     plan, time = scheduler(kind), torch.tensor([5, 200, 400, 700, 990])
     kept = plan.alphas_cumprod[time].view(-1, 1, 1, 1)
     clean, noise, wrong = torch.randn(3, 5, 4, 6, 6).double()
-    noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
-    target = noise if kind == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * clean
+    noisy, target = noised(plan, clean, noise, time)
     predicted = target + wrong
     if kind == "epsilon":
         picture = (noisy - (1 - kept).sqrt() * predicted) / kept.sqrt()

@@ -19,20 +19,7 @@ from gligen_xl.adapter import (
     save_adapter,
 )
 from gligen_xl.adapter.model import transformer_blocks
-
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from gligen_xl.train.known_bases import SDXL_UNET
 
 
 def size(width: int) -> int:
@@ -54,9 +41,10 @@ def size(width: int) -> int:
 )
 def test_on_sdxl(settings, narrow, wide):
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL)
+        unet = UNet2DConditionModel(**SDXL_UNET)
     attach(unet, AdapterConfig(cross_attention_dim=2048, phrase_dim=2048, **settings))
     there = fusers(unet)
+    assert {fuser.norm1.normalized_shape[0] // fuser.attn.heads for fuser in there.values()} == {64}
     assert [fuser.norm1.normalized_shape[0] for fuser in there.values()].count(640) == narrow
     assert len(there) == narrow + wide
     adapter = sum(value.numel() for value in adapter_parameters(unet).values())

@@ -10,33 +10,23 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from scenes import scenes_folder
+from test_cli import fails, run, succeeds
 from tiny import sdxl_vae
 
-from gligen_xl.cli import main
 from gligen_xl.commands import prepare as command
 from gligen_xl.commands.common import Parser
 from gligen_xl.data.shards import find_shards
 from gligen_xl.layout import box_iou
 from gligen_xl.prepare.settings import Settings
-from gligen_xl.shapes.world import draw, sample_scene, scene_layout
+from gligen_xl.shapes.world import sample_scene, scene_layout
 
 COUNT = 12
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Scenes of the shapes world, with rows in the convention of Hugging Face."""
-    folder = tmp_path_factory.mktemp("source") / "scenes"
-    folder.mkdir()
-    lines = []
-    for index in range(COUNT):
-        scene = sample_scene(2, index)
-        layout = scene_layout(scene, seed=2, index=index)
-        draw(scene).save(folder / f"{index}.png")
-        row = {"file_name": f"{index}.png", "text": layout.prompt, "phrases": layout.phrases, "boxes": layout.boxes}
-        lines.append(json.dumps(row | {"box_format": "xyxy"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return scenes_folder(tmp_path_factory.mktemp("source") / "scenes", COUNT, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +35,6 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     sdxl_vae().save_pretrained(folder)
     return folder
-
-
-def run(capsys, *words):
-    code = main([str(word) for word in words])
-    output = capsys.readouterr()
-    return code, output.out, output.err
-
-
-def succeeds(capsys, *words):
-    code, output, error = run(capsys, *words)
-    assert code == 0, error
-    return output
-
-
-def fails(capsys, *words):
-    """Runs a command that has to fail; returns its one line."""
-    code, _, error = run(capsys, *words)
-    assert code == 2, error
-    lines = [line for line in error.splitlines() if line.startswith("gligen-xl")]
-    assert len(lines) == 1, error
-    assert "Traceback" not in error
-    return lines[0]
 
 
 def test_from_pictures_to_a_trained_adapter(capsys, source, tmp_path):

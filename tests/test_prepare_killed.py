@@ -12,32 +12,13 @@ import time
 
 import psutil
 import pytest
+from forked import Server
+from scenes import scenes_folder
 
 from gligen_xl.cli import main
-from gligen_xl.shapes.world import draw, sample_scene, scene_layout
 
 PICTURES, UNIT_SIZE = 40, 8
 ENDINGS = (".safetensors", ".parquet")
-
-# Begins commands as processes of their own, each in a moment, as the libraries are imported once, here.
-SERVER = """
-import json, os, sys
-import gligen_xl.prepare.run, gligen_xl.prepare.sources, gligen_xl.shapes.model
-from gligen_xl.cli import main
-print("ready", flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    if "wait" in request:
-        print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.exit(main(request["words"]))
-    print(pid, flush=True)
-"""
 
 
 class Run:
@@ -45,7 +26,7 @@ class Run:
 
     def __init__(self, server, words, log):
         self.server, self.log = server, log
-        self.pid = int(server.ask({"words": words, "log": str(log)}))
+        self.pid = server.begin(words, log)
         self.decoders = []
 
     def alive(self):
@@ -62,38 +43,15 @@ class Run:
 
     def end(self):
         """The exit code; afterwards nothing of it runs on."""
-        code = int(self.server.ask({"wait": self.pid}))
+        code = self.server.end(self.pid)
         _, left = psutil.wait_procs(self.decoders, timeout=20)
         assert not left, f"{left} outlive the command"
         return code
 
 
-class Server:
-    def __init__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        assert self._line() == "ready"
-
-    def _line(self):
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def ask(self, request):
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._line()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=20)
-
-
 @pytest.fixture(scope="module")
 def server():
-    server = Server()
+    server = Server("gligen_xl.prepare.run, gligen_xl.prepare.sources, gligen_xl.shapes.model")
     yield server
     server.close()
 
@@ -101,17 +59,11 @@ def server():
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A folder of pictures, five units."""
-    folder = tmp_path_factory.mktemp("source") / "scenes"
-    folder.mkdir()
-    lines = []
-    for index in range(PICTURES):
-        scene = sample_scene(3, index)
-        layout = scene_layout(scene, seed=3, index=index)
-        draw(scene).resize((120, 120)).crop((0, 0, 120, 120 - index % 3)).save(folder / f"{index}.png")
-        row = {"file_name": f"{index}.png", "text": layout.prompt, "phrases": layout.phrases, "boxes": layout.boxes}
-        lines.append(json.dumps(row | {"box_format": "xyxy"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+
+    def changed(picture, index):
+        return picture.resize((120, 120)).crop((0, 0, 120, 120 - index % 3))
+
+    return scenes_folder(tmp_path_factory.mktemp("source") / "scenes", PICTURES, seed=3, changed=changed)
 
 
 def words(source, out):

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import threading
 import time
 from contextlib import suppress
@@ -25,6 +24,8 @@ from gligen_xl.data.loader import batches
 from gligen_xl.data.remote import open_remote
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Shard
+
+pytestmark = pytest.mark.usefixtures("nothing_hangs")
 
 COUNT, SIDE = 20, 8
 SHARD = COUNT * 4 * SIDE * SIDE * 2  # bytes of latents
@@ -64,18 +65,6 @@ class Piece:
         with Store.notes.open("a") as notes:
             notes.write(json.dumps([Path(self.path).name, len(data)]) + "\n")
         return data
-
-
-@pytest.fixture(autouse=True)
-def _nothing_hangs():
-    def give_up(*_):
-        raise TimeoutError("the test hangs")
-
-    former = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, former)
 
 
 @pytest.fixture

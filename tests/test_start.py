@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_adapter import config_for, inputs, run
-from test_shards import METADATA, latents, row
 from tiny import open_gates, sdxl_pipeline, sdxl_unet
+from tiny_run import train_until, write_data
 
 from gligen_xl.adapter import (
     adapter_config,
@@ -24,7 +24,6 @@ from gligen_xl.adapter import (
 )
 from gligen_xl.adapter.model import transformer_blocks
 from gligen_xl.data.batch import Augmentation
-from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
 from gligen_xl.train.checkpoint import list_checkpoints
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig
@@ -190,9 +189,9 @@ def test_the_discriminant_tells_two_clouds_apart():
 @pytest.fixture
 def config(tmp_path):
     sdxl_pipeline().save_pretrained(tmp_path / "base")
-    write_shard(tmp_path / "data" / "a", latents(40, side=8), [row(1 + k % 3) for k in range(40)], METADATA)
+    data = write_data(tmp_path / "data")
     return TrainConfig(
-        model=str(tmp_path / "base"), data=str(tmp_path / "data"), out=str(tmp_path / "run"), samples=32, batch_size=4,
+        model=str(tmp_path / "base"), data=str(data), out=str(tmp_path / "run"), samples=32, batch_size=4,
         checkpoint_every=8, keep_checkpoints=9, track=[], augmentation=Augmentation(slots=3),
         optimization=Optimization(learning_rate=1e-2, warmup_samples=8),
     )  # fmt: skip
@@ -202,29 +201,13 @@ def bias_of(folder):
     return json.loads((folder / "gligen_adapter.json").read_text())["config"]["grounding_logit_bias"]
 
 
-def stop_at(monkeypatch, position):
-    """Makes training fail before the step at `position`; returns a function that mends it."""
-    real = loop.denoising_loss
-
-    def fail(unet, scheduler, batch, *rest):
-        if batch.position == position:
-            raise KeyError(position)
-        return real(unet, scheduler, batch, *rest)
-
-    monkeypatch.setattr(loop, "denoising_loss", fail)
-    return lambda: monkeypatch.setattr(loop, "denoising_loss", real)
-
-
-def test_a_bias_fades_out_and_the_run_goes_on_exactly(config, tmp_path, monkeypatch):
+def test_a_bias_fades_out_and_the_run_goes_on_exactly(config, tmp_path):
     config = replace(config, adapter=AdapterOptions(grounding_logit_bias=2.0, bias_share=0.75))
     finished = train(replace(config, out=str(tmp_path / "whole")))
     checkpoints = list_checkpoints(tmp_path / "whole")
     assert [bias_of(folder) for folder in checkpoints] == pytest.approx([2 - 2 * p / 24 for p in (8, 16, 24)] + [0])
     assert bias_of(finished) == 0
-    mend = stop_at(monkeypatch, 20)
-    with pytest.raises(KeyError):
-        train(config)
-    mend()
+    train_until(20, config)
     again = train(config)
     for name in ("gligen_adapter.safetensors", "weights.safetensors", "optimizer.safetensors"):
         assert (list_checkpoints(config.out)[-1] / name).read_bytes() == (checkpoints[-1] / name).read_bytes()
@@ -252,14 +235,11 @@ def test_every_step_has_the_bias_of_its_position(config, monkeypatch):
     )
 
 
-def test_a_run_begins_as_its_options_say_and_goes_on_exactly(config, tmp_path, monkeypatch):
+def test_a_run_begins_as_its_options_say_and_goes_on_exactly(config, tmp_path):
     options = AdapterOptions(grounding_share=0.5, gate_init=0.1, fuser_init="self_attention", blocks="first")
     config = replace(config, adapter=options, samples=16)
     finished = train(replace(config, out=str(tmp_path / "whole")))
-    mend = stop_at(monkeypatch, 12)
-    with pytest.raises(KeyError):
-        train(config)
-    mend()
+    train_until(12, config)
     name = "gligen_adapter.safetensors"
     assert (train(config) / name).read_bytes() == (finished / name).read_bytes()
     unet = sdxl_pipeline().unet

@@ -1,5 +1,6 @@
 """The trainer on a tiny base: only the adapter changes, the loss falls, resumed equals uninterrupted."""
 
+import errno
 import json
 import os
 import signal
@@ -13,21 +14,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
+from tiny_run import final, first_batch, lines, loaded, noised, train_until, write_data
 
 from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.data.batch import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.phrases import embed_phrases
 from gligen_xl.train import loop, run_lock
-from gligen_xl.train.base import fresh_adapter, load_base
+from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation, check_same_run
-from gligen_xl.train.log import CLOCKED
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss, timesteps_of
 
@@ -41,9 +41,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_shard(folder / "a", latents(40, side=8), [row(1 + k % 3) for k in range(40)], METADATA)
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -55,42 +53,11 @@ def config(base, data, tmp_path):
     )  # fmt: skip
 
 
-def final(folder):
-    """The last checkpoint's tensors and the finished adapter."""
-    tensors, state = load_checkpoint(list_checkpoints(folder)[-1])
-    return {f"{group}.{name}": value for group, of_group in tensors.items() for name, value in of_group.items()}, state
-
-
-def lines(folder, kind="train"):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k not in CLOCKED} for entry in rows if entry["kind"] == kind]
-
-
-class Stop(Exception):
-    """The machine goes down."""
-
-
-def stop_at(monkeypatch, position):
-    """Makes training fail before the step at `position`; returns a function that mends it."""
-    real = loop.denoising_loss
-
-    def fail(unet, scheduler, batch, *rest):
-        if batch.position == position:
-            raise Stop
-        return real(unet, scheduler, batch, *rest)
-
-    monkeypatch.setattr(loop, "denoising_loss", fail)
-    return lambda: monkeypatch.setattr(loop, "denoising_loss", real)
-
-
-def test_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(config, tmp_path):
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
-    mend = stop_at(monkeypatch, 40)
-    with pytest.raises(Stop):
-        train(config)
+    train_until(40, config)
     assert [path.name for path in list_checkpoints(config.out)] == ["checkpoint-00000016", "checkpoint-00000032"]
-    mend()
     train(config)
     (expected, state), (got, state_again) = final(whole.out), final(config.out)
     assert state["position"] == state_again["position"] == 48
@@ -138,12 +105,9 @@ def test_the_base_in_memory_is_never_touched(config, monkeypatch):
 
 
 def test_the_loss_of_a_fixed_batch_falls(config):
-    pipeline = load_base(config, torch.device("cpu"))
-    fresh_adapter(pipeline, config)
-    conditioner, scheduler = Conditioner(pipeline), DDPMScheduler.from_config(pipeline.scheduler.config)
-    dataset = ShardDataset(config.data, replace(config.augmentation, drop_grounding=0), seed=0)
-    batch = dataset.collate([dataset[k, k] for k in range(4)])
-    conditioning = conditioner(batch)
+    pipeline, batch = loaded(config), first_batch(config, drop_grounding=0)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    conditioning = Conditioner(pipeline)(batch)
     optimizer = torch.optim.AdamW([p for p in pipeline.unet.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(40):
@@ -156,17 +120,12 @@ def test_the_loss_of_a_fixed_batch_falls(config):
 
 
 def test_the_objective_is_the_schedulers(config):
-    pipeline = load_base(config, torch.device("cpu"))
-    fresh_adapter(pipeline, config)
-    dataset = ShardDataset(config.data, config.augmentation, seed=0)
-    batch = dataset.collate([dataset[k, k] for k in range(4)])
+    pipeline, batch = loaded(config), first_batch(config)
     conditioning = Conditioner(pipeline)(batch)
     time = (batch.time * 1000).long()
     for kind in ("epsilon", "v_prediction"):
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=kind)
-        kept = scheduler.alphas_cumprod[time].view(-1, 1, 1, 1)
-        noisy = kept.sqrt() * batch.latents + (1 - kept).sqrt() * batch.noise
-        target = batch.noise if kind == "epsilon" else kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
+        noisy, target = noised(scheduler, batch.latents, batch.noise, time)
         with torch.no_grad():
             expected = (pipeline.unet(noisy, time, **conditioning).sample - target).square().mean((1, 2, 3))
             torch.testing.assert_close(denoising_loss(pipeline.unet, scheduler, batch, conditioning), expected)
@@ -226,11 +185,20 @@ def test_another_run_in_the_same_folder_is_refused(config):
     check_same_run(config.to_dict(), replace(config, workers=3, log_every=7))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(config):
-    train(config)
-    last = list_checkpoints(config.out)[-1]
-    (last / "optimizer.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"remove {last}"):
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(config, caplog, file):
+    adapter = train(replace(config, keep_checkpoints=2)) / "gligen_adapter.safetensors"
+    expected = adapter.read_bytes()
+    first, last = list_checkpoints(config.out)
+    (last / file).write_bytes(b"")
+    adapter.unlink()
+    train(replace(config, keep_checkpoints=2))
+    assert adapter.read_bytes() == expected
+    assert f"goes on from {first}" in caplog.text
+    assert (last.parent / f"damaged-{last.name}").is_dir()
+    for path in list_checkpoints(config.out):
+        (path / file).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="no whole checkpoint before it"):
         train(config)
 
 
@@ -256,8 +224,7 @@ def test_looking_changes_nothing(config, data, tmp_path):
 def test_training_starts_from_an_adapter(config, tmp_path):
     first = train(config)
     second = replace(config, out=str(tmp_path / "second"), init_adapter=str(first), samples=4, seed=8)
-    pipeline = load_base(second, torch.device("cpu"))
-    fresh_adapter(pipeline, second)
+    pipeline = loaded(second)
     expected = sdxl_pipeline().unet
     load_adapter(expected, first)
     state = pipeline.unet.state_dict()
@@ -338,8 +305,7 @@ def test_the_learning_rate_over_a_run():
 def test_phrases_of_a_batch_are_padded_to_its_slots_and_kept(config):
     pipeline = load_base(config, torch.device("cpu"))
     conditioner = Conditioner(pipeline, cache_size=1)
-    dataset = ShardDataset(config.data, replace(config.augmentation, drop_grounding=0), seed=0)
-    batch = dataset.collate([dataset[k, k] for k in range(4)])
+    batch = first_batch(config, drop_grounding=0)
     batch = replace(batch, phrases=[[f"a {name} ring" for name in "abc"[: len(p)]] for p in batch.phrases])
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
     for _ in range(2):  # the second time some come from the cache and some do not
@@ -351,10 +317,9 @@ def test_phrases_of_a_batch_are_padded_to_its_slots_and_kept(config):
             assert not got[k, len(phrases) :].any()
 
 
-def test_in_mixed_precision_with_validation(config, data, request):
+@pytest.mark.usefixtures("own_precision")
+def test_in_mixed_precision_with_validation(config, data):
     """bfloat16 stands for float16 too: base and text encoders in half, adapter and VAE in float32."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process is accelerate's rule
-    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
     settings = Validation(data=str(data), every=24, loss_samples=8, pictures=2, steps=2)
     out = train(replace(config, precision="bf16", validation=settings)).parent
     assert len(lines(out, "validation")) == 2
@@ -447,3 +412,18 @@ def test_two_runs_in_one_folder_are_refused(config, monkeypatch):
         train(config)
     assert not list_checkpoints(config.out)
     train(config)
+
+
+def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(config, monkeypatch, caplog):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    train(replace(config, samples=8))
+    assert "cannot be locked" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/run cannot be made or written"):
+        train(replace(config, out=str(tmp_path / "file" / "run")))

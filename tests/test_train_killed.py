@@ -143,6 +143,27 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(server, recipe, tmp_path, 
     assert log.read_text().rstrip().endswith(str(last))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_that_reaches_the_loading_processes_too(server, recipe, tmp_path, number):
+    """As schedulers send it."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    pid = server.begin(["train", str(recipe), "--out", str(out), "--workers", "2"], log, PATCH)
+    wait_until(lambda: list_checkpoints(out), 60)
+    os.killpg(pid, number)
+    assert server.end(pid) == 75, log.read_text()
+    position = int(list_checkpoints(out)[-1].name.split("-")[1])
+    assert load_checkpoint(list_checkpoints(out)[-1])[1]["position"] == position < SAMPLES
+
+
+def test_asked_to_stop_before_the_first_step(server, recipe, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    patch = PATCH + "reads = loop.load_base\ndef asked(*rest):\n    os.kill(os.getpid(), 15)\n    return reads(*rest)\n"
+    pid = server.begin(["train", str(recipe), "--out", str(out)], log, patch + "loop.load_base = asked\n")
+    assert server.end(pid) == 75, log.read_text()
+    assert not list_checkpoints(out)
+    assert "stopped before the first step" in log.read_text()
+
+
 def test_a_second_interrupt_ends_it_at_once(server, recipe, tmp_path):
     """While the step goes on, after which the first would be heard."""
     out, log = tmp_path / "out", tmp_path / "log"

@@ -6,18 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from test_shards import METADATA, latents, row
 from tiny import new_scheduler, sd_pipeline, sdxl_pipeline
+from tiny_run import final, first_batch, loaded, noised, train_until, write_data
 
 from gligen_xl import StableDiffusionGLIGENPipeline
 from gligen_xl.adapter import adapter_state_dict, is_attached
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.data.batch import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.phrases import embed_phrases
-from gligen_xl.train import loop
-from gligen_xl.train.base import fresh_adapter, load_base
+from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner
 from gligen_xl.train.config import Optimization, TrainConfig, Validation
@@ -46,9 +45,7 @@ def velocity_base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_shard(folder / "a", latents(40, side=8), [row(1 + k % 3) for k in range(40)], METADATA)
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -58,17 +55,6 @@ def config(base, data, tmp_path):
         checkpoint_every=8, track=[], augmentation=Augmentation(slots=3),
         optimization=Optimization(learning_rate=1e-2, warmup_samples=8, ema_decay=0.9),
     )  # fmt: skip
-
-
-def first_batch(config, **augmentation):
-    dataset = ShardDataset(config.data, replace(config.augmentation, **augmentation), seed=0)
-    return dataset.collate([dataset[k, k] for k in range(4)])
-
-
-def loaded(config):
-    pipeline = load_base(config, CPU)
-    fresh_adapter(pipeline, config)
-    return pipeline
 
 
 def test_the_finished_adapter_goes_onto_the_base(config, base):
@@ -88,25 +74,15 @@ def test_the_finished_adapter_goes_onto_the_base(config, base):
     assert not torch.equal(plain, grounded)
 
 
-def test_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(config, tmp_path):
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
-    real = loop.denoising_loss
-
-    def fail(unet, scheduler, batch, *others):
-        if batch.position == 20:
-            raise KeyError("the machine goes down")
-        return real(unet, scheduler, batch, *others)
-
-    monkeypatch.setattr(loop, "denoising_loss", fail)
-    with pytest.raises(KeyError, match="goes down"):
-        train(config)
-    monkeypatch.setattr(loop, "denoising_loss", real)
+    train_until(20, config)
     train(config)
-    (expected, state), (got, again) = (load_checkpoint(list_checkpoints(run.out)[-1]) for run in (whole, config))
+    (expected, state), (got, again) = final(whole.out), final(config.out)
     assert state["position"] == again["position"] == 24
-    for group, values in expected.items():
-        assert all(torch.equal(value, got[group][name]) for name, value in values.items())
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
 
 
 def test_a_run_keeps_to_its_base(config, base, tmp_path):
@@ -139,9 +115,7 @@ def test_the_objective_is_the_bases(config, velocity_base, kind):
     conditioning = Conditioner(pipeline)(batch)
     assert conditioning.keys() == {"encoder_hidden_states", "cross_attention_kwargs"}
     time = (batch.time * 1000).long()
-    kept = scheduler.alphas_cumprod[time].view(-1, 1, 1, 1)
-    noisy = kept.sqrt() * batch.latents + (1 - kept).sqrt() * batch.noise
-    target = batch.noise if kind == "epsilon" else kept.sqrt() * batch.noise - (1 - kept).sqrt() * batch.latents
+    noisy, target = noised(scheduler, batch.latents, batch.noise, time)
     with torch.no_grad():
         predicted = pipeline.unet(
             noisy, time, hidden, cross_attention_kwargs=conditioning["cross_attention_kwargs"]
@@ -173,9 +147,8 @@ def test_captions_and_phrases_are_those_of_the_pipeline(config):
         torch.testing.assert_close(rows[k, : len(phrases)], expected)
 
 
-def test_with_validation_in_half_precision(config, data, request):
-    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process is accelerate's rule
-    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
+@pytest.mark.usefixtures("own_precision")
+def test_with_validation_in_half_precision(config, data):
     settings = Validation(data=str(data), every=24, loss_samples=8, pictures=2, steps=2)
     out = train(replace(config, precision="bf16", validation=settings)).parent
     assert (out / "validation" / "00000024.png").is_file()

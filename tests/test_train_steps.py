@@ -236,6 +236,15 @@ def test_a_run_may_go_on_with_shared_moments_and_without(config, server, tmp_pat
     assert same(final(config.out), final(whole.out))
 
 
+def test_processes_that_see_other_folders_end(config, server, tmp_path):
+    train(replace(config, out=str(tmp_path / "here" / "run"), samples=16))
+    patch = f"os.chdir({str(tmp_path / 'here')!r} if os.environ['RANK'] == '0' else {str(tmp_path)!r})\n"
+    elsewhere = replace(config, out="run", samples=16)
+    ranks = server.begin_ranks(words(elsewhere, tmp_path), tmp_path / "log", patch=patch)
+    assert [server.end(pid) for pid in ranks] == [2, 2], logs(tmp_path)
+    assert "process 1 does not see run/checkpoint-" in (tmp_path / "log.1").read_text()
+
+
 def test_another_number_of_processes_sees_the_same_batches(config, server, tmp_path):
     config = replace(config, log_every=1, samples=32, micro_batch=2)
     whole = replace(config, out=str(tmp_path / "whole"))

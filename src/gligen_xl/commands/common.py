@@ -22,7 +22,10 @@ class UsageError(ValueError):
 
 
 class Parser(ArgumentParser):
-    """Options are spelled with _ or with -, as one likes."""
+    """Options are spelled with _ or with -, as one likes, and whole."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
 
     def parse_args(self, args: Sequence[str] | None = None, **settings: Any) -> Any:  # type: ignore[override]
         words = None if args is None else [_underscored(word) for word in args]

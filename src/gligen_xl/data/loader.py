@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class _InWorkers:
             num_workers=workers,
             prefetch_factor=PREFETCH,
             collate_fn=_as_it_is,
-            worker_init_fn=_leave_inherited,
+            worker_init_fn=_begin_worker,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -155,9 +156,15 @@ class _Work(Dataset):
 _SMALL = ("time", "boxes", "mask", "size")
 
 
-def _leave_inherited(worker: int) -> None:
-    """What the worker has from its parent is left alone by the collector of garbage, whose marks would copy it."""
+def _begin_worker(worker: int) -> None:
+    """What the worker has from its parent is left alone by the collector of garbage, whose marks would copy it.
+
+    A request to stop often goes to all processes of a job. The run is to end its step and save, for which it needs its
+    workers; they end with it.
+    """
     gc.freeze()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(value: Any) -> Any:

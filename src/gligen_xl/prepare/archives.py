@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,9 @@ def webdataset_item(sample: TarSample, ending: str, box_format: str | None) -> I
             raise RowError(f"its .{text}: {why}", f"{sample.key} is left out with it")
     row = read_row(sample.files["json"]) if "json" in sample.files else {}
     known = read_annotation(row, picture, box_format)
-    caption = clean(sample.files["txt"].decode("utf-8-sig", "replace")) if "txt" in sample.files else known.caption
-    return Item(
-        image_id=sample.key,
-        picture=picture,
-        caption=caption,
-        boxes=known.boxes,
-        phrases=known.phrases,
-        scores=known.scores,
-        size=known.size,
-        done=sample.done,
-        dropped=known.dropped,
-    )
+    if "txt" in sample.files:
+        known = replace(known, caption=clean(sample.files["txt"].decode("utf-8-sig", "replace")))
+    return Item(image_id=sample.key, picture=picture, done=sample.done, **vars(known))
 
 
 def find_archives(path: Path) -> list[Path]:

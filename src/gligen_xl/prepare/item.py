@@ -11,29 +11,38 @@ from ..layout import Box
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """One picture, not decoded yet.
+class Annotation:
+    """What a source says of a picture.
 
     Args:
-        image_id: unique within the source.
-        picture: its encoded bytes, or the file that holds them.
         caption: empty where there is none.
         boxes: xyxy, 0-1, of the whole picture as it is seen (upright, after EXIF orientation). They may overstep it.
         phrases, scores: one a box.
         size: (height, width) in pixels that the source states, upright; None where it states none.
-        done: how much of the unit's `weight` is behind once this picture is.
         dropped: boxes that the source left out, by reason.
     """
 
-    image_id: str
-    picture: bytes | Path
     caption: str = ""
     boxes: tuple[Box, ...] = ()
     phrases: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     size: tuple[int, int] | None = None
-    done: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item(Annotation):
+    """One picture, not decoded yet, and what its source says of it.
+
+    Args:
+        image_id: unique within the source.
+        picture: its encoded bytes, or the file that holds them.
+        done: how much of the unit's `weight` is behind once this picture is.
+    """
+
+    image_id: str
+    picture: bytes | Path
+    done: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,17 +69,7 @@ class RowChunk:
         path = file_within(self.file.parent, row.get(PATH_KEYS[self.kind]))
         # The width and height of a layout are those of the picture to be generated.
         known = read_annotation(row, path, self.box_format, with_size=self.kind != "layouts")
-        return Item(
-            image_id=self.image_id(number, row),
-            picture=path,
-            caption=known.caption,
-            boxes=known.boxes,
-            phrases=known.phrases,
-            scores=known.scores,
-            size=known.size,
-            done=number - self.first,
-            dropped=known.dropped,
-        )
+        return Item(image_id=self.image_id(number, row), picture=path, done=number - self.first, **vars(known))
 
     def image_id(self, number: int, row: Mapping[str, Any] | RowError) -> str:
         """What the row calls itself, or its path without the ending; for a broken row, where it stands."""

@@ -7,7 +7,6 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,7 +14,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from ..layout import Box, xyxy_from_cxcywh, xyxy_from_xywh
-from .item import Item, Skipped
+from .item import Annotation, Item, Skipped
 from .pictures import PictureError, picture_size
 
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh", "xyxy_pixels", "xywh_pixels", "cxcywh_pixels")
@@ -46,18 +45,6 @@ class RowError(ValueError):
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
-
-
-@dataclass(frozen=True, kw_only=True)
-class Annotation:
-    """As in `Item`."""
-
-    caption: str = ""
-    boxes: tuple[Box, ...] = ()
-    phrases: tuple[str, ...] = ()
-    scores: tuple[float, ...] = ()
-    size: tuple[int, int] | None = None
-    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_row(line: bytes | str) -> dict[str, Any]:

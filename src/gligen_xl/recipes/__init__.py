@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,13 +21,13 @@ def accelerate_names() -> list[str]:
 
 
 def find_recipe(name: str, *, quick: bool = False) -> Path:
-    """The file of a recipe by name, or a YAML file by path; its settings are read to see that they are some.
+    """The file of a recipe by name, or a YAML file (which JSON is too) by path.
 
     Args:
         quick: the short form, the recipe NAME-quick.
     """
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in (".yaml", ".yml") and not (path.suffix and path.is_file()):
         wanted = f"{name}-quick" if quick else name
         path = _FOLDER / f"{wanted}.yaml"
         if not path.is_file():
@@ -36,12 +37,42 @@ def find_recipe(name: str, *, quick: bool = False) -> Path:
             )
     elif quick:
         raise ValueError(f"--quick is for recipes by name; {name} is a file, its own samples decide")
+    read_settings(path)
+    return path
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, holds no settings, or one of them twice.
+    """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe file {path}")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _NothingTwice)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except _Twice as error:
+        raise ValueError(f"{path} has {error} twice; leave one of them out") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}; expected settings, one NAME: VALUE a line")
-    return path
+    return settings
+
+
+class _Twice(Exception):
+    """A name stands twice in a group."""
+
+
+class _NothingTwice(yaml.SafeLoader):
+    """YAML takes the last of two values of a name; here the second is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for number, name in enumerate(names):
+            if isinstance(name, str) and name in names[:number]:
+                line = node.value[number][0].start_mark.line + 1
+                raise _Twice(f"{name} (line {line})")
+        return super().construct_mapping(node, deep)

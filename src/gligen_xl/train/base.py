@@ -14,7 +14,7 @@ from ..data.batch import ShardDataset
 from ..phrases import phrase_width
 from ..pipelines import GroundingMixin
 from ..pipelines.auto import load_pipeline
-from .config import TrainConfig
+from .config import TrainConfig, check_form
 
 
 def load_base(config: TrainConfig, device: torch.device) -> GroundingMixin:
@@ -59,21 +59,7 @@ def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterCo
         pass
     elif config.init_adapter:
         form, weights, _ = read_published(config.init_adapter)
-        if form.inpaint:
-            raise ValueError(
-                f"{config.init_adapter} is an inpainting adapter, whose first convolution training has nothing for; "
-                "begin from one for text and boxes"
-            )
-        if form.phrase_dim != phrase_dim:
-            raise ValueError(
-                f"{config.init_adapter} reads phrase embeddings of width {form.phrase_dim}, the base's text encoders "
-                f"give {phrase_dim}: it is for another base model"
-            )
-        for name in ("blocks", "every", "grounding_logit_bias"):
-            if (there := getattr(form, name)) != (here := getattr(config.adapter, name)):
-                raise ValueError(
-                    f"{config.init_adapter} has {name} {there}, the run adapter.{name} {here}; set them alike"
-                )
+        check_form(form, config, phrase_dim)
         form = replace(form, slots=config.augmentation.slots)
     else:
         form = AdapterConfig(

@@ -11,7 +11,7 @@ import yaml
 from ..adapter import AdapterConfig
 from ..hub import names_repository
 from .record import Row, RunRecord
-from .summary import METRICS, data_in_words, duration, percent, plain, recipe_in_words
+from .summary import METRICS, blocks_in_words, data_in_words, duration, percent, plain, recipe_in_words
 
 _SMALLER_BASES = {768: "stable-diffusion", 1024: "stable-diffusion-2"}  # cross-attention width -> tag
 _SHAPES = ("grass with a red circle", "a red circle")
@@ -105,9 +105,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _what(facts: CardFacts) -> str:
     base = facts.base_model or "its base model"
     named = f"[{base}](https://huggingface.co/{base})" if names_repository(base) else f"`{base}`"
-    fusers = {"all": "every transformer block", "first": "the first transformer block of each group"}[facts.form.blocks]
-    if facts.form.every > 1:
-        fusers += f" in {facts.form.every}"
+    fusers = blocks_in_words(facts.form.blocks, facts.form.every, "transformer block")
     return (
         f"A GLIGEN adapter for {named if facts.base_model else base}: objects stand where you draw them, a phrase for "
         f"each box. It has {facts.parameters:,} parameters, a fuser on {fusers} of the U-Net, and {facts.form.slots} "

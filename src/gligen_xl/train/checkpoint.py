@@ -50,7 +50,7 @@ def save_checkpoint(
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint has to stay")
     for left in Path(root).glob(".checkpoint-*.partial"):  # of a run that was killed while it saved or removed
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)  # what somebody reads from a network disk goes the next time
     target = Path(root) / f"checkpoint-{position:08d}"
     try:
         with whole_folder(target) as folder:
@@ -67,7 +67,8 @@ def save_checkpoint(
         stands = f"{there[-1]} is whole, and the same command continues from it" if there else "there is none yet"
         raise OSError(f"{target} could not be written: {error}; {stands}. Make room on the disk first") from error
     for old in _to_remove(list_checkpoints(root), keep, keep_every):
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))  # a kill leaves no half of a checkpoint
+        hidden = old.rename(old.with_name(f".{old.name}.partial"))  # a kill leaves no half of a checkpoint
+        shutil.rmtree(hidden, ignore_errors=True)
     return target
 
 
@@ -94,18 +95,27 @@ def _position(path: Path) -> int:
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file and the state of one checkpoint, every file checked against its recorded checksum."""
+    """Tensors by file and the state of one checkpoint, every file checked against its recorded checksum.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file is damaged.
+    """
     path = Path(path)
     if not (path / "state.json").is_file():
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json")
     state = read_json(path / "state.json")
+    if not isinstance(state, dict) or not isinstance(state.get("sha256"), dict) or state.get("position") is None:
+        raise ValueError(f"{path / 'state.json'} is damaged: it lacks the position or the checksums")
+    if _NAME.fullmatch(path.name) and state["position"] != _position(path):
+        raise ValueError(f"{path / 'state.json'} is of position {state['position']}, not of this folder")
     tensors = {}
     for name, expected in state["sha256"].items():
         file = path / name
         if not file.is_file():
-            raise FileNotFoundError(f"checkpoint {path} lacks {name}; remove the folder to resume from the one before")
+            raise FileNotFoundError(f"checkpoint {path} lacks {name}")
         if _checksum(file) != expected:
-            raise ValueError(f"{file} is damaged (its checksum differs); remove {path} to resume from the one before")
+            raise ValueError(f"{file} is damaged (its checksum differs)")
         try:
             tensors[file.stem] = load_file(file)
         except SafetensorError as error:

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..data.batch import Augmentation
 from ..data.mixture import turns_of
+
+if TYPE_CHECKING:
+    from ..adapter import AdapterConfig
+
+
+class Expected(NamedTuple):
+    """Which values a setting may have, in words and as a test that NaN does not pass."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Expected("a positive number", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Expected("0 or a positive number", lambda value: 0 <= value < math.inf)
+FINITE = Expected("a finite number", math.isfinite)
+SHARE = Expected("a share between 0 and 1", lambda value: 0 <= value <= 1)
+SHARE_OF_RUN = Expected("a share of the run, above 0 and up to 1", lambda value: 0 < value <= 1)
+DECAY = Expected("0 or more, and less than 1", lambda value: 0 <= value < 1)
+COUNT = Expected("0 or more", lambda value: value >= 0)
+AT_LEAST_1 = Expected("at least 1", lambda value: value >= 1)
+
+
+def _check(options: Any, group: str = "", **expected: Expected) -> None:
+    """Refuse a value that is not as expected; None is one where it is the default."""
+    for name, (words, holds) in expected.items():
+        value = getattr(options, name)
+        if value is None and options.__dataclass_fields__[name].default is None:
+            continue
+        if value is None or not holds(value):
+            raise ValueError(f"{group}{name} is {value}; expected {words}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +67,17 @@ class AdapterOptions:
     grounding_share: float | None = None
 
     def __post_init__(self) -> None:
-        if self.bias_share is not None and not 0 < self.bias_share <= 1:
-            raise ValueError(f"bias_share is {self.bias_share}; expected a share of the run, above 0 and up to 1")
+        _check(
+            self,
+            "adapter.",
+            every=AT_LEAST_1,
+            grounding_logit_bias=FINITE,
+            bias_share=SHARE_OF_RUN,
+            gate_init=Expected("the tanh of a gate, between -1 and 1", lambda value: -1 < value < 1),
+            grounding_share=Expected("a share between 0 and 1", lambda value: 0 < value < 1),
+        )
         if self.bias_share is not None and not self.grounding_logit_bias:
             raise ValueError("bias_share is set, but grounding_logit_bias is 0: there is nothing to fade out")
-        if not -1 < self.gate_init < 1:
-            raise ValueError(f"gate_init is {self.gate_init}; expected the tanh of a gate, between -1 and 1")
-        if self.grounding_share is not None and not 0 < self.grounding_share < 1:
-            raise ValueError(f"grounding_share is {self.grounding_share}; expected a share between 0 and 1")
         if self.grounding_share is not None and self.grounding_logit_bias:
             raise ValueError("grounding_share and grounding_logit_bias are two ways to the same; choose one")
 
@@ -73,12 +108,8 @@ class Objective:
     box_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
-            raise ValueError(f"objective.snr_gamma is {self.snr_gamma}; expected a positive number, usually 5")
-        if not 0 <= self.noisy_bias < math.inf:
-            raise ValueError(f"objective.noisy_bias is {self.noisy_bias}; expected 0 or a positive number")
-        if not 0 < self.box_weight < math.inf:
-            raise ValueError(f"objective.box_weight is {self.box_weight}; expected a positive number")
+        usual = Expected("a positive number, usually 5", POSITIVE.holds)
+        _check(self, "objective.", snr_gamma=usual, noisy_bias=NOT_NEGATIVE, box_weight=POSITIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +119,7 @@ class Optimization:
     Args:
         optimizer: "adamw8bit" keeps the moments in 8 bits (bitsandbytes, extra 8bit): a quarter of their memory.
         learning_rate: after the warm-up.
-        gate_learning_rate: of the gates; by default as all.
+        gate_learning_rate: of the gates; by default as all, 0 holds them as they are.
         beta1: decay of AdamW's first moment.
         beta2: decay of its second moment.
         weight_decay: of all but the gates.
@@ -115,11 +146,21 @@ class Optimization:
     attention_share: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        if not 0 <= self.decay_share <= 1:
-            raise ValueError(f"decay_share is {self.decay_share}; expected a share between 0 and 1")
+        _check(
+            self,
+            "optimization.",
+            learning_rate=POSITIVE,
+            gate_learning_rate=NOT_NEGATIVE,
+            beta1=DECAY,
+            beta2=DECAY,
+            weight_decay=NOT_NEGATIVE,
+            max_grad_norm=POSITIVE,
+            warmup_samples=COUNT,
+            decay_share=SHARE,
+            ema_decay=DECAY,
+            attention_weight=NOT_NEGATIVE,
+            attention_share=SHARE_OF_RUN,
+        )
 
     def attention(self, position: int, samples: int) -> float:
         """Weight of the attention supervision at `position` of `samples`."""
@@ -157,16 +198,29 @@ class Validation:
     detector: Literal["shapes"] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("loss_samples", 1), ("pictures", 0), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"validation.{name} is {getattr(self, name)}; expected at least {least}")
-        if self.gain_every is not None and self.gain_every < 1:
-            raise ValueError(f"validation.gain_every is {self.gain_every}; expected at least 1")
+        _check(
+            self,
+            "validation.",
+            every=AT_LEAST_1,
+            gain_every=AT_LEAST_1,
+            loss_samples=AT_LEAST_1,
+            pictures=COUNT,
+            steps=AT_LEAST_1,
+            guidance_scale=FINITE,
+        )
+        for name in ("gain_every", "detector"):
+            if self.data is None and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"validation.{name} is {value}, but validation.data is not set: there is no validation"
+                )
+        if self.detector and not self.pictures:
+            raise ValueError(f"validation.detector is {self.detector}, but validation.pictures is 0: none to look at")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. The defaults are GLIGEN-XL's recipe at 512.
+    """One run. Rates, lengths and dropouts are by default those of GLIGEN-XL at 512; the recipe `sdxl-512` sets the
+    rest: fp16, gradient checkpointing, 32 slots, data loading processes.
 
     Args:
         model: the base: a pipeline folder, a Hub repository, or "shapes".
@@ -235,15 +289,23 @@ class TrainConfig:
     validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self) -> None:
-        for name in (
-            "samples", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "process_timeout",
-            "skip_limit",
-        ):  # fmt: skip
-            if (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("resolution", "micro_batch", "keep_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1, or none")
+        _check(
+            self,
+            resolution=Expected("a positive multiple of 8 pixels", lambda value: value > 0 and value % 8 == 0),
+            samples=AT_LEAST_1,
+            batch_size=AT_LEAST_1,
+            micro_batch=AT_LEAST_1,
+            seed=Expected("0 to 2**31 - 1", lambda value: 0 <= value < 2**31),
+            process_timeout=AT_LEAST_1,
+            skip_limit=AT_LEAST_1,
+            workers=COUNT,
+            window=AT_LEAST_1,
+            cache_gb=POSITIVE,
+            log_every=AT_LEAST_1,
+            checkpoint_every=AT_LEAST_1,
+            keep_checkpoints=AT_LEAST_1,
+            keep_every=AT_LEAST_1,
+        )
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
             raise ValueError(f"micro_batch is {self.micro_batch}, more than the batch of {self.batch_size}")
         if self.compile and (self.optimization.attention_weight or self.adapter.bias_share is not None):
@@ -253,14 +315,10 @@ class TrainConfig:
             )
         if self.samples < self.batch_size:
             raise ValueError(f"samples is {self.samples}, less than one batch of {self.batch_size}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed is {self.seed}; expected 0 to 2**31 - 1")
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}; expected 0 or more")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; expected at least 1 shard")
-        if not self.cache_gb > 0:
-            raise ValueError(f"cache_gb is {self.cache_gb}; expected a positive number")
+        for name, source in [*(("data", source) for source in self.sources), ("validation.data", self.validation.data)]:
+            kind, _, count = (source or "").partition(":")
+            if kind == "shapes" and not (count.isdecimal() and int(count)):
+                raise ValueError(f"{name} is {source!r}; expected a folder of shards, or shapes:COUNT as shapes:50000")
         if not self.sources:
             raise ValueError("data names no folder; expected one, or several as {FOLDER: WEIGHT}")
         turns_of(list(self.sources.values()))
@@ -279,22 +337,85 @@ class TrainConfig:
         return asdict(self)
 
 
+# Names of settings ---------------------------------------------------------------------------------------------------
+
+
+def check_names(settings: Mapping[str, Any], source: str) -> None:
+    """Refuse names that are no settings of a run, and groups that hold none.
+
+    Args:
+        settings: as a YAML file has them.
+        source: that file, for the error.
+    """
+    groups = {entry.name: entry.default_factory for entry in fields(TrainConfig) if is_dataclass(entry.default_factory)}
+    inner = {group: [entry.name for entry in fields(kind)] for group, kind in groups.items()}  # type: ignore[arg-type]
+    known = [entry.name for entry in fields(TrainConfig)]
+    known += [f"{group}.{name}" for group, names in inner.items() for name in names]
+    for name, value in settings.items():
+        if name in groups and not isinstance(value, Mapping):
+            what = "is empty" if value is None else f"is {value!r}"
+            raise ValueError(
+                f"{source} holds a setting of the wrong kind: {name} {what}; give it settings, or leave it out"
+            )
+        for full in [f"{name}.{key}" for key in value] if name in groups else [str(name)]:
+            if full not in known:
+                near = _near(full, known)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise ValueError(f"{source} has {full}, which is no setting of a run{hint} (see --help)")
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    """Settings of nearly this name: of the same group, or of another one."""
+    last = name.rpartition(".")[2]
+    close = difflib.get_close_matches(last, {full.rpartition(".")[2] for full in known}, n=1, cutoff=0.75)
+    same = [full for best in close for full in known if full.rpartition(".")[2] == best]
+    return same or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+
+
+def check_form(form: AdapterConfig, config: TrainConfig, phrase_dim: int | None = None) -> None:
+    """Whether `config.init_adapter` is of the form that the run asks for.
+
+    Args:
+        form: of the adapter.
+        phrase_dim: width of the base's phrase embeddings; None where it is not to be compared.
+    """
+    if form.inpaint:
+        raise ValueError(
+            f"{config.init_adapter} is an inpainting adapter, whose first convolution training has nothing for; "
+            "begin from one for text and boxes"
+        )
+    if phrase_dim not in (None, form.phrase_dim):
+        raise ValueError(
+            f"{config.init_adapter} reads phrase embeddings of width {form.phrase_dim}, the base's text encoders "
+            f"give {phrase_dim}: it is for another base model"
+        )
+    for name in ("blocks", "every", "grounding_logit_bias"):
+        if (there := getattr(form, name)) != (here := getattr(config.adapter, name)):
+            raise ValueError(f"{config.init_adapter} has {name} {there}, the run adapter.{name} {here}; set them alike")
+
+
+# Going on ------------------------------------------------------------------------------------------------------------
+
+# The base is known by its fingerprint; what an adapter began from no longer matters.
 _MAY_CHANGE = {
-    "out", "data", "resolution", "micro_batch", "gradient_checkpointing", "compile", "compile_backend",
-    "shard_optimizer", "process_timeout", "skip_limit", "workers", "cache_gb", "log_every", "checkpoint_every",
-    "keep_checkpoints", "keep_every", "track", "validation",
+    "out", "data", "model", "init_adapter", "resolution", "micro_batch", "gradient_checkpointing", "compile",
+    "compile_backend", "shard_optimizer", "process_timeout", "skip_limit", "workers", "cache_gb", "log_every",
+    "checkpoint_every", "keep_checkpoints", "keep_every", "track", "validation",
 }  # fmt: skip
 
 
-def check_same_run(former: dict[str, Any], config: TrainConfig) -> None:
-    """Refuse to continue a run with settings that would have made it another one."""
-    current = config.to_dict()
+def check_same_run(former: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuse to continue a run with settings that would have made it another one.
+
+    What `former` does not name, as the program did not know it then, counts as the default.
+    """
+    current, usual = config.to_dict(), TrainConfig(data=config.data, out=config.out).to_dict()
     for name in sorted(set(current) - _MAY_CHANGE):
-        was, now = former.get(name), current[name]
+        was, now = former.get(name, usual[name]), current[name]
         if isinstance(now, dict) and isinstance(was, dict):
             for key in now:
-                if was.get(key) != now[key]:
-                    _refuse(f"{name}.{key}", was.get(key), now[key], config.out)
+                if (before := was.get(key, usual[name][key])) != now[key]:
+                    _refuse(f"{name}.{key}", before, now[key], config.out)
         elif was != now:
             _refuse(name, was, now, config.out)
 

@@ -30,8 +30,6 @@ def _folder(data: str, pipeline: GroundingMixin, drawn: Path, *, held_out: bool 
     from ..shapes.data import write_shards
     from ..shapes.world import TRAINING_SEED, VALIDATION_SEED
 
-    if not count.isdigit() or int(count) < 1:
-        raise ValueError(f"data is {data!r}; expected a folder of shards, or shapes:COUNT as shapes:50000")
     folder = drawn / f"shapes-{count}-{fingerprint(pipeline.vae)}"
     if held_out:
         write_shards(pipeline.vae, folder, int(count), seed=VALIDATION_SEED, captions="plain")

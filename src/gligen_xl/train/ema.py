@@ -40,6 +40,8 @@ class EMA:
         """
         counted = torch.ones_like(self._steps) if counts is None else counts.float()
         self._steps += counted
+        if not self.decay:
+            return
         # 1 - (1 + steps) / (10 + steps) = 9 / (10 + steps)
         weight = (9 / (10 + self._steps)).clamp(min=1 - self.decay) * counted
         for average, value in zip(self.average.values(), self._parameters.values(), strict=True):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +18,13 @@ from torch import Tensor, nn
 
 from ..adapter import AdapterConfig, adapter_parameters, attach, fusers
 from ..adapter.model import transformer_blocks
-from ..data.remote import is_remote
-from ..data.shards import Shard, shard_stems
 from ..phrases import phrase_width
 from .attention import watch_attention
 from .base import needs_vae
 from .config import TrainConfig
 from .footprint import GPUKernels, LiveBytes
 from .known_bases import BaseParts, base_parts
+from .precheck import check_before, local_shards
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors that keep 32-bit moments, and numbers that share a scale
@@ -59,8 +57,9 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
     """What the run of `config` takes on so many processes, each with a GPU of its own.
 
     Raises:
-        ValueError: the batch cannot be shared by them, or the base cannot be described.
-        FileNotFoundError: there is no such base.
+        ValueError: the batch cannot be shared by them, the base cannot be described, or the run would refuse its
+            settings, data or adapter (see `gligen_xl.train.precheck`).
+        FileNotFoundError: there is no such base, no data for the validation, or no adapter to begin from.
     """
     if processes < 1:
         raise ValueError(f"processes is {processes}; expected at least 1")
@@ -71,6 +70,7 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
         )
     micro_batch = min(config.micro_batch or config.batch_size, config.batch_size // processes)
     base = base_parts(config.model)
+    notes = check_before(config, base)
     adapter = _put_adapter_on(base, config)
     shape, where_from = latent_shape(config, base)
     sizes = [value.numel() for value in adapter.values()]
@@ -105,7 +105,7 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
         memory=memory,
         checkpoint={"average": trained, "weights": trained, "optimizer": moments},
         kept=checkpoints_kept(config) + 1,
-        notes=[f"base: {base.source}", where_from],
+        notes=[f"base: {base.source}", where_from, *notes],
     )
 
 
@@ -131,25 +131,20 @@ def _put_adapter_on(base: BaseParts, config: TrainConfig) -> dict[str, nn.Parame
 
 def latent_shape(config: TrainConfig, base: BaseParts) -> tuple[tuple[int, int, int], str]:
     """(C, h, w) of the largest latents, and how that is known: from the data, from the recipe, or from the base."""
-    found = [shard.latent_shape for source in config.sources for shard in _shards(source)]
+    found = [shard.latent_shape for source in config.sources for shard in local_shards(source)]
     if found:
         return max(found, key=lambda shape: shape[1] * shape[2]), "sizes: those of the data"
     channels = int(base.unet.config["in_channels"])
     if config.resolution is not None:
         pixels, where_from = config.resolution, "sizes: the recipe's resolution, as the data is not here"
+        if pixels % base.downsampling:
+            raise ValueError(f"resolution is {pixels}; this base's VAE wants a multiple of {base.downsampling}")
     else:
         pixels, where_from = (
             base.resolution,
             "sizes: those of the base, as the data is not here (resolution sets others)",
         )
     return (channels, pixels // base.downsampling, pixels // base.downsampling), where_from
-
-
-def _shards(source: str) -> list[Shard]:
-    """The shards of a folder, without their tables; none where it is not here."""
-    if is_remote(source) or not Path(source).is_dir():
-        return []
-    return [Shard(stem, with_table=False) for stem in shard_stems(source)]
 
 
 def moment_bytes(sizes: Iterable[int], optimizer: str) -> int:
@@ -265,7 +260,9 @@ def _epochs(config: TrainConfig) -> list[str]:
     lines, total = [], sum(config.sources.values())
     for source, weight in config.sources.items():
         kind, _, drawn = source.partition(":")
-        count = int(drawn) if kind == "shapes" and drawn.isdigit() else sum(len(shard) for shard in _shards(source))
+        count = (
+            int(drawn) if kind == "shapes" and drawn.isdigit() else sum(len(shard) for shard in local_shards(source))
+        )
         if count:
             epochs = config.samples * weight / total / count
             lines.append(f"{source}: {count:,} samples, gone through {epochs:,.1f} times")

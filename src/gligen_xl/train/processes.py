@@ -86,6 +86,20 @@ class Processes:
         """For all of them to come here."""
         self.any(False)
 
+    def from_main(self, text: str) -> str:
+        """What the main process gives; all have to ask."""
+        if self.count == 1:
+            return text
+        content = text.encode()
+        size = torch.tensor(len(content))
+        with self._heard():
+            dist.broadcast(size, 0, group=self._group)
+            letters = torch.zeros(int(size), dtype=torch.uint8)
+            if self.is_main and content:
+                letters = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            dist.broadcast(letters, 0, group=self._group)
+        return letters.numpy().tobytes().decode()
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process goes through the block before the others do."""

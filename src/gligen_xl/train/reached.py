@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,9 @@ from torch import Tensor
 from ..adapter import AdapterConfig
 from .checkpoint import list_checkpoints, load_checkpoint
 from .config import TrainConfig, check_same_run
+from .processes import Processes
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,18 +29,31 @@ class Reached:
     state: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Reached:
-        """What stands in `config.out`.
+    def of(cls, config: TrainConfig, processes: Processes) -> Reached:
+        """What stands in `config.out`: the last whole checkpoint, which the main process finds for all.
+
+        Damaged ones after it are put aside, with a warning, as `damaged-checkpoint-POSITION`.
 
         Raises:
-            ValueError: the run there was begun with other settings, or its last checkpoint is damaged.
+            ValueError: the run there was begun with other settings; its only checkpoint is damaged; or a process has
+                other settings, or sees another folder, than the main one.
         """
-        checkpoints = list_checkpoints(config.out)
-        if not checkpoints:
+        settings = json.dumps(config.to_dict(), sort_keys=True)
+        if processes.from_main(settings) != settings:
+            raise ValueError(f"process {processes.rank} was started with other settings than the first")
+        found = _last_whole(config.out) if processes.is_main else None
+        name = processes.from_main(found[0].name if found else "")
+        if not name:
             return cls(config)
-        tensors, state = load_checkpoint(checkpoints[-1])
+        checkpoint = Path(config.out) / name
+        if not checkpoint.is_dir():
+            raise ValueError(
+                f"process {processes.rank} does not see {checkpoint}, from which the first goes on; all processes need "
+                "the same folder out, under the same path"
+            )
+        tensors, state = found[1:] if found else load_checkpoint(checkpoint)
         check_same_run(state["config"], config)
-        return cls(config, checkpoints[-1], tensors, state)
+        return cls(config, checkpoint, tensors, state)
 
     @property
     def position(self) -> int:
@@ -64,3 +83,23 @@ class Reached:
             )
         if (former := self.state.get("weights", weights)) != weights:
             raise ValueError(f"the run in {self.config.out} was begun with data of the weights {former}, not {weights}")
+
+
+def _last_whole(out: str) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The newest checkpoint that is not damaged, what it holds; those after it are moved out of the way."""
+    damaged: list[tuple[Path, Exception]] = []
+    for path in reversed(list_checkpoints(out)):
+        try:
+            tensors, state = load_checkpoint(path)
+        except (ValueError, FileNotFoundError) as error:
+            damaged.append((path, error))
+            continue
+        for other, why in damaged:
+            aside = other.with_name(f"damaged-{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
+            _LOGGER.warning("%s; it was moved to %s, and the run goes on from %s", why, aside, path)
+        return path, tensors, state
+    if damaged:
+        raise ValueError(f"{damaged[-1][1]}; there is no whole checkpoint before it")
+    return None

@@ -237,8 +237,8 @@ def _table(rows: Sequence[Row]) -> str:
     head = "".join(f"<th scope=row>{short(row['samples'])}</th>" for row in shown)
     lines = []
     for name in names:
-        values = (row.get(name) for row in shown)
-        cells = "".join(f"<td>{plain(v) if isinstance(v, int | float) else ''}</td>" for v in values)
+        values, write = (row.get(name) for row in shown), percent if "gain" in name else plain
+        cells = "".join(f"<td>{write(v) if isinstance(v, int | float) else ''}</td>" for v in values)
         lines.append(f"<tr><th scope=row>{text(name.replace('_', ' '))}</th>{cells}</tr>")
     left_out = f"<p>{len(shown)} of {len(rows)}.</p>" if len(shown) < len(rows) else ""
     return f"{left_out}<div class=wide><table><tr><th scope=row>samples</th>{head}</tr>{''.join(lines)}</table></div>\n"

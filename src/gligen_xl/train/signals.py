@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ def stop_requests() -> Iterator[StopRequest]:
 
     def receive(number: int, frame: FrameType | None) -> None:
         request.came = True
+        os.write(
+            2, b"\nstopping after this step, with a checkpoint; Ctrl-C ends it at once\n"
+        )  # print is not safe here
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:

@@ -62,8 +62,7 @@ def recipe_in_words(config: dict[str, Any]) -> str:
         parts.append(f"timesteps drawn with density t**{bias:g}")
     if (weight := objective.get("box_weight", 1)) != 1:
         parts.append(f"pixels in boxes weighted {weight:g}")
-    every = form.get("every", 1)
-    parts.append("a fuser on every block" if every == 1 else f"a fuser on one block in {every}")
+    parts.append(f"a fuser on {blocks_in_words(form.get('blocks', 'all'), form.get('every', 1))}")
     if bias := form.get("grounding_logit_bias"):
         parts.append(f"grounding logit bias {bias:g}")
     if slots := data.get("slots"):
@@ -77,6 +76,13 @@ def recipe_in_words(config: dict[str, Any]) -> str:
     return text[0].upper() + text[1:] + "."
 
 
+def blocks_in_words(blocks: str, every: int, block: str = "block") -> str:
+    """On which blocks of the U-Net fusers stand."""
+    if blocks == "first":
+        return f"the first {block} of each group" + (f", in one group of {every}" if every > 1 else "")
+    return f"every {block}" if every == 1 else f"one {block} in {every}"
+
+
 def duration(seconds: float) -> str:
     """ "41 s", "3 min 12 s", "5 h 20 min", "6 d 4 h"."""
     for above, unit, below, smaller in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s")):
@@ -87,9 +93,12 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    """Two decimals at most, fewer where the number is large."""
+    value = 100 * share
+    rounded = round(value, 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0)
+    return f"{rounded + 0.0:.10g} %"  # + 0.0: no "-0"
 
 
 def plain(value: float) -> str:
     """Three digits that count."""
-    return f"{value:.3g}"
+    return f"{value + 0.0:.3g}"

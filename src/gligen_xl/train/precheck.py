@@ -1,0 +1,127 @@
+"""What a run would refuse, found before anything is loaded: from settings, headers and folders on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..adapter import AdapterConfig
+from ..adapter.convert import ENDINGS
+from ..adapter.store import CONFIG_NAME
+from ..data.remote import is_remote
+from ..data.shards import Shard, shard_stems
+from ..files import read_json
+from ..hub import names_repository
+from ..phrases import phrase_width
+from .base import check_fit
+from .checkpoint import list_checkpoints
+from .config import TrainConfig, check_form, check_same_run
+from .known_bases import PUBLISHED, BaseParts
+
+_PUBLISHED_ADAPTERS = ("jiuntian/gligen-xl-1024",)  # of the recipes; of the published form
+_PUBLISHED_FORM = AdapterConfig(cross_attention_dim=2048, phrase_dim=2048)  # the widths are not looked at
+_SDXL_SCALE = 0.13025  # of SDXL's VAE, which the built-in settings leave out
+
+
+def reached_position(config: TrainConfig) -> int | None:
+    """Samples that the run in `config.out` has seen, by its last checkpoint; None where no run stands.
+
+    Raises:
+        ValueError: the run there was begun with other settings.
+    """
+    for checkpoint in reversed(list_checkpoints(config.out)):
+        try:
+            state = read_json(checkpoint / "state.json")
+            former, position = state["config"], int(state["position"])
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: the run goes on from the one before
+            continue
+        check_same_run(former, config)
+        return position
+    return None
+
+
+def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str]:
+    """Refuse what the run of `config` would refuse. Data and repositories that are not here pass.
+
+    Args:
+        base: its parts; without, data is not looked at, and no more is known of the adapter than its form.
+
+    Returns:
+        What could not be looked at, for people.
+
+    Raises:
+        ValueError: settings, data, base or adapter do not fit each other, or the run that stands in `out`.
+        FileNotFoundError: the validation's data or the adapter to begin from is not there.
+    """
+    notes = []
+    if reached_position(config) is None and config.init_adapter:
+        notes += _check_init_adapter(config.init_adapter, config, base)
+    held_out = config.validation.data
+    if held_out and not _is_drawn(held_out) and not is_remote(held_out) and not Path(held_out).exists():
+        raise FileNotFoundError(f"validation.data {held_out} is not there; expected a folder of held-out shards")
+    if base is not None:
+        for source in config.sources:
+            _check_data(source, config.model, base, config.resolution)
+        if held_out:
+            _check_data(held_out, config.model, base)
+    return notes
+
+
+def local_shards(source: str) -> list[Shard]:
+    """The shards of a folder, without their tables; none where it is not here.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    if is_remote(source) or _is_drawn(source) or not Path(source).exists():
+        return []
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file; expected a folder of shards")
+    return [Shard(stem, with_table=False) for stem in shard_stems(source)]
+
+
+def _is_drawn(source: str) -> bool:
+    """Whether its pictures are drawn when the run begins."""
+    return source.partition(":")[0] == "shapes"
+
+
+def _check_data(source: str, model: str, base: BaseParts, resolution: int | None = None) -> None:
+    """Whether its latents, where they are here, are those of the base's VAE and of the resolution asked for."""
+    scale = base.vae.config["scaling_factor"]  # type: ignore[index]
+    if model in PUBLISHED and not Path(model).is_dir() and base.unet.config["addition_embed_type"] == "text_time":
+        scale = _SDXL_SCALE
+    shards: Any = SimpleNamespace(shards=local_shards(source))
+    parts: Any = SimpleNamespace(unet=base.unet, vae=SimpleNamespace(config={"scaling_factor": scale}))
+    check_fit(shards, parts, resolution)
+
+
+def _check_init_adapter(source: str, config: TrainConfig, base: BaseParts | None) -> list[str]:
+    """Whether the adapter to begin from is there and has the form that the run asks for; nothing of it is loaded."""
+    path = Path(source).expanduser()
+    if path.exists():
+        form = _form(path)
+        check_form(form or _PUBLISHED_FORM, config, phrase_width(base.text_encoders) if base and form else None)
+        return []
+    if not names_repository(source):
+        raise FileNotFoundError(
+            f"init_adapter {source} is not there; expected what the run is to begin from (--init_adapter null: a fresh "
+            "adapter)"
+        )
+    if source in _PUBLISHED_ADAPTERS:
+        check_form(_PUBLISHED_FORM, config)
+    return [f"init_adapter {source} is not here; it is fetched when the run begins"]
+
+
+def _form(path: Path) -> AdapterConfig | None:
+    """The form of an adapter folder, or of one in a pipeline or a run; None for what has the published form."""
+    if path.is_file():
+        return None
+    for folder in (path, path / "gligen_adapter", path / "adapter"):
+        if (folder / CONFIG_NAME).is_file():
+            if not any(folder.glob("gligen_adapter*.safetensors")):
+                raise FileNotFoundError(f"{folder} is not an adapter folder: it has no weights")
+            return AdapterConfig.from_dict(read_json(folder / CONFIG_NAME).get("config", {}))
+    if not any(file.name.endswith(ENDINGS) for folder in (path, path / "unet") for file in folder.glob("*")):
+        raise FileNotFoundError(f"init_adapter {path} holds no weights; expected an adapter in any of its forms")
+    return None
