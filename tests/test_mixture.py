@@ -178,7 +178,7 @@ def test_data_of_another_vae_among_the_others_is_refused(config, folders, tmp_pa
     [
         ({"data": {}}, "data names no folder"),
         ({"data": {"a": 0.0}}, "expected positive numbers"),
-        ({"window": 0}, "at least 1 shard"),
+        ({"window": 0}, "at least 1"),
         ({"cache_gb": 0}, "cache_gb is 0"),
     ],
 )

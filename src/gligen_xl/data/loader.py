@@ -160,11 +160,11 @@ def _begin_worker(worker: int) -> None:
     """What the worker has from its parent is left alone by the collector of garbage, whose marks would copy it.
 
     A request to stop often goes to all processes of a job. The run is to end its step and save, for which it needs its
-    workers; they end with it.
+    workers: they pass over the first one, and so end by the second, with which their parent takes them down.
     """
     gc.freeze()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _as_it_is(value: Any) -> Any:
