@@ -51,6 +51,7 @@ def only_run_in(out: Path, *, is_main: bool) -> Iterator[None]:
 
 
 def _acquire(file: int, out: Path) -> None:
+    assert fcntl is not None
     end = time.monotonic() + PATIENCE
     while True:
         try:
