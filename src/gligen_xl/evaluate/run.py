@@ -246,16 +246,9 @@ def score_all(
 
 
 def shuffled(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """To each key the layout of another: of the next one with as many objects, where there is one, else the next."""
+    """To each key the layout of the next one; to the last that of the first."""
     keys = list(layouts)
-    other = dict(zip(keys, [*keys[1:], *keys[:1]], strict=True))
-    alike: dict[int, list[str]] = {}
-    for key, layout in layouts.items():
-        alike.setdefault(len(layout.boxes), []).append(key)
-    for group in alike.values():
-        if len(group) > 1:
-            other |= zip(group, [*group[1:], group[0]], strict=True)
-    return {key: layouts[other[key]] for key in keys}
+    return {key: layouts[other] for key, other in zip(keys, [*keys[1:], *keys[:1]], strict=True)}
 
 
 def _of_these(files: dict[str, Path], layouts: Mapping[str, Layout]) -> dict[str, Path]:
