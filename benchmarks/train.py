@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,7 +139,7 @@ def new_pipeline(side: int) -> StableDiffusionXLGLIGENPipeline:
     return pipeline
 
 
-class Way:
+class Way(ABC):
     """A way to train the adapter of a pipeline. Learning rates are 0: all is computed, and nothing changes."""
 
     def __init__(self, pipeline: StableDiffusionXLGLIGENPipeline):
@@ -172,17 +173,17 @@ class Way:
             self.average()
         return loss.item()
 
-    def captions(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def captions(self, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
-    def phrases(self, batch: Batch) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def phrases(self, batch: Batch) -> Tensor: ...
 
-    def optimize(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def optimize(self) -> None: ...
 
-    def average(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def average(self) -> None: ...
 
 
 class Plain(Way):

@@ -352,6 +352,9 @@ def test_pictures_of_any_program_in_any_format(tmp_path):
     assert [way.name for way in found] == ["beta-1", "beta-0.4", "mine", "off"]
     assert [way.kind for way in found] == ["grounded"] * 3 + ["off"]
     assert list(found)[1].settings == {"beta": 0.4}
+    (ways / "shuffled").mkdir()
+    with pytest.raises(ValueError, match="the name of a control"):
+        find_pictures(ways, layouts)
     (flat / f"{next(iter(layouts))}.jpg").write_text("")
     with pytest.raises(ValueError, match="leave one of the two"):
         find_pictures(flat, layouts)

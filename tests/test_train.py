@@ -19,15 +19,17 @@ from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 from tiny_run import final, first_batch, lines, loaded, noised, train_until, write_data
 
+from gligen_xl import locks
 from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
 from gligen_xl.data.batch import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.phrases import embed_phrases
 from gligen_xl.train import loop, run_lock
+from gligen_xl.train.agreement import check_same_run
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner
-from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation, check_same_run
+from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss, timesteps_of
 
@@ -418,7 +420,7 @@ def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(config, monkeypat
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     train(replace(config, samples=8))
     assert "cannot be locked" in caplog.text
 

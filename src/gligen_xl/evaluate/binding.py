@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..adapter.model import adapter_config, adapter_state_dict, is_attached
 from ..files import read_json, write_json
 from ..layout import Layout, write_layouts
+from ..locks import only_one
 from ..pipelines.grounding import GroundingMixin
 
 BINDING, LAYOUTS = "generation.json", "layouts.jsonl"
@@ -53,7 +53,7 @@ def bind(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, 
     """
     path = Path(out) / BINDING
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{BINDING}.lock")):
+    with only_one(path.with_name(f".{BINDING}.lock"), f"another process has kept {path} locked for a minute", 60):
         if not path.is_file():
             write_json(path, settings)
         write_keyed(out, layouts)
@@ -68,26 +68,18 @@ def bind(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, 
             )
 
 
-@contextmanager
-def only_one_at(out: str | Path, part: tuple[int, int]) -> Iterator[None]:
-    """Inside the block this part of the folder is this process's; the lock goes with it, however it ends.
+def only_one_at(out: str | Path, part: tuple[int, int]) -> AbstractContextManager[None]:
+    """Inside the block this part of the folder is this process's.
 
     Raises:
         ValueError: another process is at it.
     """
-    lock = FileLock(Path(out) / f".part-{part[0]}-of-{part[1]}.lock")
-    try:
-        with suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(blocking=False)
-    except Timeout as error:
-        raise ValueError(
-            f"another process generates part {part[0]}/{part[1]} in {out}; wait for it, or share the work "
-            "(--part 1/2 and --part 2/2)"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    number, parts = part
+    busy = (
+        f"another process generates part {number}/{parts} in {out}; wait for it, or share the work "
+        "(--part 1/2 and --part 2/2)"
+    )
+    return only_one(Path(out) / f".part-{number}-of-{parts}.lock", busy)
 
 
 def check_slots(pipeline: GroundingMixin, layouts: Mapping[str, Layout]) -> None:

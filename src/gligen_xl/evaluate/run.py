@@ -160,12 +160,15 @@ def find_pictures(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no picture in it is called by a key.
+        ValueError: no picture in it is called by a key, or a folder in it has the name of a condition that is not
+            generated.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} of pictures")
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if any(path.name == "shuffled" for path in inner):
+        raise ValueError(f"{folder}/shuffled has the name of a control that is made here; call it something else")
     found = {
         _way("pictures" if path == folder else path.name, read_about(next(iter(files.values())))): path
         for path in (folder, *inner)

@@ -14,7 +14,8 @@ from ..data.batch import ShardDataset
 from ..phrases import phrase_width
 from ..pipelines import GroundingMixin
 from ..pipelines.auto import load_pipeline
-from .config import TrainConfig, check_form
+from .agreement import check_form
+from .config import TrainConfig
 
 
 def load_base(config: TrainConfig, device: torch.device) -> GroundingMixin:

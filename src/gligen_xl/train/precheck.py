@@ -14,9 +14,10 @@ from ..data.shards import Shard, shard_stems
 from ..files import read_json
 from ..hub import names_repository
 from ..phrases import phrase_width
+from .agreement import check_form, check_same_run
 from .base import check_fit
 from .checkpoint import list_checkpoints
-from .config import TrainConfig, check_form, check_same_run
+from .config import TrainConfig
 from .known_bases import PUBLISHED, BaseParts
 
 _PUBLISHED_ADAPTERS = ("jiuntian/gligen-xl-1024",)  # of the recipes; of the published form

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import AdapterConfig
+from .agreement import check_same_run
 from .checkpoint import list_checkpoints, load_checkpoint
-from .config import TrainConfig, check_same_run
+from .config import TrainConfig
 from .processes import Processes
 
 _LOGGER = logging.getLogger(__name__)
