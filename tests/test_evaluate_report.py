@@ -18,7 +18,7 @@ from gligen_xl.evaluate.pictures import keyed
 from gligen_xl.evaluate.protocols import Protocol, find_protocol, grey
 from gligen_xl.evaluate.report import SCHEMA_VERSION, Report, write_report
 from gligen_xl.evaluate.report_page import ranked, swept_conditions
-from gligen_xl.evaluate.report_words import interval, markdown_table, value
+from gligen_xl.evaluate.report_words import interval, markdown_table, stacked_table, value
 from gligen_xl.evaluate.run import MISSING, Comparison, Condition, shuffled
 from gligen_xl.evaluate.scores import score_picture
 
@@ -361,7 +361,58 @@ def test_distances_stand_beside_the_metrics(tmp_path):
     assert saved["fid"] == {"value": 31.26, "low": None, "high": None}
     assert saved["kid"] == {"value": 0.01234, "low": 0.01, "high": 0.02}
     assert "31.3" in report.table()
-    assert "0.0123 [0.0100, 0.0200]" in report.table()
+    assert "0.0123 [0.0100, 0.0200]" in report.markdown()
+    assert re.search(r"^KID .* 0.0123 .*\n *less is better .*\[0.0100, 0.0200\]", report.table(), re.MULTILINE)
+
+
+def test_the_terminal_shows_the_same_figures_in_120_columns(whole):
+    """Whatever is compared: seven conditions, of which the last stand in a second table."""
+    folder, report = whole
+    table, markdown = report.table(), (folder / "report.md").read_text(encoding="utf-8")
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 120
+    heads = [line for line in lines if "beta-0.4" in line or line.split() == ["empty"]]
+    assert [line.split() for line in heads] == [
+        ["beta-1", "beta-0.4", "guidance_scale-5", "off", "shuffled", "real"],
+        ["empty"],
+    ]
+    at = lines.index(heads[0])
+    assert lines[at + 1].split("  ")[-1] == "16 pictures"
+    (success,) = [k for k, line in enumerate(lines[: lines.index(heads[1])]) if line.startswith("success ")]
+    for k, condition in enumerate(report.conditions[:-1]):
+        estimate = report.metrics[condition.name]["success"]
+        written = value("success", estimate.value), interval("success", estimate)
+        ends = [re.finditer(r"\S+( %)?", lines[success]), re.finditer(r"\[.*?\]", lines[success + 1])]
+        columns = [[(found.group(), found.end()) for found in of_line] for of_line in ends]
+        assert (columns[0][k + 1][0], columns[1][k][0]) == written
+        assert columns[0][k + 1][1] == columns[1][k][1] == re.search(rf"{condition.name}(?= |$)", heads[0]).end()
+    for said in ("upper bound", "beta-1: 1 of 16 pictures: shapes-1000003-2 (missing)", "are in no figure"):
+        assert said in " ".join(table.split())
+        assert said in " ".join(markdown.split())
+    difference = report.compared[0].difference["success"]
+    start = table.index("Differences from the other evaluation")
+    assert value("success", difference.value, sign=True) in table[start:]
+    assert interval("success", difference, sign=True) in table[start:]
+    assert "|" not in table
+
+
+def test_columns_that_do_not_fit_stand_below():
+    cells = [[(), ("one",), ("two", "2")], [("a", "b"), ("1 %", "[0, 1]"), ("-",)]]
+    assert stacked_table(cells) == "      one  two\n             2\n-------------\na     1 %    -\nb  [0, 1]\n"
+    assert stacked_table(cells, 11) == "      one\n---------\na     1 %\nb  [0, 1]\n\n   two\n     2\n------\na    -\nb\n"
+
+
+def test_the_terminal_is_sent_text_alone(tmp_path):
+    layouts = [Layout(prompt="a dog", phrases=["a dog"], boxes=[[0.2, 0.2, 0.8, 0.8]], id="0")]
+    report = free_report(tmp_path, layouts)
+    (only,) = report.conditions
+    name = "name-of-a-folder-that-is-longer-than-a-column-\udcff"
+    odd = Condition(name, "grounded", {}, only.pictures, only.paths, {"key|\x1b[31m": "<no\nfile>"})
+    table = Report(report.protocol, report.detector, [odd], {}).table()
+    assert "key|\\x1b[31m (<no file>)" in table
+    assert "\\udcff: 1 of 2 pictures" in table
+    table.encode()
+    assert max(map(len, table.splitlines())) <= 120
 
 
 def test_figures_in_words():

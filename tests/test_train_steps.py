@@ -27,6 +27,7 @@ from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
 from gligen_xl.train.log import CLOCKED
 from gligen_xl.train.loop import train
+from gligen_xl.train.objective import denoising_loss
 
 
 @pytest.fixture(scope="module")
@@ -535,6 +536,27 @@ def test_the_vae_stays_in_main_memory_where_it_has_no_work(config, data):
         pipeline = load_base(replace(config, validation=settings), torch.device("meta"))
         assert pipeline.vae.device.type == device
         assert pipeline.unet.device.type == pipeline.text_encoder_2.device.type == "meta"
+    config = replace(config, validation=Validation(data=str(data), pictures=1))
+    assert load_base(config, torch.device("meta"), draws=False).vae.device.type == "cpu"
+
+
+def test_deterministic_kernels_where_they_are_asked_for(config, monkeypatch):
+    """What a GPU makes of it cannot be seen here; that torch is told, in every step and no longer, can."""
+    seen = []
+
+    def watched(*arguments):
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return denoising_loss(*arguments)
+
+    monkeypatch.setattr(loop, "denoising_loss", watched)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    train(replace(config, deterministic=True, samples=8, out=f"{config.out}-a"))
+    assert set(seen) == {(True, ":4096:8")}
+    assert not torch.are_deterministic_algorithms_enabled()
+    seen.clear()
+    train(replace(config, samples=8, out=f"{config.out}-b"))
+    assert {enabled for enabled, _ in seen} == {False}
 
 
 @pytest.mark.parametrize(

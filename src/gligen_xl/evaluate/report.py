@@ -108,7 +108,21 @@ class Report:
         return [number for number, found in enumerate(picture.found) if found.score >= threshold]
 
     def table(self) -> str:
-        """Markdown; what lacks, what the detector itself gets wrong, and the metrics of the conditions."""
+        """For the terminal, 120 columns wide; says what `markdown` says."""
+        lacking = words.unread(self)
+        unread = "Pictures that could not be read are in no figure.\n\n"
+        parts = [
+            words.wrapped(words.about(self)),
+            *([unread + "".join(words.wrapped(line, "- ") for line in lacking)] if lacking else []),
+            words.wrapped(words.bounds(self)),
+            words.terminal_table(self),
+            *([words.terminal_differences(self)] if self.compared else []),
+            *(["".join(words.wrapped(note, "- ") for note in notes)] if (notes := words.notes(self)) else []),
+        ]
+        return "\n".join(parts)
+
+    def markdown(self) -> str:
+        """What lacks, what the detector itself gets wrong, and the metrics of the conditions."""
         lacking = words.unread(self)
         parts = [
             words.markdown(words.about(self)) + "\n",
@@ -214,7 +228,7 @@ def write_report(report: Report, folder: str | Path, **about: Any) -> None:
     """Write `report.json`, `report.md`, `report.html` and `grid.png`; `about` is added to the JSON (as versions)."""
     folder = Path(folder)
     document = {"schema_version": SCHEMA_VERSION, **about, **report.to_dict(folder)}
-    texts = {"report.json": _lines(document) + "\n", "report.md": f"{report.table()}\n{words.DEFINITIONS}\n"}
+    texts = {"report.json": _lines(document) + "\n", "report.md": f"{report.markdown()}\n{words.DEFINITIONS}\n"}
     texts["report.html"] = report_page(report, about)
     for name, text in texts.items():
         with whole_file(folder / name) as partial:

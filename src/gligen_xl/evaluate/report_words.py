@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .metrics import Estimate
@@ -44,6 +45,8 @@ _FACTORS_AND_DIGITS = {
 }
 LESS_IS_BETTER = frozenset({"wrong_count", "extra_objects", "fid", "kid"})
 _UNREAD = 5  # pictures that are named of each condition
+_WIDTH = 120  # of a terminal
+_HEADING_WIDTH = 24  # of a column of the terminal's tables; longer names go on in the next line
 
 DEFINITIONS = (
     "Success: the share of objects that are found (a detection of the right label, IoU at least 0.5) and right in "
@@ -181,7 +184,7 @@ def differences(report: Report) -> str:
         pictures = compared.difference["pictures"].value
         rows.append([f"{compared.condition} less the other {compared.other}", *cells, f"{pictures:.0f}"])
         parts.append(markdown_table(rows))
-    return "\n".join(parts)
+    return "\n".join(["Differences from the other evaluation; shares in points of percent.\n", *parts] if parts else [])
 
 
 def _heading(name: str) -> str:
@@ -192,6 +195,102 @@ def _cell(name: str, estimate: Estimate | None, *, sign: bool = False) -> str:
     if estimate is None:
         return "-"
     return f"{value(name, estimate.value, sign=sign)} {interval(name, estimate, sign=sign)}".strip()
+
+
+# Tables for the terminal ----------------------------------------------------------------------------------------------
+
+
+def terminal_table(report: Report) -> str:
+    """Metrics as rows with their intervals under them, conditions as columns."""
+    heads = [(condition.name, len(condition.pictures)) for condition in report.conditions]
+    columns = [report.metrics[condition.name] for condition in report.conditions]
+    return _stacked_rows(report.names, heads, columns)
+
+
+def terminal_differences(report: Report) -> str:
+    """Paired differences from the other evaluation; empty where there are none."""
+    if not report.compared:
+        return ""
+    heads = [
+        (f"{one.condition} less the other {one.other}", int(one.difference["pictures"].value))
+        for one in report.compared
+    ]
+    compared = [report.compared_names(one) for one in report.compared]
+    names = list(dict.fromkeys(name for of_one in compared for name in of_one))
+    columns = [one.difference for one in report.compared]
+    title = "Differences from the other evaluation; shares in points of percent.\n\n"
+    return title + _stacked_rows(names, heads, columns, sign=True)
+
+
+def _stacked_rows(
+    names: Sequence[str],
+    heads: Sequence[tuple[str, int]],
+    columns: Sequence[Mapping[str, Estimate]],
+    *,
+    sign: bool = False,
+) -> str:
+    """Args: heads: of each column its name, and number of pictures."""
+    rows: list[list[Lines]] = [
+        [(), *((*textwrap.wrap(printable(name), _HEADING_WIDTH), counted(n, "picture")) for name, n in heads)]
+    ]
+    for name in names:
+        below = ("less is better",) if name in LESS_IS_BETTER else ()
+        cells = [_stacked(name, metrics.get(name), sign=sign) for metrics in columns]
+        rows.append([(label(name), *below), *cells])
+    return stacked_table(rows)
+
+
+def _stacked(name: str, estimate: Estimate | None, *, sign: bool) -> Lines:
+    if estimate is None:
+        return ("-",)
+    return value(name, estimate.value, sign=sign), interval(name, estimate, sign=sign)
+
+
+Lines = tuple[str, ...]  # of a cell
+
+
+def stacked_table(rows: Sequence[Sequence[Lines]], width: int = _WIDTH) -> str:
+    """Cells of several lines. The first row is the heading, the first column says what the rows are; columns beyond
+    the width stand in further tables below."""
+    names, *columns = zip(*rows, strict=True)
+    tables, wide = [[names]], _width(names)
+    for column in columns:
+        wide += 2 + _width(column)
+        if wide > width and len(tables[-1]) > 1:
+            tables.append([names])
+            wide = _width(names) + 2 + _width(column)
+        tables[-1].append(column)
+    return "\n".join("".join(f"{line}\n" for line in _stacked_lines(table)) for table in tables)
+
+
+def _stacked_lines(columns: Sequence[Sequence[Lines]]) -> Iterator[str]:
+    widths = [_width(column) for column in columns]
+    for number, row in enumerate(zip(*columns, strict=True)):
+        for k in range(max(map(len, row))):
+            first, *others = (cell[k] if k < len(cell) else "" for cell in row)
+            line = [first.ljust(widths[0]), *(text.rjust(wide) for text, wide in zip(others, widths[1:], strict=True))]
+            if any(map(str.strip, line)):
+                yield "  ".join(line).rstrip()
+        if number == 0:
+            yield "-" * (sum(widths) + 2 * len(others))
+
+
+def _width(column: Sequence[Lines]) -> int:
+    return max((len(line) for cell in column for line in cell), default=0)
+
+
+def wrapped(text: str, first: str = "") -> str:
+    """A paragraph of the terminal's width; `first` begins it, and the other lines are indented as far."""
+    return textwrap.fill(printable(text), _WIDTH, initial_indent=first, subsequent_indent=" " * len(first)) + "\n"
+
+
+def printable(text: str) -> str:
+    """On one line, and what no terminal should be sent (controls, bytes of file names that are no text) escaped."""
+    shown = (sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in " ".join(text.split()))
+    return "".join(shown)
+
+
+# Markdown -----------------------------------------------------------------------------------------------------------
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -18,8 +18,11 @@ from .agreement import check_form
 from .config import TrainConfig
 
 
-def load_base(config: TrainConfig, device: torch.device) -> GroundingMixin:
+def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) -> GroundingMixin:
     """The frozen base, SDXL or Stable Diffusion 1.x / 2.x, without the adapter it may have come with.
+
+    Args:
+        draws: whether it is this process that makes pictures; only then has the VAE to be on the device.
 
     Raises:
         ValueError: a part that training needs is not there.
@@ -33,9 +36,10 @@ def load_base(config: TrainConfig, device: torch.device) -> GroundingMixin:
         pipeline.safety_checker = None  # of SD 1.x: it would black out pictures of the validation
     if is_attached(pipeline.unet):
         detach(pipeline.unet)
+    uses_vae = draws and needs_vae(config)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval().to(device if name != "vae" or needs_vae(config) else "cpu")
+            part.requires_grad_(False).eval().to(device if name != "vae" or uses_vae else "cpu")
     if dtype != torch.float32:
         pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
     pipeline.set_progress_bar_config(disable=True)

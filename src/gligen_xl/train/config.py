@@ -234,6 +234,8 @@ class TrainConfig:
             less memory and gives the same step.
         seed: everything random follows from it and the position.
         precision: of the frozen base and the computation; the adapter itself is kept in float32.
+        deterministic: kernels that add in the same order each time, so that a run on a GPU that was stopped ends with
+            the bits of one that was not; slower. On a CPU it is so anyway.
         gradient_checkpointing: less memory, a third more time.
         compile: the U-Net by torch.compile. The first steps take minutes, so does a new size of latents.
         compile_backend: of torch.compile; "eager" and "aot_eager" only trace, to find what does not compile.
@@ -264,6 +266,7 @@ class TrainConfig:
     micro_batch: int | None = None
     seed: int = 0
     precision: Literal["no", "fp16", "bf16"] = "no"
+    deterministic: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
     compile_backend: str = "inductor"

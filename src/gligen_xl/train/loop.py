@@ -37,6 +37,7 @@ from ..adapter import (
 from ..adapter.store import CONFIG_NAME, describe_adapter
 from ..data.batch import Batch
 from ..data.loader import batches
+from ..device import deterministic_algorithms
 from ..versions import versions
 from .accumulate import micro_batches, spoiled_unless_finite
 from .attention import watch_attention
@@ -77,7 +78,11 @@ def train(config: TrainConfig) -> Path:
     """
     accelerator = make_accelerator(config)
     processes = Processes(accelerator, config.process_timeout)
-    with only_run_in(Path(config.out), is_main=processes.is_main), stop_requests() as request:
+    with (
+        only_run_in(Path(config.out), is_main=processes.is_main),
+        deterministic_algorithms(config.deterministic),
+        stop_requests() as request,
+    ):
         return _go_on(config, accelerator, processes, Reached.of(config, processes), request)
 
 
@@ -88,7 +93,7 @@ def _go_on(
     out = Path(config.out)
 
     # The frozen base, and the adapter on it
-    pipeline = load_base(config, accelerator.device)
+    pipeline = load_base(config, accelerator.device, draws=processes.is_main)
     unet, base = pipeline.unet, fingerprint(pipeline.unet)
     reached.check_base(base)
     fresh_adapter(pipeline, config, reached.form)

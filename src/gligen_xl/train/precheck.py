@@ -9,6 +9,7 @@ from typing import Any
 from ..adapter import AdapterConfig
 from ..adapter.convert import ENDINGS
 from ..adapter.store import CONFIG_NAME
+from ..data.published import SCALING_FACTOR
 from ..data.remote import is_remote
 from ..data.shards import Shard, shard_stems
 from ..files import read_json
@@ -22,7 +23,6 @@ from .known_bases import PUBLISHED, BaseParts
 
 _PUBLISHED_ADAPTERS = ("jiuntian/gligen-xl-1024",)  # of the recipes; of the published form
 _PUBLISHED_FORM = AdapterConfig(cross_attention_dim=2048, phrase_dim=2048)  # the widths are not looked at
-_SDXL_SCALE = 0.13025  # of SDXL's VAE, which the built-in settings leave out
 
 
 def reached_position(config: TrainConfig) -> int | None:
@@ -91,7 +91,7 @@ def _check_data(source: str, model: str, base: BaseParts, resolution: int | None
     """Whether its latents, where they are here, are those of the base's VAE and of the resolution asked for."""
     scale = base.vae.config["scaling_factor"]  # type: ignore[index]
     if model in PUBLISHED and not Path(model).is_dir() and base.unet.config["addition_embed_type"] == "text_time":
-        scale = _SDXL_SCALE
+        scale = float(SCALING_FACTOR)  # which the built-in settings leave out
     shards: Any = SimpleNamespace(shards=local_shards(source))
     parts: Any = SimpleNamespace(unet=base.unet, vae=SimpleNamespace(config={"scaling_factor": scale}))
     check_fit(shards, parts, resolution)
