@@ -257,8 +257,10 @@ def test_a_second_command_leaves_the_pictures_of_the_first(model, layouts, tmp_p
         (("--part", "3/2"), "--part is '3/2'"),
         (("--sweep", "beta=x"), "--sweep is 'beta=x'"),
         (("--sweep", "steps=1"), "sweep of 'steps'"),
-        (("--pictures", "here", "--beta", 1), "--beta is of generating"),
-        (("--generate_only", "--clip", "x"), "--clip is of scoring"),
+        (("--compare", "nowhere"), "nowhere is no evaluation"),
+        (("--fid", "nowhere"), "nowhere holds no pictures"),
+        (("--clip", "nowhere"), "no CLIP model folder nowhere"),
+        (("--segmenter", "sam"), "--segmenter is for colours"),
         (("--beta", 1, 7), "shares of the steps, 0 to 1"),
         (("--seed", 10**20), "--seed is 1"),
         (("--out", "FILE"), "File exists"),
@@ -272,6 +274,26 @@ def test_evaluate_complains_before_it_generates(model, layouts, tmp_path, capsys
     assert re.search(
         says, fails(capsys, "evaluate", "--layouts", layouts, "--detector", "shapes", "--model", model, *out, *words)
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--pictures", "here", "--beta", 1), "--beta is of generating"),
+        (("--pictures", "here", "--model", "mine"), "--model is of generating"),
+        (("--pictures", "here", "--steps", 3), "--steps is of generating"),
+        (("--generate_only", "--clip", "x"), "--clip is of scoring"),
+        (("--part", "1/2", "--detector", "x"), "--detector is of scoring"),
+        (("--fid_python", "python"), "--fid_python is the interpreter for --fid"),
+        (("--coco", "here"), "--coco is the folder of layouts that begin with coco; --layouts is shapes"),
+        (("--layouts", "coco.jsonl", "--coco", "here"), "--coco is the folder"),
+        (("--layouts", "coco-2017", "--layout_seed", 1), "--layout_seed is of coco-mig and coco-position"),
+        (("--layouts", "coco-mig", "--real", "here"), "--real is of layouts in a file"),
+    ],
+)
+def test_evaluate_refuses_what_it_would_ignore(tmp_path, capsys, words, says):
+    assert says in fails(capsys, "evaluate", "--out", tmp_path / "report", *words)
+    assert not (tmp_path / "report").exists()
 
 
 def test_shapes_pack_makes_a_folder_with_both(model, tmp_path, capsys):

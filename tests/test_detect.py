@@ -384,7 +384,7 @@ def test_what_is_no_detector_says_what_it_is(models, tmp_path):
         FileNotFoundError, match=r"no detector folder some/detector, and no such repository was reached"
     ):
         Detector.load("some/detector", local_files_only=True)
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; a detector is config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; expected config\.json"):
         Detector.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"is of model_type 'bert', no zero-shot detector; expected grounding-dino"):

@@ -1,6 +1,7 @@
 """CLIP scores of pictures and of boxes: against the model itself, in batches, of the smallest boxes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gligen_xl.evaluate.clip import ClipScore, ClipScorer
+from gligen_xl.evaluate.weights import checksum
 from gligen_xl.layout import Layout
 
 SIDE = 32
@@ -78,7 +80,9 @@ def test_scores_are_a_hundred_times_the_cosine_and_not_below_0(folder):
             part = picture.crop((left, top, right, bottom)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             assert found == pytest.approx(100 * cosine(scorer, part, phrase), abs=1e-3)
     assert scores[2].clip is None  # there is no prompt
-    assert scorer.settings == {"clip": str(folder), "clip_scale": "100 * max(cosine, 0)"}
+    assert scorer.settings == {
+        "clip": "tiny-clip", "clip_checksum": checksum(folder), "clip_scale": "100 * max(cosine, 0)"
+    }  # fmt: skip
     assert len(set(flat(scores))) == 8
     scorer.model.visual_projection.weight.data.neg_()
     assert set(flat(scorer.score(pictures(), LAYOUTS))) == {0.0}
@@ -110,6 +114,35 @@ def test_long_texts_are_cut_and_counted(folder):
         pictures()[:1], [Layout(prompt="a prompt that is much too long", phrases=["cat"], boxes=[[0, 0, 1, 1]])]
     )
     assert scorer.cut_texts == 1
+
+
+def test_other_weights_in_a_folder_of_that_name_are_told_apart(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    assert ClipScorer.load(copy).settings == ClipScorer.load(folder).settings
+    model = CLIPModel.from_pretrained(copy)
+    model.logit_scale.data += 1
+    model.save_pretrained(copy)
+    assert ClipScorer.load(copy).settings != ClipScorer.load(folder).settings
+
+
+def test_a_tokenizer_that_does_not_say_how_much_the_model_reads(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "clip")
+    said = json.loads((copy / "tokenizer_config.json").read_text())
+    del said["model_max_length"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(said))
+    long = [Layout(prompt="a prompt that is much too long", phrases=["cat"], boxes=[[0, 0, 1, 1]])]
+    scorer, expected = ClipScorer.load(copy), ClipScorer.load(folder).score(pictures()[:1], long)
+    assert scorer.score(pictures()[:1], long) == expected
+    assert scorer.cut_texts == 1
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path):
+    """transformers would make one that knows no word."""
+    copy = shutil.copytree(folder, tmp_path / "clip")
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"clip holds no tokenizer \(tokenizer\.json, "):
+        ClipScorer.load(copy)
 
 
 def test_what_is_no_clip_says_what_it_is(folder, tmp_path):

@@ -1,11 +1,13 @@
 """Detectors for evaluation: what a phrase asks for, boxes of the picture, batches, colours, errors."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from test_detect import TEXT_LIMIT, Crafted, bert_tokenizer, candidate_model, clip_tokenizer, logit, word_model
 from transformers import (
     ConditionalDetrConfig,
@@ -42,8 +44,9 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
 from gligen_xl.evaluate.colour import RANGES, ColourJudge, Segmenter, colour_shares, hsv, pixel_box, split_colour
-from gligen_xl.evaluate.detectors import ColourDetector, ShapesDetector, Wanted, _distinct, find_detector, plain
+from gligen_xl.evaluate.detectors import ColourDetector, ShapesDetector, Wanted, find_detector
 from gligen_xl.evaluate.found import Found
+from gligen_xl.evaluate.network_detectors import _distinct, plain
 from gligen_xl.evaluate.scores import score_picture
 from gligen_xl.layout import Layout, xyxy_from_cxcywh
 from gligen_xl.prepare.detections import Detections
@@ -179,6 +182,30 @@ def test_less_sure_detections_are_kept_for_ap(models, name):
     assert detector.settings["kept_from"] == 0.05
     lower = find_detector(models / name, threshold=0.01)
     assert (lower.settings["threshold"], lower.settings["kept_from"]) == (0.01, 0.01)
+
+
+@pytest.mark.parametrize("name", ["rt-detr", "grounding-dino"])
+def test_other_weights_in_a_folder_of_that_name_are_told_apart(models, tmp_path, name):
+    """What was found is kept by the settings, and may not be taken for what another training of it finds."""
+    copy = shutil.copytree(models / name, tmp_path / name)
+    assert find_detector(copy).settings == find_detector(models / name).settings
+    other = torch.nn.init.normal_(torch.empty(8))
+    weights = load_file(copy / "model.safetensors")
+    key = next(key for key, value in weights.items() if value.numel() >= 8 and value.is_floating_point())
+    weights[key].view(-1)[:8] += other
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert find_detector(copy).name == find_detector(models / name).name
+    assert find_detector(copy).settings["checksum"] != find_detector(models / name).settings["checksum"]
+
+
+@pytest.mark.parametrize("name", ["owlvit", "grounding-dino"])
+def test_a_folder_without_a_tokenizer_is_refused(models, tmp_path, name):
+    """transformers would make one that knows no word, and nothing would be found."""
+    copy = shutil.copytree(models / name, tmp_path / name)
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=f"{name} holds no tokenizer"):
+        find_detector(copy)
 
 
 # Fixed classes ------------------------------------------------------------------------------------------------------
@@ -394,7 +421,7 @@ def test_masks_of_sam(models):
     np.testing.assert_array_equal(masks[1:], segmenter.masks(pixels, boxes[1:]))
 
     class Given:
-        name = "given"
+        name, checksum = "given", "0123"
 
         def masks(self, pixels, boxes):
             mask = np.zeros((len(boxes), *pixels.shape[:2]), bool)

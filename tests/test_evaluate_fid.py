@@ -124,13 +124,14 @@ def sets(tmp_path):
     return {"beta-1": pictures_in(paint(tmp_path / "made", 1, 2))}, pictures_in(paint(tmp_path / "real", 3, 4))
 
 
-def test_an_interpreter_without_clean_fid_says_how_to_make_one(tmp_path, stand_in):
+def test_an_interpreter_without_clean_fid_says_how_to_make_one(tmp_path, stand_in, capfd):
     stand_in("raise ImportError('cannot import torchvision')")
     with pytest.raises(ValueError, match=r"did not run with .*: cannot import torchvision\. .*python -m venv fid-env"):
         distances(*sets(tmp_path))
     stand_in("raise RuntimeError('operator torchvision::nms does not exist')")
     with pytest.raises(ValueError, match=r"nms does not exist\. .*--fid_python fid-env/bin/python"):
         distances(*sets(tmp_path))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_network_that_cannot_be_fetched_says_where_it_may_lie(tmp_path, stand_in):

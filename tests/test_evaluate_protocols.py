@@ -438,7 +438,16 @@ def test_a_file_of_layouts_with_real_pictures_by_id(tmp_path):
 
 
 def test_parameters_are_json_and_metrics_have_known_names(tmp_path):
-    known = {"success", "picture_success", "mean_iou", "recall_50", "recall_75", "wrong_count", "extra_objects"}
+    known = {
+        "success",
+        "picture_success",
+        "mean_iou",
+        "mean_iou_right",
+        "recall_50",
+        "recall_75",
+        "wrong_count",
+        "extra_objects",
+    }
     known |= {"colour", "shape", "colour_of_found", "shape_of_found"}
     known |= {"ap", "ap_50", "ap_75", "ar", "clip", "clip_objects", "fid"}
     thick_folder(tmp_path / "thick")

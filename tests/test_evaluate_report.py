@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -14,12 +14,13 @@ from gligen_xl import Layout
 from gligen_xl.evaluate.detectors import ShapesDetector, Wanted
 from gligen_xl.evaluate.found import Found
 from gligen_xl.evaluate.metrics import paired_difference, summarize
+from gligen_xl.evaluate.paired import Comparison
 from gligen_xl.evaluate.pictures import keyed
 from gligen_xl.evaluate.protocols import Protocol, find_protocol, grey
 from gligen_xl.evaluate.report import SCHEMA_VERSION, Report, write_report
 from gligen_xl.evaluate.report_page import ranked, swept_conditions
 from gligen_xl.evaluate.report_words import interval, markdown_table, stacked_table, value
-from gligen_xl.evaluate.run import MISSING, Comparison, Condition, shuffled
+from gligen_xl.evaluate.run import MISSING, Condition, shuffled
 from gligen_xl.evaluate.scores import score_picture
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -176,12 +177,14 @@ def test_the_page_and_the_table_say_what_the_json_says(whole):
     folder, report = whole
     text, document = read(folder)
     cells = Page(text).cells
-    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
-    for condition in document["conditions"]:
-        start = cells.index(condition["name"])
-        (line,) = [line for line in lines if re.match(rf"\| {condition['name']} +\|", line)]
-        written = [cell.strip() for cell in line.strip("|").split("|")]
-        assert written[-1] == cells[start + 1 + len(report.names)] == str(condition["metrics"]["pictures"])
+    start, width = cells.index("beta-1") - 1, 1 + len(report.conditions)
+    table = (folder / "report.md").read_text(encoding="utf-8").split("\n\n")[-5]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    for column, condition in enumerate(document["conditions"], 1):
+        page = cells[start + column :: width]
+        written = [line[column] for line in lines if not line[column].startswith("-")]
+        assert written[0] == page[0] == condition["name"]
+        assert written[-1] == page[1 + len(report.names)] == str(condition["metrics"]["pictures"])
         for k, name in enumerate(report.names, 1):
             estimate = condition["metrics"][name]
             assert estimate["low"] <= estimate["value"] <= estimate["high"]
@@ -189,7 +192,7 @@ def test_the_page_and_the_table_say_what_the_json_says(whole):
             factor = 1 if digits > 1 else 100
             unit = " %" if factor == 100 else ""
             numbers = [f"{factor * estimate[end]:.{digits}f}" for end in ("value", "low", "high")]
-            assert cells[start + k] == "{}{}[{}, {}]".format(numbers[0], unit, *numbers[1:])
+            assert page[k] == "{}{}[{}, {}]".format(numbers[0], unit, *numbers[1:])
             assert written[k] == "{}{} [{}, {}]".format(numbers[0], unit, *numbers[1:])
 
 
@@ -224,7 +227,7 @@ def test_what_a_reader_must_know_comes_first(whole):
     head = text[: text.index("</header>")]
     table = (folder / "report.md").read_text(encoding="utf-8")
     real, empty = (next(c for c in document["conditions"] if c["kind"] == kind) for kind in ("real", "empty"))
-    for start in (head, table[: table.index("| beta-1")]):
+    for start in (head, table[: table.index("| beta-1 ")]):
         assert "beta-1: 1 of 16 pictures: shapes-1000003-2 (missing)" in start
         assert "are in no figure" in start
         assert f"{100 * real['metrics']['success']['value']:.1f} %" in start
@@ -307,7 +310,7 @@ def test_text_of_the_data_is_no_markup(tmp_path):
     assert document["conditions"][0]["pictures"][0]["layout"]["phrases"][0] == evil
     table = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "<script" not in table
-    assert len([line for line in table.splitlines() if line.startswith("|")]) == 3
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + len(report.names) + 1
 
 
 def test_one_picture_and_no_controls(tmp_path):
@@ -377,7 +380,7 @@ def test_the_terminal_shows_the_same_figures_in_120_columns(whole):
         ["empty"],
     ]
     at = lines.index(heads[0])
-    assert lines[at + 1].split("  ")[-1] == "16 pictures"
+    assert re.findall(r"\d+ pictures", lines[at + 1]) == ["15 pictures"] + 5 * ["16 pictures"]
     (success,) = [k for k, line in enumerate(lines[: lines.index(heads[1])]) if line.startswith("success ")]
     for k, condition in enumerate(report.conditions[:-1]):
         estimate = report.metrics[condition.name]["success"]
@@ -398,8 +401,10 @@ def test_the_terminal_shows_the_same_figures_in_120_columns(whole):
 
 def test_columns_that_do_not_fit_stand_below():
     cells = [[(), ("one",), ("two", "2")], [("a", "b"), ("1 %", "[0, 1]"), ("-",)]]
-    assert stacked_table(cells) == "      one  two\n             2\n-------------\na     1 %    -\nb  [0, 1]\n"
-    assert stacked_table(cells, 11) == "      one\n---------\na     1 %\nb  [0, 1]\n\n   two\n     2\n------\na    -\nb\n"
+    assert stacked_table(cells) == "      one  two\n             2\n--------------\na     1 %    -\nb  [0, 1]\n"
+    first, second = "      one\n---------\na     1 %\nb  [0, 1]\n", "   two\n     2\n------\na    -\nb\n"
+    assert stacked_table(cells, 11) == f"{first}\n{second}"
+    assert stacked_table(cells, 12) == "     one two\n           2\n------------\na    1 %   -\nb [0, 1]\n"
 
 
 def test_the_terminal_is_sent_text_alone(tmp_path):
@@ -413,6 +418,19 @@ def test_the_terminal_is_sent_text_alone(tmp_path):
     assert "\\udcff: 1 of 2 pictures" in table
     table.encode()
     assert max(map(len, table.splitlines())) <= 120
+
+
+def test_what_is_measured_is_shown_whatever_the_protocol(tmp_path):
+    """Of a file of layouts seen by a detector of colours, and of CLIP beside the shapes world's metrics."""
+    layouts = [Layout(phrases=["a red circle"], boxes=[[0, 0, 0.5, 0.5]])]
+    report = free_report(tmp_path, layouts)
+    shapes = replace(report.conditions[0], pictures=tuple(replace(one, clip=31.0) for one in one_score()))
+    report = Report(report.protocol, ShapesDetector(), [shapes], {})
+    assert [name for name in report.names if name != "ap"] == [
+        "success", "mean_iou", "wrong_count", "clip", "colour", "shape"
+    ]  # fmt: skip
+    report = Report(find_protocol("shapes", count=1), ShapesDetector(), [shapes], {})
+    assert report.names[-1] == "clip"
 
 
 def test_figures_in_words():

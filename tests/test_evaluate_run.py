@@ -15,9 +15,10 @@ from PIL import Image
 from tiny import grounded, sdxl_pipeline
 
 from gligen_xl import Layout
-from gligen_xl.evaluate import compare, evaluate_layouts, find_detector, find_protocol, point_metrics
+from gligen_xl.evaluate import compare, evaluate_layouts, find_detector, find_protocol, point_metrics, summarize
 from gligen_xl.evaluate.binding import bind, generation_settings, only_one_at
 from gligen_xl.evaluate.detectors import ShapesDetector
+from gligen_xl.evaluate.photographs import photographs_of
 from gligen_xl.evaluate.pictures import (
     Way,
     find_files,
@@ -83,13 +84,14 @@ def test_ways_by_name_and_none_twice():
     ways = find_ways([1.0], 2.0, sweep, off=True)
     assert [way.name for way in ways] == [
         "beta-1",
-        "beta-0",
         "beta-0.4",
         "guidance_scale-1",
         "guidance_scale-5.5",
         "off",
     ]
-    assert ways[4].settings == {"beta": 1.0, "guidance_scale": 5.5}
+    assert ways[3].settings == {"beta": 1.0, "guidance_scale": 5.5}
+    assert [way.name for way in find_ways([0, 1], 2.0, off=False)] == ["beta-0", "beta-1"]
+    assert [way.name for way in find_ways([0], 2.0, off=True)] == ["off"]
     for bad, says in (
         ({"steps": [3]}, "sweep of 'steps'"),
         ({"beta": [2]}, "0 to 1"),
@@ -214,7 +216,23 @@ def test_another_adapter_of_the_same_name_is_refused(tmp_path):
     next(iter(p for n, p in pipeline.unet.named_parameters() if "fuser" in n)).data.add_(1)
     with pytest.raises(ValueError, match="adapter_checksum"):
         bind(tmp_path, {}, generation_settings(pipeline))
-    assert generation_settings(sdxl_pipeline()) == {"scheduler": "DDIMScheduler"}
+    with pytest.raises(ValueError, match=r"adapter_checksum '[0-9a-f]{16}', now it is 'no adapter'"):
+        bind(tmp_path, {}, generation_settings(sdxl_pipeline()))
+    pipeline = grounded(sdxl_pipeline())
+    pipeline.unet.conv_in.weight.data[0].add_(1)
+    with pytest.raises(ValueError, match="unet_checksum"):
+        bind(tmp_path, {}, generation_settings(pipeline))
+    pipeline.unet.to("meta")
+    assert generation_settings(pipeline) == {"scheduler": "DDIMScheduler"}  # offloaded: nothing can be read
+
+
+def test_what_is_refused_leaves_the_layouts_as_they_are(tmp_path):
+    _, layouts = scenes(6)
+    bind(tmp_path, layouts, {"steps": 20})
+    before = (tmp_path / "layouts.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="steps 20, now it is 30"):
+        bind(tmp_path, scenes(2)[1], {"steps": 30})
+    assert (tmp_path / "layouts.jsonl").read_bytes() == before
 
 
 def test_more_objects_than_slots_are_refused_at_once(tmp_path):
@@ -308,12 +326,63 @@ def test_damaged_and_missing_pictures_are_named_and_in_no_metric(evaluated, tmp_
     assert len(by_name["off"].pictures) == len(by_name["real"].pictures) == 20
 
 
-def test_a_condition_without_any_readable_picture_is_an_error(evaluated, tmp_path):
+def test_a_condition_without_any_readable_picture_is_told_as_such(evaluated, tmp_path):
     protocol, detector, conditions = evaluated
-    for path in conditions[0].paths.values():
+    by_name = {condition.name: condition for condition in conditions}
+    for path in by_name["off"].paths.values():
         path.write_text("x")
-    with pytest.raises(ValueError, match="none of 20 pictures of beta-1 can be read"):
+    conditions = evaluate_layouts(Painter(protocol), protocol, detector, tmp_path / "out", betas=[1])
+    by_name = {condition.name: condition for condition in conditions}
+    assert (len(by_name["off"].pictures), len(by_name["off"].unread)) == (0, 20)
+    assert len(by_name["beta-1"].pictures) == 20
+    for path in by_name["beta-1"].paths.values():
+        path.write_text("x")
+    with pytest.raises(ValueError, match="none of 20 pictures of beta-1, off can be read; the first one, "):
         evaluate_layouts(Painter(protocol), protocol, detector, tmp_path / "out", betas=[1])
+
+
+def test_other_real_pictures_take_the_place_of_the_former(tmp_path):
+    protocol, layouts = scenes(4)
+    for name, picture_of in (("good", protocol.real), ("bad", protocol.empty)):
+        (tmp_path / name).mkdir()
+        for layout in layouts.values():
+            picture_of(layout).save(tmp_path / name / f"{layout.id}.png")
+
+    def success(name):
+        real = replace(protocol, real=photographs_of(tmp_path / name, protocol.layouts))
+        conditions = evaluate_layouts(Painter(protocol), real, ShapesDetector(), tmp_path / "out", betas=[1])
+        return point(next(condition for condition in conditions if condition.kind == "real"))["success"]
+
+    assert (success("good"), success("bad"), success("good")) == (1, 0, 1)
+
+
+def test_objects_that_real_pictures_hold_beside_those_asked_for_are_passed_over(tmp_path):
+    """As protocols leave small objects out of their layouts, but not out of the photographs."""
+    whole, _ = scenes(24)
+    several = [layout for layout in whole.layouts if len(layout.boxes) > 1]
+    asked = [replace(layout, phrases=layout.phrases[:1], boxes=layout.boxes[:1]) for layout in several]
+    (tmp_path / "real").mkdir()
+    for layout in several:
+        whole.real(layout).save(tmp_path / "real" / f"{layout.id}.png")
+    photographs = replace(
+        photographs_of(tmp_path / "real", asked),
+        annotated={layout.id: (layout.phrases, np.array(layout.boxes)) for layout in several},
+    )
+    assert [[name for name, _ in photographs.beside(layout)] for layout in asked] == [
+        list(layout.phrases[1:]) for layout in several
+    ]
+    protocol = replace(whole, layouts=asked, real=photographs)
+
+    def bound(protocol, out):
+        conditions = evaluate_layouts(Painter(protocol), protocol, ShapesDetector(), tmp_path / out, betas=[1])
+        (real,) = [condition for condition in conditions if condition.kind == "real"]
+        return summarize(real.pictures)
+
+    with_them, without = bound(protocol, "a"), bound(replace(protocol, real=replace(photographs, annotated={})), "b")
+    assert with_them["success"].value == without["success"].value == 1
+    assert (with_them["wrong_count"].value, with_them["ap_50"].value) == (0, 1)
+    assert without["wrong_count"].value > 0.9
+    assert without["ap_50"].value < 0.95
 
 
 def test_real_pictures_that_cannot_be_read_are_named(tmp_path):

@@ -1,5 +1,7 @@
 """Parts of the objects: each object is in one part of a grouping, where its box, phrase and picture say."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from gligen_xl import Layout
 from gligen_xl.evaluate.detectors import ShapesDetector, Wanted
 from gligen_xl.evaluate.found import Found
 from gligen_xl.evaluate.metrics import summarize
-from gligen_xl.evaluate.scores import score_picture
+from gligen_xl.evaluate.scores import ObjectScore, score_picture
 from gligen_xl.evaluate.slices import (
     METRICS,
     POSITIONS,
@@ -21,6 +23,7 @@ from gligen_xl.evaluate.slices import (
     slices,
 )
 
+MISSED = ObjectScore(0.0, {"colour": False, "shape": False})
 SMALL, LARGE = (0.0, 0.0, 0.1, 0.1), (0.4, 0.4, 1.0, 1.0)
 LAYOUTS = [
     Layout(phrases=["a red circle", "a blue square"], boxes=[SMALL, LARGE], id="a"),
@@ -57,8 +60,17 @@ def test_parts_by_hand():
     assert told(parts["colour"]) == {"red": (3, 3, pytest.approx(2 / 3)), "blue": (1, 1, 0)}
     assert list(told(parts["shape"])) == ["circle", "square", "star"]  # most objects first, then by name
     for part in parts["size"]:
-        assert list(part.metrics) == list(METRICS)
+        assert set(part.metrics) == set(METRICS)
         assert part.metrics["success"].low <= part.metrics["success"].value <= part.metrics["success"].high
+
+
+def test_a_part_that_is_the_whole_has_its_interval():
+    layouts = [Layout(phrases=["a red circle"], boxes=[LARGE], id=f"{k}") for k in range(30)]
+    pictures = [*scored(layouts[:20]), *(replace(picture, objects=(MISSED,)) for picture in scored(layouts[20:]))]
+    (whole,) = slices(pictures, layouts, ShapesDetector().wanted)["size"]
+    metrics = summarize(pictures, ap=False)
+    assert whole.metrics == {name: metrics[name] for name in METRICS}
+    assert metrics["success"].low < metrics["success"].value == 2 / 3 < metrics["success"].high
 
 
 def test_phrases_are_counted_in_all_layouts():

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from ..files import read_json
 from .common import Parser, UsageError, best_device, load, model_arguments, quiet_imports, watched
 
 if TYPE_CHECKING:
+    from ..evaluate.clip import ClipScorer
     from ..evaluate.detectors import Detector
     from ..evaluate.pictures import Way
     from ..evaluate.protocols import Protocol
@@ -33,7 +33,7 @@ the report stands, but pictures are missing or damaged: it names them; 2 an erro
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] | None, dict[str, list[float]]]:
     parser.epilog = ENDINGS
     add = parser.add_argument
-    add("--layouts", default="shapes", help="shapes, coco, coco-2014, coco-2017, coco-position, coco-mig, or a file")
+    add("--layouts", default="shapes", help=f"shapes, {', '.join(COCO)}, or a file")
     add("--coco", help="folder of COCO's annotations and pictures")
     add(
         "--layout_seed",
@@ -65,7 +65,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] 
     for text in arguments.sweep:
         name, values = _sweep(text)
         sweep[name] = sweep.get(name, []) + values
-    _check(arguments)
+    _check(arguments, parser)
     arguments.beta = arguments.beta or ([1.0] if sweep else [1.0, 0.4])
     return arguments, part, sweep
 
@@ -85,15 +85,36 @@ def _sweep(text: str) -> tuple[str, list[float]]:
         raise UsageError(f"--sweep is {text!r}; expected beta=0,0.4,1 or guidance_scale=1,2,5") from None
 
 
-def _check(arguments: Namespace) -> None:
+COCO = ("coco", "coco-2014", "coco-2017", "coco-position", "coco-mig")
+# What is refused beside --pictures, and beside --generate_only and --part.
+GENERATING = (
+    "model", "config", "variant", "adapter", "dtype", "offload", "steps", "guidance_scale", "seed", "batch_size",
+    "beta", "sweep", "part", "generate_only",
+)  # fmt: skip
+SCORING = ("detector", "threshold", "segmenter", "clip", "fid", "fid_python", "compare")
+
+
+def _check(arguments: Namespace, parser: Parser) -> None:
+    """Refuse what would be ignored."""
+
+    def refuse(names: Iterable[str], why: str) -> None:
+        for name in names:
+            if arguments[name] != parser.get_default(name):
+                raise UsageError(f"--{name} {why}")
+
+    layouts = arguments.layouts
     if arguments.pictures:
-        for name in ("beta", "sweep", "part", "generate_only", "adapter"):
-            if arguments[name]:
-                raise UsageError(f"--{name} is of generating, but --pictures are there already; give one of the two")
+        refuse(GENERATING, "is of generating, but --pictures are there already; give one of the two")
     if arguments.generate_only or arguments.part:
-        for name in ("clip", "fid", "compare"):
-            if arguments[name]:
-                raise UsageError(f"--{name} is of scoring, which comes after --generate_only and --part; leave it out")
+        refuse(SCORING, "is of scoring, which comes after --generate_only and --part; leave it out")
+    if not arguments.fid:
+        refuse(["fid_python"], "is the interpreter for --fid; give both")
+    if layouts not in COCO:
+        refuse(["coco"], f"is the folder of layouts that begin with coco; --layouts is {layouts}")
+    if layouts not in COCO[-2:]:
+        refuse(["layout_seed"], f"is of coco-mig and coco-position, whose layouts are drawn; --layouts is {layouts}")
+    if layouts in ("shapes", *COCO):
+        refuse(["real"], f"is of layouts in a file; {layouts} has its own real pictures")
 
 
 def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, list[float]]) -> int:
@@ -110,23 +131,42 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
         seed=arguments.layout_seed,
     )
     layouts = keyed(protocol.layouts)
-    Path(arguments.out).mkdir(parents=True, exist_ok=True)  # rather found out now than after an hour
+    # Rather found out now than after an hour of generating.
+    Path(arguments.out).mkdir(parents=True, exist_ok=True)
+    _look_at_others(arguments)
     if arguments.pictures:
-        pictures = find_pictures(arguments.pictures, layouts)
-        return _score(arguments, protocol, pictures, _detector(arguments, protocol), _said_of(arguments.pictures))
+        pictures, settings = find_pictures(arguments.pictures, layouts), _said_of(arguments.pictures)
+        return _score(arguments, protocol, pictures, *_judges(arguments, protocol), settings)
 
     _settle(arguments)
     ways = find_ways(arguments.beta, arguments.guidance_scale, sweep, off=not arguments.no_controls)
     with _processes(part) as (mine, scores):
-        detector = _detector(arguments, protocol) if scores and not arguments.generate_only else None
-        if detector is not None:
-            check_phrases(layouts, detector)
+        judges = _judges(arguments, protocol) if scores and not arguments.generate_only else None
+        if judges is not None:
+            check_phrases(layouts, judges[0])
         settings = _generate(arguments, layouts, ways, mine)
-    if detector is None:
+    if judges is None:
         return 0
-    return _score(
-        arguments, protocol, {way: picture_folder(arguments.out, way.name) for way in ways}, detector, settings
-    )
+    pictures = {way: picture_folder(arguments.out, way.name) for way in ways}
+    return _score(arguments, protocol, pictures, *judges, settings)
+
+
+def _look_at_others(arguments: Namespace) -> None:
+    """Whether --fid and --compare name what they should."""
+    from ..evaluate.fid import pictures_in
+    from ..evaluate.paired import layouts_of
+
+    if arguments.fid and Path(arguments.fid).resolve() != _real_pictures(arguments):
+        pictures_in(arguments.fid)
+    if arguments.compare:
+        layouts_of(arguments.compare)
+
+
+def _real_pictures(arguments: Namespace) -> Path:
+    """Where those of this evaluation are; they may be copied there later."""
+    from ..evaluate.run import picture_folder
+
+    return picture_folder(arguments.out, "real").resolve()
 
 
 def _settle(arguments: Namespace) -> None:
@@ -163,7 +203,7 @@ def _generate(
     arguments: Namespace, layouts: Mapping[str, Layout], ways: list[Way], part: tuple[int, int]
 ) -> dict[str, Any]:
     """What the pictures are generated with."""
-    from ..evaluate.binding import BINDING
+    from ..evaluate.binding import BINDING, read_binding
     from ..evaluate.run import generate_all
 
     about = {name: arguments[name] for name in ("model", "config", "variant", "adapter")}
@@ -186,50 +226,57 @@ def _generate(
     print(
         f"{made} pictures made, for {len(layouts)} layouts in {len(ways)} ways; in {Path(arguments.out) / 'pictures'}"
     )
-    return read_json(Path(arguments.out) / BINDING)
+    return read_binding(Path(arguments.out) / BINDING)
 
 
-def _detector(arguments: Namespace, protocol: Protocol) -> Detector:
+def _judges(arguments: Namespace, protocol: Protocol) -> tuple[Detector, ClipScorer | None]:
     from ..evaluate import find_detector
+    from ..evaluate.clip import ClipScorer
 
-    name = arguments.detector or protocol.detector
-    return find_detector(
-        name,
-        device=arguments.device or best_device(),
-        threshold=arguments.threshold,
-        colour=name != "shapes" and "colour" in protocol.attributes,
-        segmenter=arguments.segmenter,
+    name, device = arguments.detector or protocol.detector, arguments.device or best_device()
+    colour = name != "shapes" and "colour" in protocol.attributes
+    if arguments.segmenter and not colour:
+        raise UsageError(f"--segmenter is for colours, which {protocol.name} does not judge with {name}; leave it out")
+    detector = find_detector(
+        name, device=device, threshold=arguments.threshold, colour=colour, segmenter=arguments.segmenter
     )
+    return detector, ClipScorer.load(arguments.clip, device=device) if arguments.clip else None
 
 
 def _said_of(pictures: str) -> dict[str, Any]:
     """What is known of how pictures were generated: of an evaluation's own, all."""
-    from ..evaluate.binding import BINDING
+    from ..evaluate.binding import BINDING, read_binding
 
     binding = Path(pictures).absolute().parent / BINDING
-    return {"pictures": pictures, **(read_json(binding) if binding.is_file() else {})}
+    return {"pictures": pictures, **(read_binding(binding) if binding.is_file() else {})}
 
 
 def _score(
-    arguments: Namespace, protocol: Protocol, pictures: Mapping[Way, Path], detector: Detector, settings: dict[str, Any]
+    arguments: Namespace,
+    protocol: Protocol,
+    pictures: Mapping[Way, Path],
+    detector: Detector,
+    clip: ClipScorer | None,
+    settings: dict[str, Any],
 ) -> int:
     from ..evaluate import Report, write_report
-    from ..evaluate.clip import ClipScorer
-    from ..evaluate.run import compare, score_all
+    from ..evaluate.paired import compare
+    from ..evaluate.run import score_all
     from ..versions import versions
 
-    out, device = Path(arguments.out), arguments.device or best_device()
-    clip = ClipScorer.load(arguments.clip, device=device) if arguments.clip else None
+    out = Path(arguments.out)
     conditions = score_all(
         protocol, pictures, out, detector, clip=clip, controls=not arguments.no_controls, progress=watched
     )
     if clip is not None:
         settings |= clip.settings
-    if arguments.fid:
-        settings["distances"] = _distances(arguments, conditions, device)
-    compared = compare(conditions, arguments.compare, detector, clip) if arguments.compare else None
-    report = Report(protocol=protocol, detector=detector, conditions=conditions, settings=settings, compared=compared)
+    report = Report(protocol=protocol, detector=detector, conditions=conditions, settings=settings)
     write_report(report, out, versions=versions())
+    if arguments.fid or arguments.compare:  # should one of them fail, the report stands without it
+        compared = compare(conditions, arguments.compare, detector, clip) if arguments.compare else None
+        more = {"distances": _distances(arguments, conditions)} if arguments.fid else {}
+        report = replace(report, settings=settings | more, compared=compared)
+        write_report(report, out, versions=versions())
     print(f"\n{report.table()}\nwritten to {out}")
     unread = [(condition.name, *item) for condition in conditions for item in condition.unread.items()]
     for name, key, why in unread[:10]:
@@ -239,14 +286,17 @@ def _score(
     return UNREAD if unread else 0
 
 
-def _distances(arguments: Namespace, conditions: list[Condition], device: str) -> dict[str, dict[str, Any]]:
+def _distances(arguments: Namespace, conditions: list[Condition]) -> dict[str, dict[str, Any]]:
     """FID and KID of the pictures of each condition from those of --fid."""
     from ..evaluate.fid import distances, pictures_in
 
+    themselves = Path(arguments.fid).resolve() == _real_pictures(arguments)
     sets = {
         condition.name: [path for key, path in condition.paths.items() if key not in condition.unread]
         for condition in conditions
-        if condition.kind in ("grounded", "off", "real")
+        if condition.kind in ("grounded", "off") or (condition.kind == "real" and not themselves)
     }
-    found = distances(sets, pictures_in(arguments.fid), python=arguments.fid_python, device=device)
+    found = distances(
+        sets, pictures_in(arguments.fid), python=arguments.fid_python, device=arguments.device or best_device()
+    )
     return {name: asdict(distance) for name, distance in found.items()}

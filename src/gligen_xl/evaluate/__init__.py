@@ -3,9 +3,10 @@
 from .detectors import Detector, ShapesDetector, Wanted, find_detector
 from .found import Found
 from .metrics import Estimate, paired_difference, point_metrics, summarize
+from .paired import compare
 from .protocols import Protocol, find_protocol
 from .report import Report, write_report
-from .run import Condition, compare, evaluate_layouts, score_all
+from .run import Condition, evaluate_layouts, score_all
 from .scores import ObjectScore, PictureScore, score_picture
 from .shapes_layouts import held_out_layouts
 

@@ -13,6 +13,7 @@ import torch
 
 from ..adapter.model import adapter_config, adapter_state_dict, is_attached
 from ..files import read_json, write_json
+from ..fingerprint import fingerprint
 from ..layout import Layout, write_layouts
 from ..locks import only_one
 from ..pipelines.grounding import GroundingMixin
@@ -21,20 +22,20 @@ BINDING, LAYOUTS = "generation.json", "layouts.jsonl"
 
 
 def generation_settings(pipeline: GroundingMixin, **settings: Any) -> dict[str, Any]:
-    """What a folder's pictures depend on beside their layouts and ways: `settings`, the scheduler, and a checksum of
-    the adapter's weights, where these can be read (with sequential offload they cannot)."""
+    """What a folder's pictures depend on beside their layouts and ways: `settings`, the scheduler, and checksums of
+    the U-Net's and the adapter's weights, where these can be read (with sequential offload they cannot)."""
     settings |= {"scheduler": type(pipeline.scheduler).__name__}
-    checksum = _adapter_checksum(pipeline.unet)
-    return settings if checksum is None else settings | {"adapter_checksum": checksum}
+    unet = pipeline.unet
+    if any(value.is_meta for value in unet.state_dict().values()):
+        return settings
+    return settings | {"unet_checksum": fingerprint(unet), "adapter_checksum": _adapter_checksum(unet)}
 
 
-def _adapter_checksum(unet: torch.nn.Module) -> str | None:
+def _adapter_checksum(unet: torch.nn.Module) -> str:
     if not is_attached(unet):
-        return None
+        return "no adapter"
     digest = hashlib.sha256()
     for name, value in sorted(adapter_state_dict(unet).items()):
-        if value.is_meta:
-            return None
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -56,16 +57,26 @@ def bind(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, 
     with only_one(path.with_name(f".{BINDING}.lock"), f"another process has kept {path} locked for a minute", 60):
         if not path.is_file():
             write_json(path, settings)
+        former = read_binding(path)
+        for name in sorted(former.keys() & settings.keys()):
+            if former[name] != settings[name]:
+                raise ValueError(
+                    f"{out} holds pictures generated with {name} {former[name]!r}, now it is {settings[name]!r}; "
+                    "choose another folder (--out)"
+                )
         write_keyed(out, layouts)
+
+
+def read_binding(path: Path) -> dict[str, Any]:
+    """What `bind` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
     former = read_json(path)
     if not isinstance(former, dict):
         raise ValueError(f"{path} does not say what the pictures beside it were generated with; choose another folder")
-    for name in sorted(former.keys() & settings.keys()):
-        if former[name] != settings[name]:
-            raise ValueError(
-                f"{out} holds pictures generated with {name} {former[name]!r}, now it is {settings[name]!r}; "
-                "choose another folder (--out)"
-            )
+    return former
 
 
 def only_one_at(out: str | Path, part: tuple[int, int]) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from ..hub import local_folder
 from ..layout import Layout
 from ..prepare.networks import FILES, check_kind, load_network
 from .colour import pixel_box
+from .weights import check_tokenizer, checksum, title
 
 _EXPECTED = "config.json, preprocessor_config.json, a tokenizer and weights in .safetensors"
 
@@ -45,13 +46,20 @@ class ClipScorer:
     """
 
     def __init__(
-        self, name: str, model: Any, processor: Any, *, device: torch.device | str = "cpu", batch_size: int = 32
+        self,
+        name: str,
+        checksum: str,
+        model: Any,
+        processor: Any,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 32,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         self.name, self.processor, self.device, self.batch_size = name, processor, device, batch_size
         self.model = model.to(device).eval()
-        self.settings = {"clip": name, "clip_scale": "100 * max(cosine, 0)"}
+        self.settings = {"clip": name, "clip_checksum": checksum, "clip_scale": "100 * max(cosine, 0)"}
         self.cut_texts = 0
         self._texts: dict[str, torch.Tensor] = {}
 
@@ -72,8 +80,9 @@ class ClipScorer:
         """
         folder = local_folder(name, "CLIP model", FILES, local_files_only=local_files_only)
         check_kind(folder, ("clip",), "CLIP model")
+        check_tokenizer(folder)
         model, processor = load_network(folder, auto_model=CLIPModel, auto_processor=CLIPProcessor, expected=_EXPECTED)
-        return cls(str(name), model, processor, device=device, batch_size=batch_size)
+        return cls(title(name, folder), checksum(folder), model, processor, device=device, batch_size=batch_size)
 
     def score(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[ClipScore]:
         """One score a picture; the same whatever pictures are beside it, to rounding."""
@@ -110,11 +119,13 @@ class ClipScorer:
 
     def _embed(self, texts: Sequence[str]) -> None:
         tokenizer = self.processor.tokenizer
+        longest = min(tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         for start in range(0, len(texts), self.batch_size):
             batch = list(texts[start : start + self.batch_size])
             lengths = [len(ids) for ids in tokenizer(batch, verbose=False).input_ids]
-            self.cut_texts += sum(length > tokenizer.model_max_length for length in lengths)
-            inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(self.device)
+            self.cut_texts += sum(length > longest for length in lengths)
+            inputs = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            inputs = inputs.to(self.device)
             self._texts.update(zip(batch, _unit(self.model.get_text_features(**inputs)), strict=True))
 
 

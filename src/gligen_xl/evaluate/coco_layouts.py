@@ -120,6 +120,7 @@ class CocoSplit:
             files={picture.id: folder / picture.file for picture in pictures},
             frame=frame,
             sizes={picture.id: picture.size for picture in pictures},
+            annotated={picture.id: (picture.categories, picture.boxes) for picture in pictures},
             source=f"; they are in {HOST}/zips/{self.name}.zip",
         )
 

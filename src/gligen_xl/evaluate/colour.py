@@ -24,6 +24,7 @@ from transformers import SamModel, SamProcessor
 from ..hub import local_folder
 from ..layout import Box
 from ..prepare.networks import FILES, check_kind, load_network
+from .weights import checksum, title
 
 SHARE = 0.2  # of an object's pixels, from which on it is of a colour
 
@@ -100,7 +101,9 @@ class ColourJudge:
             raise ValueError(f"share is {share}; expected a number above 0 and at most 1")
         self.share, self.segmenter = share, segmenter
         mask = segmenter.name if segmenter else "ellipse inside the box"
-        self.settings = {"colours": list(RANGES), "colour_share": share, "colour_mask": mask}
+        self.settings: dict[str, Any] = {"colours": list(RANGES), "colour_share": share, "colour_mask": mask}
+        if segmenter:
+            self.settings["colour_mask_checksum"] = segmenter.checksum
 
     def colours(self, picture: Image.Image, boxes: Sequence[Box]) -> list[tuple[str, ...]]:
         """The colours of the object in each box (xyxy, 0-1), most pixels first."""
@@ -140,8 +143,8 @@ class Segmenter:
     Of the three masks that SAM proposes for a box the one is taken of which it thinks best.
     """
 
-    def __init__(self, name: str, model: Any, processor: Any, device: torch.device | str = "cpu"):
-        self.name, self.processor, self.device = name, processor, device
+    def __init__(self, name: str, checksum: str, model: Any, processor: Any, device: torch.device | str = "cpu"):
+        self.name, self.checksum, self.processor, self.device = name, checksum, processor, device
         self.model = model.to(device).eval()
 
     @classmethod
@@ -156,7 +159,7 @@ class Segmenter:
         check_kind(folder, ("sam",), "SAM")
         expected = "config.json, preprocessor_config.json and weights in .safetensors"
         model, processor = load_network(folder, auto_model=SamModel, auto_processor=SamProcessor, expected=expected)
-        return cls(Path(name).name, model, processor, device)
+        return cls(title(name, folder), checksum(folder), model, processor, device)
 
     @torch.inference_mode()
     def masks(self, pixels: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:

@@ -18,7 +18,7 @@ def main(request_file: str, output: str) -> None:
     except Exception as error:
         told = {"kind": type(error).__name__, "text": " ".join(str(error).split())}
         (Path(output) / "error.json").write_text(json.dumps(told), encoding="utf-8")
-        raise
+        sys.exit(1)
 
 
 def run(request: dict, output: Path) -> None:

@@ -93,12 +93,27 @@ def paired_difference(
 def point_metrics(scores: Sequence[ObjectScore]) -> dict[str, float]:
     """Those metrics of `summarize` that objects alone tell, without intervals.
 
-    objects, mean_iou, recall_50, recall_75, ATTRIBUTE, ATTRIBUTE_of_found and success.
+    objects, mean_iou, recall_50, recall_75, ATTRIBUTE, ATTRIBUTE_of_found, mean_iou_right and success.
     """
     if not scores:
         raise ValueError("no objects to summarize")
-    ratios = _of_objects(scores).items()
+    ratios = of_objects(scores).items()
     return {"objects": len(scores)} | {name: _ratio(values.sum(), counted.sum()) for name, (values, counted) in ratios}
+
+
+def ratios_of(values: np.ndarray, counted: np.ndarray, *, seed: int = 0, resamples: int = 1000) -> list[Estimate]:
+    """Ratios of sums over n pictures, with the intervals of `summarize`.
+
+    Args:
+        values: (n, m), what is summed. counted: (n, m), what its sum is divided by.
+    """
+
+    def resampled(weights: np.ndarray) -> np.ndarray:
+        return _ratios(weights @ values, weights @ counted)
+
+    point = _ratios(values.sum(0), counted.sum(0)).tolist()
+    samples = _resample(resampled, len(values), resamples, seed)
+    return list(_estimates({str(k): value for k, value in enumerate(point)}, samples).values())
 
 
 def _pairs(a: Sequence[PictureScore], b: Sequence[PictureScore]) -> tuple[list[PictureScore], list[PictureScore]]:
@@ -122,40 +137,38 @@ def _counts(pictures: Sequence[PictureScore]) -> dict[str, Estimate]:
 
 # Values -------------------------------------------------------------------------------------------------------------
 
-_Ratio = tuple[np.ndarray, np.ndarray]  # what is summed, and what its sum is divided by
+Ratio = tuple[np.ndarray, np.ndarray]  # what is summed, and what its sum is divided by
 
 
-def _of_objects(scores: Sequence[ObjectScore]) -> dict[str, _Ratio]:
+def of_objects(scores: Sequence[ObjectScore]) -> dict[str, Ratio]:
     """Each metric as a ratio of two sums over objects: (objects,) each."""
     iou = np.array([score.iou for score in scores])
     found = (iou >= FOUND).astype(float)
+    success = np.array([score.success for score in scores], float)
     each = np.ones_like(iou)
     ratios = {"mean_iou": (iou, each), "recall_50": (found, each), "recall_75": ((iou >= 0.75).astype(float), each)}
     for name in scores[0].attributes:
         right = np.array([score.attributes[name] for score in scores], float)
         ratios |= {name: (right, each), f"{name}_of_found": (right * found, found)}
-    return ratios | {"success": (np.array([score.success for score in scores], float), each)}
+    if scores[0].attributes:
+        ratios["mean_iou_right"] = np.where(found > success, 0, iou), each
+    return ratios | {"success": (success, each)}
 
 
-def _of_pictures(pictures: Sequence[PictureScore]) -> dict[str, _Ratio]:
+def _of_pictures(pictures: Sequence[PictureScore]) -> dict[str, Ratio]:
     """Each metric as a ratio of two sums over pictures: (n,) each."""
     scores = [score for picture in pictures for score in picture.objects]
     if not scores:
         raise ValueError("no objects to summarize")
     of_picture = np.repeat(np.arange(len(pictures)), [len(picture.objects) for picture in pictures])
-    of_objects = _of_objects(scores)
-    if scores[0].attributes:
-        wrong = [score.iou >= FOUND and not score.success for score in scores]
-        iou, each = of_objects["mean_iou"]
-        of_objects["mean_iou_right"] = np.where(wrong, 0, iou), each
 
     def summed(values: np.ndarray) -> np.ndarray:
         return np.bincount(of_picture, values, len(pictures))
 
-    ratios = {name: (summed(values), summed(counted)) for name, (values, counted) in of_objects.items()}
+    ratios = {name: (summed(values), summed(counted)) for name, (values, counted) in of_objects(scores).items()}
     each = np.ones(len(pictures))
 
-    def of_each(values: Sequence[float]) -> _Ratio:
+    def of_each(values: Sequence[float]) -> Ratio:
         return np.array(values, float), each
 
     ratios["picture_success"] = of_each([picture.success for picture in pictures])
@@ -174,6 +187,12 @@ def _ratio(total: float, count: float) -> float:
     return float(total / count) if count else 0.0
 
 
+def _ratios(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """NaN is undefined."""
+    with np.errstate(invalid="ignore"):
+        return totals / counts
+
+
 class _Statistics:
     """The metrics of n pictures (`point`), and of resamples of them."""
 
@@ -187,9 +206,8 @@ class _Statistics:
 
     def resampled(self, weights: np.ndarray) -> np.ndarray:
         """The metrics where picture k counts `weights[:, k]` times: (r, n) -> (r, metrics); NaN is undefined."""
-        with np.errstate(invalid="ignore"):
-            ratios = (weights @ self._values) / (weights @ self._counted)
-            return np.hstack([ratios, self._ap.resampled(weights)]) if self._ap else ratios
+        ratios = _ratios(weights @ self._values, weights @ self._counted)
+        return np.hstack([ratios, self._ap.resampled(weights)]) if self._ap else ratios
 
 
 # Intervals ----------------------------------------------------------------------------------------------------------

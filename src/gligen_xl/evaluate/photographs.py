@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from ..layout import Layout
+from ..layout import Box, Layout
 from ..prepare.folders import find_pictures
 from ..prepare.frame import Frame, square_frame
 from ..prepare.pictures import decode, framed, picture_size
@@ -36,12 +37,15 @@ class Photographs:
         files: of each layout.
         frame: how a picture was framed when its boxes were made; None for the whole picture as it is.
         sizes: (height, width) that the annotations are made for, where that is known.
+        annotated: names and boxes (n, 4), xyxy 0-1 of the whole picture, of all objects; where they and `sizes` are
+            known.
         source: where missing ones are to be had.
     """
 
     files: Mapping[str, Path]
     frame: FrameMaker | None = None
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    annotated: Mapping[str, tuple[Sequence[str], np.ndarray]] = field(default_factory=dict)
     source: str = ""
 
     def __call__(self, layout: Layout) -> Image.Image:
@@ -61,6 +65,23 @@ class Photographs:
             )
         picture = decode(path)
         return picture if self.frame is None else Image.fromarray(framed(picture, self.frame(*size)))
+
+    def beside(self, layout: Layout) -> list[tuple[str, Box]]:
+        """Names and framed boxes of the objects that the picture holds and the layout does not ask for."""
+        assert layout.id is not None
+        names, boxes = self.annotated.get(layout.id, ((), np.empty((0, 4))))
+        if self.frame is not None and len(names):
+            boxes = self.frame(*self.sizes[layout.id]).move(boxes)
+        boxes = np.clip(boxes, 0, 1)
+        asked = np.isclose(boxes[:, None], np.array(layout.boxes)[None], rtol=0, atol=1e-6).all(-1).any(-1)
+        seen = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        return [(names[k], tuple(boxes[k].tolist())) for k in np.flatnonzero(seen & ~asked).tolist()]
+
+    def version(self, layout: Layout) -> str:
+        """Changes when another file takes the picture's place."""
+        assert layout.id is not None
+        stat = self.files[layout.id].stat()
+        return f"{self.files[layout.id].name}, {stat.st_size} bytes, {stat.st_mtime_ns}"
 
     def check(self, layouts: Iterable[Layout]) -> None:
         """Are all of these there?

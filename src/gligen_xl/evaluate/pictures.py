@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,7 @@ def find_ways(
 
     Args:
         sweep: further values of beta, or of guidance_scale at the first beta.
+        off: a beta of 0 asks for the same pictures, and is left out then.
 
     Raises:
         ValueError: no beta, or a value that is none.
@@ -86,7 +88,10 @@ def find_ways(
     distinct: dict[tuple[float, ...], Way] = {}
     for way in ways:
         distinct.setdefault(tuple(way.settings.values()), way)
-    return [*distinct.values(), *([Way.off(guidance_scale)] if off else [])]
+    if not off:
+        return list(distinct.values())
+    distinct.pop((0.0, guidance_scale), None)
+    return [*distinct.values(), Way.off(guidance_scale)]
 
 
 # Names and seeds ----------------------------------------------------------------------------------------------------
@@ -214,16 +219,27 @@ def copy_pictures(
     picture_of: Callable[[Layout], Image.Image],
     kind: Kind,
     *,
+    version_of: Callable[[Layout], str] | None = None,
     progress: Progress = unwatched,
 ) -> dict[str, str]:
     """Write those pictures that `folder` lacks, as KEY.png, where they are not generated: real ones, and empty ones.
+
+    Args:
+        version_of: of what a picture is a copy; those of another version are copied anew.
 
     Returns:
         Why there is none, of each layout that has none.
     """
     folder = Path(folder)
-    abouts = {key: {"layout": layout.to_dict(), "picture": kind} for key, layout in layouts.items()}
+    abouts: dict[str, dict[str, Any]] = {
+        key: {"layout": layout.to_dict(), "picture": kind} for key, layout in layouts.items()
+    }
     there = _check_there(folder, abouts)
+    if version_of is not None:
+        for key, layout in layouts.items():
+            with suppress(OSError):  # it fails again when it is copied
+                abouts[key]["version"] = version_of(layout)
+        there = {key for key in there if read_about(folder / f"{key}.png").get("version") == abouts[key].get("version")}
     lacking = [key for key in layouts if key not in there]
     failed = {}
     for key in progress(lacking, kind, len(lacking)) if lacking else ():

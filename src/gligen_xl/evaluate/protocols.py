@@ -30,6 +30,7 @@ PHRASE_DETECTOR = "IDEA-Research/grounding-dino-base"
 
 _AP = ("ap", "ap_50", "ap_75", "ar")
 _PLACE = ("success", "mean_iou", "recall_50", "recall_75", "picture_success")
+_COLOUR = ("colour", "colour_of_found")
 _WRONG = ("wrong_count", "extra_objects")
 
 
@@ -204,7 +205,16 @@ def _coco_mig(folder: Path | None, seed: int) -> Protocol:
         parameters={**parameters, "real_pictures": "none, no photograph shows the colours that were drawn"},
         layouts=layouts,
         detector=MIG_DETECTOR,
-        metrics=(*_PLACE, "colour", "colour_of_found", *_WRONG, "clip", "clip_objects"),
+        metrics=(
+            "success",
+            "mean_iou_right",
+            *_PLACE[1:],
+            "colour",
+            "colour_of_found",
+            *_WRONG,
+            "clip",
+            "clip_objects",
+        ),
         attributes=("colour",),
         real=None,
         empty=grey,

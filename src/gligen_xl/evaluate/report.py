@@ -31,7 +31,8 @@ from .scores import PictureScore
 from .slices import Slice, slices
 
 if TYPE_CHECKING:
-    from .run import Comparison, Condition
+    from .paired import Comparison
+    from .run import Condition
 
 SCHEMA_VERSION = 1  # of report.json: another one, where a program that reads it would have to change
 _SHOWN = 8  # layouts in the grid of pictures
@@ -79,11 +80,13 @@ class Report:
     def names(self) -> list[str]:
         """The metrics of the protocol that were measured, in its order; KID beside FID."""
         names = [part for name in self.protocol.metrics for part in (("fid", "kid") if name == "fid" else (name,))]
-        names += [name for name in ("fid", "kid") if name not in names]  # asked for, whatever the protocol
+        # Whatever the protocol: what success depends on, and what was asked for.
+        also = (*self.detector.attributes, "clip", "clip_objects", "fid", "kid")
+        names += [name for name in also if name not in names]
         return [name for name in names if any(name in of_one for of_one in self.metrics.values())]
 
     def compared_names(self, compared: Comparison) -> list[str]:
-        return [name for name in self.protocol.metrics if name in compared.difference]
+        return [name for name in self.names if name in compared.difference]
 
     @cached_property
     def slices(self) -> dict[str, dict[str, list[Slice]]]:

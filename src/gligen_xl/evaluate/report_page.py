@@ -24,8 +24,9 @@ from .scores import PictureScore
 from .slices import POSITIONS, Slice
 
 if TYPE_CHECKING:
+    from .paired import Comparison
     from .report import Report
-    from .run import Comparison, Condition
+    from .run import Condition
 
 _HEADLINE = 4  # metrics to look at first
 _PICTURES = 5  # best ones, and as many of the worst
@@ -114,15 +115,15 @@ def _heading(name: str) -> str:
 
 
 def _conditions(report: Report) -> str:
-    heads = "".join(f"<th scope=col>{_with_small(words.label(name), _direction(name))}</th>" for name in report.names)
+    heads = "".join(f"<th scope=col>{text(condition.name)}</th>" for condition in report.conditions)
     rows = []
-    for condition in report.conditions:
-        metrics = report.metrics[condition.name]
-        cells = "".join(_cell(name, metrics.get(name)) for name in report.names)
-        rows.append(f"<tr><th scope=row>{text(condition.name)}</th>{cells}<td>{len(condition.pictures):,}</td></tr>")
+    for name in report.names:
+        cells = "".join(_cell(name, report.metrics[condition.name].get(name)) for condition in report.conditions)
+        rows.append(f"<tr><th scope=row>{_with_small(words.label(name), _direction(name))}</th>{cells}</tr>")
+    pictures = "".join(f"<td>{len(condition.pictures):,}</td>" for condition in report.conditions)
     return (
-        f"<div class=wide tabindex=0><table class=figures><thead><tr><th scope=col>condition</th>{heads}"
-        f"<th scope=col>pictures</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>\n"
+        f"<div class=wide tabindex=0><table class=figures><thead><tr><th scope=col></th>{heads}</tr></thead>"
+        f"<tbody>{''.join(rows)}<tr><th scope=row>pictures</th>{pictures}</tr></tbody></table></div>\n"
     )
 
 

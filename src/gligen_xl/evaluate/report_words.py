@@ -45,15 +45,17 @@ _FACTORS_AND_DIGITS = {
 }
 LESS_IS_BETTER = frozenset({"wrong_count", "extra_objects", "fid", "kid"})
 _UNREAD = 5  # pictures that are named of each condition
+_DIFFERENCES = "Differences from the other evaluation; shares in points of percent."
 _WIDTH = 120  # of a terminal
 _HEADING_WIDTH = 24  # of a column of the terminal's tables; longer names go on in the next line
 
 DEFINITIONS = (
     "Success: the share of objects that are found (a detection of the right label, IoU at least 0.5) and right in "
-    "every attribute; whole pictures: the share of pictures of which all objects are. Wrong count: the share of "
-    "pictures with more or fewer objects of a requested label than requested; extra objects: how many too many a "
-    "picture has. AP and AR are times 100. In brackets: 95 % intervals of the bootstrap over pictures. They hold the "
-    "chance of layouts and noise, not that of another training."
+    "every attribute; whole pictures: the share of pictures of which all objects are. Mean IoU counts 0 for an object "
+    "to which no detection belongs. Colour and other attributes are shares of all objects, those of found of the found "
+    "alone (0 where none is). Wrong count: the share of pictures with more or fewer objects of a requested label than "
+    "requested; extra objects: how many too many a picture has. AP and AR are times 100. In brackets: 95 % intervals "
+    "of the bootstrap over pictures. They hold the chance of layouts and noise, not that of another training."
 )
 
 
@@ -164,27 +166,36 @@ def notes(report: Report) -> list[str]:
 
 
 def table(report: Report) -> str:
-    """Markdown: conditions as rows, metrics as columns."""
-    header = ["", *map(_heading, report.names), "pictures"]
-    rows = [header]
-    for condition in report.conditions:
-        metrics = report.metrics[condition.name]
-        cells = [_cell(name, metrics.get(name)) for name in report.names]
-        rows.append([condition.name, *cells, str(len(condition.pictures))])
-    return markdown_table(rows)
+    """Markdown: metrics as rows, conditions as columns."""
+    rows = [["", *(condition.name for condition in report.conditions)]]
+    every = [report.metrics[condition.name] for condition in report.conditions]
+    rows += [[_heading(name), *(_cell(name, metrics.get(name)) for metrics in every)] for name in report.names]
+    return markdown_table([*rows, ["pictures", *(f"{len(condition.pictures):,}" for condition in report.conditions)]])
 
 
 def differences(report: Report) -> str:
     """Markdown: paired differences from the other evaluation; empty where there are none."""
-    parts = []
-    for compared in report.compared or ():
-        names = report.compared_names(compared)
-        rows = [["", *map(_heading, names), "pictures"]]
-        cells = [_cell(name, compared.difference[name], sign=True) for name in names]
-        pictures = compared.difference["pictures"].value
-        rows.append([f"{compared.condition} less the other {compared.other}", *cells, f"{pictures:.0f}"])
-        parts.append(markdown_table(rows))
-    return "\n".join(["Differences from the other evaluation; shares in points of percent.\n", *parts] if parts else [])
+    if not report.compared:
+        return ""
+    heads = compared_heads(report)
+    rows = [["", *(head for head, _ in heads)]]
+    for name in _compared_names(report):
+        cells = [_cell(name, one.difference.get(name), sign=True) for one in report.compared]
+        rows.append([_heading(name), *cells])
+    return f"{_DIFFERENCES}\n\n" + markdown_table([*rows, ["pictures", *(f"{number:,}" for _, number in heads)]])
+
+
+def compared_heads(report: Report) -> list[tuple[str, int]]:
+    """Of each comparison what it is of, and the number of pictures."""
+    return [
+        (f"{one.condition} less the other {one.other}", int(one.difference["pictures"].value))
+        for one in report.compared or ()
+    ]
+
+
+def _compared_names(report: Report) -> list[str]:
+    compared = [report.compared_names(one) for one in report.compared or ()]
+    return [name for name in report.names if any(name in of_one for of_one in compared)]
 
 
 def _heading(name: str) -> str:
@@ -211,15 +222,9 @@ def terminal_differences(report: Report) -> str:
     """Paired differences from the other evaluation; empty where there are none."""
     if not report.compared:
         return ""
-    heads = [
-        (f"{one.condition} less the other {one.other}", int(one.difference["pictures"].value))
-        for one in report.compared
-    ]
-    compared = [report.compared_names(one) for one in report.compared]
-    names = list(dict.fromkeys(name for of_one in compared for name in of_one))
     columns = [one.difference for one in report.compared]
-    title = "Differences from the other evaluation; shares in points of percent.\n\n"
-    return title + _stacked_rows(names, heads, columns, sign=True)
+    rows = _stacked_rows(_compared_names(report), compared_heads(report), columns, sign=True)
+    return f"{_DIFFERENCES}\n\n{rows}"
 
 
 def _stacked_rows(
@@ -253,26 +258,28 @@ def stacked_table(rows: Sequence[Sequence[Lines]], width: int = _WIDTH) -> str:
     """Cells of several lines. The first row is the heading, the first column says what the rows are; columns beyond
     the width stand in further tables below."""
     names, *columns = zip(*rows, strict=True)
+    whole = sum(map(_width, (names, *columns)))
+    gap = 1 if whole + len(columns) <= width < whole + 2 * len(columns) else 2
     tables, wide = [[names]], _width(names)
     for column in columns:
-        wide += 2 + _width(column)
+        wide += gap + _width(column)
         if wide > width and len(tables[-1]) > 1:
             tables.append([names])
-            wide = _width(names) + 2 + _width(column)
+            wide = _width(names) + gap + _width(column)
         tables[-1].append(column)
-    return "\n".join("".join(f"{line}\n" for line in _stacked_lines(table)) for table in tables)
+    return "\n".join("".join(f"{line}\n" for line in _stacked_lines(table, gap)) for table in tables)
 
 
-def _stacked_lines(columns: Sequence[Sequence[Lines]]) -> Iterator[str]:
+def _stacked_lines(columns: Sequence[Sequence[Lines]], gap: int) -> Iterator[str]:
     widths = [_width(column) for column in columns]
     for number, row in enumerate(zip(*columns, strict=True)):
         for k in range(max(map(len, row))):
             first, *others = (cell[k] if k < len(cell) else "" for cell in row)
             line = [first.ljust(widths[0]), *(text.rjust(wide) for text, wide in zip(others, widths[1:], strict=True))]
             if any(map(str.strip, line)):
-                yield "  ".join(line).rstrip()
+                yield (" " * gap).join(line).rstrip()
         if number == 0:
-            yield "-" * (sum(widths) + 2 * len(others))
+            yield "-" * (sum(widths) + gap * (len(widths) - 1))
 
 
 def _width(column: Sequence[Lines]) -> int:

@@ -9,24 +9,23 @@ pictures of any program (`find_pictures`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..layout import Layout, read_layouts
+from ..layout import Box, Layout
 from ..pipelines.grounding import GroundingMixin
 from ..prepare.pictures import PictureError, decode
-from .binding import LAYOUTS, bind, check_slots, generation_settings, only_one_at, write_keyed
+from .binding import bind, check_slots, generation_settings, only_one_at, write_keyed
 from .clip import ClipScorer
 from .detectors import Detector
 from .found import Found
 from .kept import Kept, Seen
-from .metrics import Estimate, paired_difference
+from .photographs import Photographs
 from .pictures import (
     SWEPT,
     Kind,
@@ -43,6 +42,7 @@ from .pictures import (
 from .protocols import Protocol
 from .scores import PictureScore, score_picture
 
+Beside = Callable[[Layout], Sequence[tuple[str, Box]]]
 MISSING = "missing"
 _AT_ONCE = 16  # pictures in memory
 
@@ -170,7 +170,7 @@ def find_pictures(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way
     if any(path.name == "shuffled" for path in inner):
         raise ValueError(f"{folder}/shuffled has the name of a control that is made here; call it something else")
     found = {
-        _way("pictures" if path == folder else path.name, read_about(next(iter(files.values())))): path
+        way_called("pictures" if path == folder else path.name, read_about(next(iter(files.values())))): path
         for path in (folder, *inner)
         if (files := find_files(path, layouts))
     }
@@ -179,10 +179,10 @@ def find_pictures(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way
             f"{folder} has no picture of these {len(layouts)} layouts; expected {next(iter(layouts))}.png and so on, "
             "there or in folders of it"
         )
-    return dict(sorted(found.items(), key=lambda item: _rank(item[0])))
+    return dict(sorted(found.items(), key=lambda item: rank(item[0])))
 
 
-def _way(name: str, about: Mapping[str, Any] | None = None) -> Way:
+def way_called(name: str, about: Mapping[str, Any] | None = None) -> Way:
     """As far as a folder's name tells, and the text of a picture in it."""
     settings = {swept: value for swept in SWEPT if isinstance(value := (about or {}).get(swept), int | float)}
     swept, _, value = name.rpartition("-")
@@ -193,10 +193,11 @@ def _way(name: str, about: Mapping[str, Any] | None = None) -> Way:
     return Way(name, kinds.get(name, "grounded"), settings)
 
 
-def _rank(way: Way) -> tuple[Any, ...]:
-    """The largest beta first, as that is what others are compared with; controls last."""
+def rank(way: Way) -> tuple[Any, ...]:
+    """The largest beta first, as that is what others are compared with; then other sweeps; controls last."""
     kinds = ("grounded", "off", "real", "empty")
-    return kinds.index(way.kind), "beta" not in way.settings, -sum(way.settings.values()), way.name
+    beta = way.settings.get("beta", -1.0)
+    return kinds.index(way.kind), not way.name.startswith("beta-"), -beta, way.name
 
 
 # Scoring ------------------------------------------------------------------------------------------------------------
@@ -221,30 +222,39 @@ def score_all(
             that hold nothing ("empty": the detector's own inventions).
 
     Raises:
-        ValueError: a phrase that the detector cannot look for, or a picture whose text says that it is of another
-            layout.
+        ValueError: a phrase that the detector cannot look for, a picture whose text says that it is of another layout,
+            or no picture at all that can be read.
     """
     layouts = keyed(protocol.layouts)
     check_phrases(layouts, detector)
     scorer = _Scorer(Path(out), detector, clip, progress)
+    bounds: dict[Kind, Callable[[Layout], Image.Image] | None] = {}
+    if controls:
+        bounds = {"real": protocol.real, "empty": protocol.empty}
     conditions = [
         scorer(way, layouts, _of_these(find_files(folder, layouts), layouts))
         for way, folder in pictures.items()
-        if not (controls and way.kind in ("real", "empty"))
+        if bounds.get(way.kind) is None
     ]
     write_keyed(out, layouts)
     if not conditions:
         raise ValueError(f"only real and empty pictures: {', '.join(map(str, pictures.values()))}")
-    if not controls:
-        return conditions
-    if len(layouts) > 1:
+    if not any(condition.pictures for condition in conditions):
+        key, why = next(iter(conditions[0].unread.items()))
+        raise ValueError(
+            f"none of {len(layouts)} pictures of {', '.join(condition.name for condition in conditions)} can be read; "
+            f"the first one, {key}: {why}"
+        )
+    if controls and len(layouts) > 1:
         conditions.append(scorer(Way("shuffled", "shuffled", {}), shuffled(layouts), conditions[0].paths))
-    bounds: dict[Kind, Callable[[Layout], Image.Image] | None] = {"real": protocol.real, "empty": protocol.empty}
     for kind, picture_of in bounds.items():
         if picture_of is not None:
             folder = picture_folder(out, kind)
-            failed = copy_pictures(layouts, folder, picture_of, kind, progress=progress)
-            conditions.append(scorer(Way(kind, kind, {}), layouts, find_files(folder, layouts), failed))
+            photographs = picture_of if isinstance(picture_of, Photographs) else None
+            version_of = photographs and photographs.version
+            failed = copy_pictures(layouts, folder, picture_of, kind, version_of=version_of, progress=progress)
+            files, beside = find_files(folder, layouts), photographs and photographs.beside
+            conditions.append(scorer(Way(kind, kind, {}), layouts, files, failed, beside))
     return conditions
 
 
@@ -281,17 +291,21 @@ class _Scorer:
         layouts: Mapping[str, Layout],
         paths: Mapping[str, Path],
         failed: Mapping[str, str] | None = None,
+        beside: Beside | None = None,
     ) -> Condition:
-        """Args: layouts: that the picture of each key is scored against. failed: why some are missing."""
-        kept = _all_kept(self.out, way.name, self.detector, self.clip)
+        """
+        Args:
+            layouts: that the picture of each key is scored against.
+            failed: why some are missing.
+            beside: see `score_picture`.
+        """
+        kept = all_kept(self.out, way.name, self.detector, self.clip)
         unread = {key: MISSING for key in layouts if key not in paths} | dict(failed or {})
         scores: list[PictureScore] = []
         for seen in self.progress(self._look(layouts, paths, kept, unread), f"score {way.name}", len(paths)):
-            scores.append(_score(seen.layout, seen.key, [one.find(seen) for one in kept], self.detector))
+            others = beside(seen.layout) if beside else ()
+            scores.append(score_kept(seen.layout, seen.key, [one.find(seen) for one in kept], self.detector, others))
         ordered = {key: unread[key] for key in layouts if key in unread}
-        if not scores:
-            key, why = next(iter(ordered.items()))
-            raise ValueError(f"none of {len(layouts)} pictures of {way.name} can be read; the first one, {key}: {why}")
         return Condition(way.name, way.kind, way.settings, tuple(scores), paths, ordered)
 
     def _look(
@@ -316,7 +330,7 @@ class _Scorer:
             yield from every
 
 
-def _all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) -> list[Kept]:
+def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) -> list[Kept]:
     """What the detector found in the pictures of that folder, and what CLIP says of them."""
 
     def detect(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
@@ -333,70 +347,12 @@ def _all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None)
     return kept
 
 
-def _score(layout: Layout, key: str, found: Sequence[Any], detector: Detector) -> PictureScore:
-    """Args: found: as `_all_kept` has it."""
-    score = score_picture(layout, key, [Found.from_dict(item) for item in found[0]], detector)
+def score_kept(
+    layout: Layout, key: str, found: Sequence[Any], detector: Detector, beside: Sequence[tuple[str, Box]] = ()
+) -> PictureScore:
+    """Args: found: as `all_kept` has it, the detector's alone or with CLIP's. beside: see `score_picture`."""
+    score = score_picture(layout, key, [Found.from_dict(item) for item in found[0]], detector, beside)
     if len(found) == 1:
         return score
     whole, objects = found[1]
     return replace(score, clip=whole, clip_objects=tuple(objects))
-
-
-# Comparing ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A condition less the same one of another evaluation, in pictures of the same layouts."""
-
-    condition: str
-    other: str
-    difference: Mapping[str, Estimate]
-
-
-def compare(
-    conditions: Iterable[Condition], other: str | Path, detector: Detector, clip: ClipScorer | None = None
-) -> list[Comparison]:
-    """Paired differences from another evaluation: of the conditions with the same name; if none has, of the first.
-
-    The other one's pictures are not looked at: what the same detector found in them is kept in its folder.
-
-    Raises:
-        FileNotFoundError: it is no evaluation's folder.
-        ValueError: it is of other layouts, or was scored by another detector.
-    """
-    other = Path(other)
-    if not (other / LAYOUTS).is_file():
-        raise FileNotFoundError(f"{other} is no evaluation: it has no {LAYOUTS}")
-    ours = [condition for condition in conditions if condition.kind in ("grounded", "off")]
-    theirs_of = {layout.id: layout for layout in read_layouts(other / LAYOUTS)}
-    names = sorted((way for way in _kept_ways(other) if way.kind in ("grounded", "off")), key=_rank)
-    same = [(condition, condition.name) for condition in ours if condition.name in {way.name for way in names}]
-    pairs = same or [(ours[0], way.name) for way in names[:1]]
-    ap = find_spec("faster_coco_eval") is not None
-    compared = []
-    for condition, name in pairs:
-        kept = _all_kept(other, name, detector, clip)
-        theirs = [
-            _score(score.layout, score.key, found, detector)
-            for score in condition.pictures
-            if _same(score.layout, theirs_of.get(score.key))
-            and None not in (found := [one.last(score.key, score.layout) for one in kept])
-        ]
-        if theirs:
-            compared.append(Comparison(condition.name, name, paired_difference(condition.pictures, theirs, ap=ap)))
-    if not compared:
-        raise ValueError(
-            f"{other} holds nothing that {detector.name} with these settings found for these layouts; score it in the "
-            f"same way first (--pictures {other / 'pictures'} --out {other})"
-        )
-    return compared
-
-
-def _kept_ways(out: Path) -> Iterator[Way]:
-    for folder in (out / "detections").iterdir() if (out / "detections").is_dir() else ():
-        yield _way(folder.name)
-
-
-def _same(a: Layout, b: Layout | None) -> bool:
-    return b is not None and (a.prompt, a.phrases, a.boxes) == (b.prompt, b.phrases, b.boxes)

@@ -8,19 +8,21 @@ so that one cat can pass for two that overlap.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..layout import Layout, box_iou
+from ..layout import Box, Layout, box_iou
 from .found import Found
 
 if TYPE_CHECKING:
     from .detectors import Detector
 
 FOUND = 0.5  # IoU from which on an object counts as found
+_Labelled = tuple[str, Sequence[float]]  # a label or phrase, and where
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,26 @@ class PictureScore:
         return all(score.success for score in self.objects)
 
 
-def score_picture(layout: Layout, key: str, found: Sequence[Found], detector: Detector) -> PictureScore:
+def score_picture(
+    layout: Layout, key: str, found: Sequence[Found], detector: Detector, beside: Sequence[tuple[str, Box]] = ()
+) -> PictureScore:
     """Assign detections to the requested objects and count what is left.
 
     Pairs are taken by falling IoU, of detections of the requested label (of any, where the detector's labels do not
     decide); attributes do not keep a detection from being assigned, they are then right or wrong. Detections below the
     detector's threshold (`settings["threshold"]`, where it has one) are kept for AP, and neither assigned nor counted.
 
+    Args:
+        beside: phrases and boxes of objects that the picture rightly holds, and that were not requested: a real picture
+            whose layout names only some of them. Detections of these are passed over.
+
     Raises:
         ValueError: a phrase that the detector cannot look for.
     """
     wanted = [detector.wanted(phrase) for phrase in layout.phrases]
+    if beside:
+        found = _requested(found, [(item.label, box) for item, box in zip(wanted, layout.boxes, strict=True)], beside,
+                           detector)  # fmt: skip
     threshold = detector.settings.get("threshold", 0.0)
     sure = [number for number, item in enumerate(found) if item.score >= threshold]
     overlap = box_iou(np.array(layout.boxes), np.array([found[number].box for number in sure]))
@@ -122,29 +133,24 @@ def score_picture(layout: Layout, key: str, found: Sequence[Found], detector: De
     )
 
 
-def restrict(pictures: Iterable[PictureScore], keep: Callable[[PictureScore, int], bool]) -> list[PictureScore]:
-    """Only those objects for which `keep(picture, number of the object)` holds; pictures without any are left out.
+def _requested(
+    found: Sequence[Found], requested: Sequence[_Labelled], beside: Sequence[_Labelled], detector: Detector
+) -> list[Found]:
+    """Those detections that do not stand for an object beside: one that they find (IoU at least 0.5), and overlap more
+    than any that is requested. As COCO's evaluation passes over what it ignores."""
+    known = []
+    for phrase, box in beside:
+        with suppress(ValueError):  # what the detector cannot look for, it has not found
+            known.append((detector.wanted(phrase).label, box))
 
-    Detections that were assigned to objects left out are left out, too. `extra` and `missing` stay the whole picture's.
-    """
-    return [_only(picture, kept) for picture in pictures if (kept := _kept(picture, keep))]
+    def best(objects: Sequence[_Labelled]) -> np.ndarray:
+        """IoU of each detection with the object of its label that it overlaps most."""
+        overlap = box_iou(np.array([item.box for item in found]), np.array([box for _, box in objects]))
+        if detector.labels_decide:
+            labels = np.array([label for label, _ in objects], dtype=object)
+            overlap = overlap * (np.array([item.label for item in found], dtype=object)[:, None] == labels[None])
+        return overlap.max(-1, initial=0.0)
 
-
-def _kept(picture: PictureScore, keep: Callable[[PictureScore, int], bool]) -> list[int]:
-    return [k for k in range(len(picture.objects)) if keep(picture, k)]
-
-
-def _only(picture: PictureScore, kept: list[int]) -> PictureScore:
-    objects = [picture.objects[k] for k in kept]
-    gone = {score.assigned for score in picture.objects} - {score.assigned for score in objects}
-    stay = [number for number in range(len(picture.found)) if number not in gone]
-    renumbered = {number: k for k, number in enumerate(stay)}
-    layout = picture.layout
-    clip = picture.clip_objects
-    return replace(
-        picture,
-        layout=replace(layout, phrases=[layout.phrases[k] for k in kept], boxes=[layout.boxes[k] for k in kept]),
-        objects=tuple(s if s.assigned is None else replace(s, assigned=renumbered[s.assigned]) for s in objects),
-        found=tuple(picture.found[number] for number in stay),
-        clip_objects=None if clip is None else tuple(clip[k] for k in kept),
-    )
+    there = best(known)
+    stays = (there < FOUND) | (there <= best(requested))
+    return [item for item, stay in zip(found, stays, strict=True) if stay]

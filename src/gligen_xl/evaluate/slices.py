@@ -14,9 +14,11 @@ from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..layout import Layout
-from .metrics import Estimate, summarize
-from .scores import PictureScore, restrict
+from .metrics import Estimate, Ratio, of_objects, ratios_of
+from .scores import PictureScore
 
 if TYPE_CHECKING:
     from .detectors import Wanted
@@ -30,7 +32,7 @@ FREQUENCY_EDGES = (2, 10, 100)
 MOST_OBJECTS_ALONE, MANY_OBJECTS = 6, 10
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-METRICS = ("success", "mean_iou", "recall_50")  # those that are of single objects
+METRICS = ("success", "mean_iou", "mean_iou_right", "recall_50")  # those that are of single objects
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Slice:
 
     Args:
         objects, pictures: how many, and in how many pictures.
-        metrics: those of METRICS.
+        metrics: those of METRICS; `mean_iou_right` where attributes are judged.
     """
 
     name: str
@@ -87,7 +89,13 @@ def slices(
 
     groupings = {"size": size, "position": position, "objects": objects, "frequency": frequency}
     groupings |= {attribute: asked(attribute) for attribute in sorted(attributes)}
-    return {name: parts for name, part in groupings.items() if (parts := _parts(pictures, part, _ORDERS.get(name)))}
+    scores = [score for picture in pictures for score in picture.objects]
+    if not scores:
+        return {}
+    of_picture = np.repeat(np.arange(len(pictures)), [len(picture.objects) for picture in pictures])
+    ratios = {name: ratio for name, ratio in of_objects(scores).items() if name in METRICS}
+    found = {name: _parts(pictures, of_picture, ratios, part, _ORDERS.get(name)) for name, part in groupings.items()}
+    return {name: parts for name, parts in found.items() if parts}
 
 
 # Names of parts -----------------------------------------------------------------------------------------------------
@@ -148,15 +156,37 @@ _ORDERS = {"size": _SIZES, "position": POSITIONS, "objects": _OBJECTS, "frequenc
 _Part = Callable[[PictureScore, int], str]  # of the k-th object; empty: in none
 
 
-def _parts(pictures: Sequence[PictureScore], part: _Part, order: Sequence[str] | None) -> list[Slice]:
-    """Args: order: of the parts; None: most objects first, then by name."""
-    sizes = Counter(part(picture, k) for picture in pictures for k in range(len(picture.objects)))
-    names = order or sorted(sizes, key=lambda name: (-sizes[name], name))
-    return [_slice(name, pictures, part) for name in names if name and sizes[name]]
+def _parts(
+    pictures: Sequence[PictureScore],
+    of_picture: np.ndarray,
+    ratios: Mapping[str, Ratio],
+    part: _Part,
+    order: Sequence[str] | None,
+) -> list[Slice]:
+    """
+    Args:
+        of_picture: which picture each object is in.
+        ratios: see `of_objects`.
+        order: of the parts; None: most objects first, then by name.
+    """
+    of_object = [part(picture, k) for picture in pictures for k in range(len(picture.objects))]
+    sizes = Counter(of_object)
+    names = [name for name in order or sorted(sizes, key=lambda name: (-sizes[name], name)) if name and sizes[name]]
+    if not names:
+        return []
+    numbers = {name: number for number, name in enumerate(names)}
+    columns = np.array([numbers.get(name, len(names)) for name in of_object])  # the last one: those in no part
+    cells, shape = of_picture * (len(names) + 1) + columns, (len(pictures), len(names) + 1)
 
+    def summed(values: np.ndarray) -> np.ndarray:
+        """Of each picture and part: (pictures, parts)."""
+        return np.bincount(cells, values, shape[0] * shape[1]).reshape(shape)[:, : len(names)]
 
-def _slice(name: str, pictures: Sequence[PictureScore], part: _Part) -> Slice:
-    kept = restrict(pictures, lambda picture, k: part(picture, k) == name)
-    metrics = summarize(kept, ap=False)
-    objects = sum(len(picture.objects) for picture in kept)
-    return Slice(name, objects, len(kept), {metric: metrics[metric] for metric in METRICS})
+    sums = [(summed(values), summed(counted)) for values, counted in ratios.values()]
+    estimates = iter(ratios_of(*(np.hstack(columns) for columns in zip(*sums, strict=True))))
+    of_parts = {metric: [next(estimates) for _ in names] for metric in ratios}
+    in_pictures = np.count_nonzero(summed(np.ones(len(cells))), axis=0)
+    return [
+        Slice(name, sizes[name], int(in_pictures[k]), {metric: of_parts[metric][k] for metric in ratios})
+        for k, name in enumerate(names)
+    ]

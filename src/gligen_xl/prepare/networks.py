@@ -170,7 +170,7 @@ def kind_of(folder: Path) -> str | None:
     """
     config = folder / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; a detector is {_EXPECTED}")
+        raise FileNotFoundError(f"{folder} holds no config.json; expected {_EXPECTED}")
     content = read_json(config)
     return content.get("model_type") if isinstance(content, dict) else None
 
@@ -203,7 +203,7 @@ def load_network(
         pictures(np.zeros((32, 32, 3), np.uint8), return_tensors="pt")
         model = auto_model.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **options)
     except ImportError as error:  # transformers names the package, and the command that installs it
-        raise ValueError(f"the detector {folder} needs a package: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{folder} needs a package: {' '.join(str(error).split())}") from error
     except Exception as error:  # each of its parts has its own kinds
-        raise ValueError(f"the detector {folder} cannot be loaded; expected {expected}: {error}") from error
+        raise ValueError(f"{folder} cannot be loaded; expected {expected}: {error}") from error
     return model, processor

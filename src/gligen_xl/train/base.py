@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -79,15 +78,6 @@ def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterCo
     if weights is not None:
         load_adapter_state_dict(pipeline.unet, weights, source=str(config.init_adapter))
     pipeline.unet.train()
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short name for the weights of a model: of names, shapes and the first numbers of each tensor."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        first = value.flatten()[:8].float().tolist()
-        digest.update(f"{name} {tuple(value.shape)} {first}".encode())
-    return digest.hexdigest()[:12]
 
 
 def check_fit(dataset: ShardDataset, pipeline: GroundingMixin, resolution: int | None = None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..data.batch import ShardDataset
+from ..fingerprint import fingerprint
 from ..pipelines import GroundingMixin
-from .base import fingerprint
 from .config import TrainConfig
 
 

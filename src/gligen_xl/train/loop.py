@@ -38,10 +38,11 @@ from ..adapter.store import CONFIG_NAME, describe_adapter
 from ..data.batch import Batch
 from ..data.loader import batches
 from ..device import deterministic_algorithms
+from ..fingerprint import fingerprint
 from ..versions import versions
 from .accumulate import micro_batches, spoiled_unless_finite
 from .attention import watch_attention
-from .base import check_fit, fingerprint, fresh_adapter, load_base
+from .base import check_fit, fresh_adapter, load_base
 from .checkpoint import save_checkpoint
 from .conditioning import Conditioner
 from .config import TrainConfig
