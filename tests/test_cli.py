@@ -263,7 +263,8 @@ def test_a_second_command_leaves_the_pictures_of_the_first(model, layouts, tmp_p
         (("--segmenter", "sam"), "--segmenter is for colours"),
         (("--beta", 1, 7), "shares of the steps, 0 to 1"),
         (("--seed", 10**20), "--seed is 1"),
-        (("--out", "FILE"), "File exists"),
+        (("--out", "FILE"), "file is a file; expected a folder"),
+        (("--device", "cuda:77"), "cannot use the device 'cuda:77'"),
     ],
 )
 def test_evaluate_complains_before_it_generates(model, layouts, tmp_path, capsys, monkeypatch, words, says):

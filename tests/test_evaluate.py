@@ -27,7 +27,7 @@ def test_metrics_by_hand():
     assert point_metrics(scores) == pytest.approx(
         {
             "objects": 4, "mean_iou": 0.45, "recall_50": 0.5, "recall_75": 0.25, "colour": 0.75,
-            "colour_of_found": 1.0, "shape": 0.5, "shape_of_found": 0.5, "success": 0.25,
+            "colour_of_found": 1.0, "shape": 0.5, "shape_of_found": 0.5, "mean_iou_right": 0.3, "success": 0.25,
         }
     )  # fmt: skip
     with pytest.raises(ValueError, match="no objects"):

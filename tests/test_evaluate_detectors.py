@@ -380,7 +380,7 @@ def test_a_phrase_is_split_into_colour_and_object():
 class Boxes:
     """Finds what it is told, and keeps the layouts."""
 
-    name, settings, attributes, labels_decide = "boxes", {"detector": "boxes"}, (), True
+    name, settings, attributes, labels_decide, reads_layouts = "boxes", {"detector": "boxes"}, (), True, False
 
     def __init__(self, *found):
         self.found, self.layouts = list(found), []

@@ -261,7 +261,7 @@ def painted(tmp_path_factory):
     """The folder of twenty scenes, painted and scored."""
     out, (protocol, _), detector = tmp_path_factory.mktemp("painted"), scenes(20), Counting()
     evaluate_layouts(Painter(protocol), protocol, detector, out, betas=[1])
-    assert detector.looked == 100  # on, off, shuffled, real and empty
+    assert detector.looked == 80  # on, off, real and empty; shuffled are pictures that were looked at
     assert detector.largest <= 16
     return out
 
@@ -287,6 +287,12 @@ def test_what_was_found_is_kept(evaluated, tmp_path):
     assert evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False) == conditions[:1]
     assert evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False) == conditions[:1]
     assert detector.looked == 1
+    first, *others = file.read_text().splitlines()
+    box = {"box": [0.5], "label": "red circle", "score": 1, "attributes": {}}
+    file.write_text("\n".join([json.dumps(json.loads(first) | {"found": [box]}), *others, ""]))  # JSON, and no box
+    assert evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False) == conditions[:1]
+    assert detector.looked == 2
+    detector.looked = 1
 
     path = conditions[0].paths[conditions[0].pictures[3].key]
     noise((64, 64)).save(path)  # another picture under the same name

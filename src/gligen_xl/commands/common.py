@@ -99,6 +99,22 @@ def load(arguments: Namespace, **kind: Any) -> GroundingMixin:
     return pipeline
 
 
+def usable_device(name: str | None) -> str:
+    """That device; by default the best there is.
+
+    Raises:
+        ValueError: it is none, or not there.
+    """
+    import torch
+
+    name = name or best_device()
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def best_device() -> str:
     """The GPU, where there is one."""
     import torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from .common import Parser, UsageError, best_device, load, model_arguments, quiet_imports, watched
+from .common import Parser, UsageError, best_device, load, model_arguments, quiet_imports, usable_device, watched
 
 if TYPE_CHECKING:
     from ..evaluate.clip import ClipScorer
@@ -132,6 +132,8 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
     )
     layouts = keyed(protocol.layouts)
     # Rather found out now than after an hour of generating.
+    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise UsageError(f"--out {arguments.out} is a file; expected a folder, or none yet")
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     _look_at_others(arguments)
     if arguments.pictures:
@@ -224,7 +226,8 @@ def _generate(
         progress=watched,
     )
     print(
-        f"{made} pictures made, for {len(layouts)} layouts in {len(ways)} ways; in {Path(arguments.out) / 'pictures'}"
+        f"{made} pictures made, of {len(layouts)} layouts and {', '.join(way.name for way in ways)}; "
+        f"in {Path(arguments.out) / 'pictures'}"
     )
     return read_binding(Path(arguments.out) / BINDING)
 
@@ -233,7 +236,7 @@ def _judges(arguments: Namespace, protocol: Protocol) -> tuple[Detector, ClipSco
     from ..evaluate import find_detector
     from ..evaluate.clip import ClipScorer
 
-    name, device = arguments.detector or protocol.detector, arguments.device or best_device()
+    name, device = arguments.detector or protocol.detector, usable_device(arguments.device)
     colour = name != "shapes" and "colour" in protocol.attributes
     if arguments.segmenter and not colour:
         raise UsageError(f"--segmenter is for colours, which {protocol.name} does not judge with {name}; leave it out")

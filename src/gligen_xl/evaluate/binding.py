@@ -58,7 +58,7 @@ def bind(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, 
         if not path.is_file():
             write_json(path, settings)
         former = read_binding(path)
-        for name in sorted(former.keys() & settings.keys()):
+        for name in sorted(former.keys() & settings.keys(), key=lambda name: (name.endswith("checksum"), name)):
             if former[name] != settings[name]:
                 raise ValueError(
                     f"{out} holds pictures generated with {name} {former[name]!r}, now it is {settings[name]!r}; "

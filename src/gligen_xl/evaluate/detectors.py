@@ -118,6 +118,7 @@ class ShapesDetector:
     settings: Mapping[str, Any] = {"detector": "shapes"}
     attributes = ("colour", "shape")
     labels_decide = False
+    reads_layouts = False
 
     def wanted(self, phrase: str) -> Wanted:
         colour, shape = self.parse(phrase)
@@ -163,7 +164,8 @@ class ColourDetector:
 
     def __init__(self, detector: Detector, judge: ColourJudge):
         self.detector, self.judge = detector, judge
-        self.name, self.labels_decide = f"{detector.name}-colour", detector.labels_decide
+        self.name = f"{detector.name}-colour"
+        self.labels_decide, self.reads_layouts = detector.labels_decide, detector.reads_layouts
         self.settings: Mapping[str, Any] = {**detector.settings, **judge.settings}
 
     def wanted(self, phrase: str) -> Wanted:

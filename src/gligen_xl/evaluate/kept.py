@@ -37,10 +37,20 @@ class Kept:
     Args:
         settings: all that what is found depends on, beside picture and layout.
         look: finds it.
+        read: of what is found; raises an error where it is none, and then the picture is looked at anew.
+        reads_layouts: what is found depends on the layout; else on the picture alone.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], look: Look):
-        self.path, self.look = path, look
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        look: Look,
+        read: Callable[[Any], object],
+        *,
+        reads_layouts: bool = True,
+    ):
+        self.path, self.look, self.reads_layouts = path, look, reads_layouts
         self._settings = json.dumps([__version__, settings], sort_keys=True, default=str)
         self._found: dict[tuple[str, str], Any] = {}  # by the picture's checksum and the digest
         self._last: dict[tuple[str, str], Any] = {}  # by key and digest
@@ -49,6 +59,7 @@ class Kept:
         for line in kept.splitlines():
             with suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line)
+                read(entry["found"])
                 self._keep(*(entry[name] for name in ("key", "picture", "asked", "found")))
 
     def find(self, seen: Seen) -> Any:
@@ -78,5 +89,6 @@ class Kept:
         self._found[checksum, asked] = self._last[key, asked] = found
 
     def _digest(self, layout: Layout) -> str:
-        said = json.dumps([self._settings, layout.prompt, layout.phrases, layout.boxes])
+        asked = [layout.prompt, layout.phrases, layout.boxes] if self.reads_layouts else []
+        said = json.dumps([self._settings, *asked])
         return hashlib.sha256(said.encode()).hexdigest()[:16]

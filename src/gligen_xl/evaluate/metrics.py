@@ -44,7 +44,7 @@ def summarize(
         mean_iou: an object to which nothing was assigned counts 0.
         recall_50, recall_75: share of objects of IoU at least 0.5, 0.75.
         ATTRIBUTE: share of objects whose assigned detection has the right one.
-        ATTRIBUTE_of_found: the same share among the found (IoU at least 0.5); 0 where none is.
+        ATTRIBUTE_of_found: the same share among the found (IoU at least 0.5); left out where none is.
         mean_iou_right: mean IoU where found objects with a wrong attribute count 0, as COCO-MIG counts it. Only where
             attributes are judged.
         success: share of objects that are found and right in every attribute.
@@ -98,7 +98,9 @@ def point_metrics(scores: Sequence[ObjectScore]) -> dict[str, float]:
     if not scores:
         raise ValueError("no objects to summarize")
     ratios = of_objects(scores).items()
-    return {"objects": len(scores)} | {name: _ratio(values.sum(), counted.sum()) for name, (values, counted) in ratios}
+    return {"objects": len(scores)} | {
+        name: float(values.sum() / counted.sum()) for name, (values, counted) in ratios if counted.any()
+    }
 
 
 def ratios_of(values: np.ndarray, counted: np.ndarray, *, seed: int = 0, resamples: int = 1000) -> list[Estimate]:
@@ -183,10 +185,6 @@ def _of_pictures(pictures: Sequence[PictureScore]) -> dict[str, Ratio]:
     return ratios
 
 
-def _ratio(total: float, count: float) -> float:
-    return float(total / count) if count else 0.0
-
-
 def _ratios(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """NaN is undefined."""
     with np.errstate(invalid="ignore"):
@@ -197,10 +195,10 @@ class _Statistics:
     """The metrics of n pictures (`point`), and of resamples of them."""
 
     def __init__(self, pictures: Sequence[PictureScore], ap: bool):
-        ratios = _of_pictures(pictures)
+        ratios = {name: ratio for name, ratio in _of_pictures(pictures).items() if ratio[1].any()}
         self._values, self._counted = (np.stack(columns, axis=1) for columns in zip(*ratios.values(), strict=True))
         self._ap = AveragePrecision(pictures) if ap else None
-        self.point = {name: _ratio(values.sum(), counted.sum()) for name, (values, counted) in ratios.items()}
+        self.point = {name: float(values.sum() / counted.sum()) for name, (values, counted) in ratios.items()}
         if self._ap:
             self.point |= zip(AP_NAMES, self._ap.point.tolist(), strict=True)
 

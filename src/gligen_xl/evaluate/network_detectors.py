@@ -34,6 +34,7 @@ class ClassDetector:
 
     attributes: tuple[str, ...] = ()
     labels_decide = True
+    reads_layouts = False
 
     def __init__(self, name: str, checksum: str, network: ClassNetwork, threshold: float = CLASS_THRESHOLD):
         self.network = network
@@ -111,6 +112,7 @@ class PhraseDetector:
 
     attributes: tuple[str, ...] = ()
     labels_decide = True
+    reads_layouts = True
 
     def __init__(
         self,

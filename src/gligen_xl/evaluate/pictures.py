@@ -267,11 +267,16 @@ def _check_there(folder: Path, abouts: Mapping[str, Mapping[str, Any]]) -> set[s
     for key, path in files.items():
         about = read_about(path)
         for name, now in abouts[key].items() if about else ():
-            if (was := about.get(name)) != now:
-                raise ValueError(
-                    f"{path} is a picture of another {name} ({was!r:.200}, now {now!r:.200}); "
-                    "choose another folder for other pictures"
-                )
+            if (was := about.get(name)) == now:
+                continue
+            of = f"another {name}"
+            if isinstance(was, dict) and isinstance(now, dict):  # a layout: in what?
+                field = next(field for field in (*now, *was) if was.get(field) != now.get(field))
+                of, was, now = f"{of}: with other {field}", was.get(field), now.get(field)
+            raise ValueError(
+                f"{path} is a picture of {of} ({was!r:.200}, now {now!r:.200}); "
+                "choose another folder for other pictures"
+            )
     return set(files)
 
 

@@ -22,6 +22,7 @@ from ..files import whole_file
 from ..prepare.pictures import PictureError, decode
 from ..show import draw_boxes, grid
 from . import report_words as words
+from .ap import AP_NAMES
 from .detectors import Detector
 from .metrics import Estimate, summarize
 from .pictures import keyed
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1  # of report.json: another one, where a program that reads it would have to change
 _SHOWN = 8  # layouts in the grid of pictures
 _CELL = 512  # pixels of a picture in it, at most
-_LINE = 120  # characters of a line of report.json, where it is more than one value
+_DEEPEST = 4  # from there on a value of report.json is on one line: conditions, one of them, its pictures, a picture
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Report:
 
         A condition without pictures has none. FID has no interval: its ends are NaN.
         """
-        ap = find_spec("faster_coco_eval") is not None
+        ap = bool(set(AP_NAMES) & set(self.protocol.metrics)) and find_spec("faster_coco_eval") is not None
         metrics = {}
         for condition in self.conditions:
             found = summarize(condition.pictures, ap=ap) if condition.pictures else {}
@@ -269,15 +270,13 @@ def _listed(lines: Sequence[str]) -> str:
     return "".join(f"- {words.markdown(line)}\n" for line in lines)
 
 
-def _lines(value: Any, indent: str = "") -> str:
-    """JSON with what fits into a line on one: a box, an object."""
-    flat = json.dumps(value, ensure_ascii=False)
-    if len(indent) + len(flat) <= _LINE or not isinstance(value, dict | list):
-        return flat
-    inner = indent + "  "
+def _lines(value: Any, depth: int = 0) -> str:
+    """JSON with a picture, or a metric, on a line."""
+    if depth == _DEEPEST or not isinstance(value, dict | list) or not value:
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict):
-        items = [f"{json.dumps(name, ensure_ascii=False)}: {_lines(item, inner)}" for name, item in value.items()]
+        items = [f"{json.dumps(name, ensure_ascii=False)}: {_lines(item, depth + 1)}" for name, item in value.items()]
         start, end = "{}"
     else:
-        items, (start, end) = [_lines(item, inner) for item in value], "[]"
-    return f"{start}\n" + ",\n".join(inner + item for item in items) + f"\n{indent}{end}"
+        items, (start, end) = [_lines(item, depth + 1) for item in value], "[]"
+    return f"{start}\n" + ",\n".join("  " * (depth + 1) + item for item in items) + f"\n{'  ' * depth}{end}"

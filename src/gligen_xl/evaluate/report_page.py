@@ -195,7 +195,8 @@ def _curves(report: Report, swept: str, conditions: Sequence[Condition]) -> str:
         levels = {
             condition.kind: report.metrics[condition.name][name]
             for condition in report.conditions
-            if condition.kind in ("off", "real") and name in report.metrics[condition.name]
+            if (condition.kind == "real" or (condition.kind == "off" and swept == "beta"))  # off has its own guidance
+            and name in report.metrics[condition.name]
         }
         if swept == "beta" and "off" in levels and measured[0][0] > 0:
             measured.insert(0, (0.0, levels["off"]))

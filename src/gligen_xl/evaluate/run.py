@@ -246,7 +246,8 @@ def score_all(
             f"the first one, {key}: {why}"
         )
     if controls and len(layouts) > 1:
-        conditions.append(scorer(Way("shuffled", "shuffled", {}), shuffled(layouts), conditions[0].paths))
+        first = conditions[0]
+        conditions.append(scorer(Way("shuffled", "shuffled", {}), shuffled(layouts), first.paths, of=first.name))
     for kind, picture_of in bounds.items():
         if picture_of is not None:
             folder = picture_folder(out, kind)
@@ -292,14 +293,16 @@ class _Scorer:
         paths: Mapping[str, Path],
         failed: Mapping[str, str] | None = None,
         beside: Beside | None = None,
+        of: str | None = None,
     ) -> Condition:
         """
         Args:
+            of: the condition whose pictures they are; its own by default.
             layouts: that the picture of each key is scored against.
             failed: why some are missing.
             beside: see `score_picture`.
         """
-        kept = all_kept(self.out, way.name, self.detector, self.clip)
+        kept = all_kept(self.out, of or way.name, self.detector, self.clip)
         unread = {key: MISSING for key in layouts if key not in paths} | dict(failed or {})
         scores: list[PictureScore] = []
         for seen in self.progress(self._look(layouts, paths, kept, unread), f"score {way.name}", len(paths)):
@@ -336,14 +339,22 @@ def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) 
     def detect(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
         return [[item.to_dict() for item in found] for found in detector.detect(pictures, layouts)]
 
+    def detections(found: Any) -> list[Found]:
+        return [Found.from_dict(item) for item in found]
+
     folder = out / "detections" / name
-    kept = [Kept(folder / f"{detector.name}.jsonl", detector.settings, detect)]
+    settings, asks = detector.settings, detector.reads_layouts
+    kept = [Kept(folder / f"{detector.name}.jsonl", settings, detect, detections, reads_layouts=asks)]
     if clip is not None:
 
         def compare(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
             return [[score.clip, score.clip_objects] for score in clip.score(pictures, layouts)]
 
-        kept.append(Kept(folder / "clip.jsonl", clip.settings, compare))
+        def similarities(found: Any) -> tuple[float, list[float]]:
+            whole, objects = found
+            return float(whole), [float(value) for value in objects]
+
+        kept.append(Kept(folder / "clip.jsonl", clip.settings, compare, similarities))
     return kept
 
 

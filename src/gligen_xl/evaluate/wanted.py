@@ -28,6 +28,7 @@ class Detector(Protocol):
         settings: all that its detections depend on, for reports.
         attributes: what is judged beside the place, as ("colour",).
         labels_decide: only detections of the requested label may be assigned to an object; else any, by IoU alone.
+        reads_layouts: what it finds depends on what the layout asks for; else on the picture alone.
     """
 
     @property
@@ -38,6 +39,8 @@ class Detector(Protocol):
     def attributes(self) -> tuple[str, ...]: ...
     @property
     def labels_decide(self) -> bool: ...
+    @property
+    def reads_layouts(self) -> bool: ...
 
     def wanted(self, phrase: str) -> Wanted:
         """Raises ValueError, if it cannot look for that."""
