@@ -61,7 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"supervised, {name}": {**SUPERVISED, **change} for name, change in CHANGES.items()},
     "supervised, noisier, bias": {**SUPERVISED, **NOISIER, **BIAS},
     "supervised, noisier, gate": {**SUPERVISED, **NOISIER, **GATE},
-    "supervised, noisier, bias, gate": {**SUPERVISED, **NOISIER, **BIAS, **GATE},
+    "supervised, noisier, longer": {**SUPERVISED, **NOISIER, "optimization.attention_share": 1.0},
+    "supervised, noisier, stronger": {**SUPERVISED, **NOISIER, "optimization.attention_weight": 0.3},
 }
 
 

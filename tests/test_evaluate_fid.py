@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gligen_xl.evaluate.fid import distances, kernel_distance, pictures_in
+from gligen_xl.evaluate.fid import distances, frechet_errors, kernel_distance, pictures_in
 
 # In the place of clean-fid: features of a picture are its mean colour and more, the FID is the distance of the means.
 CLEANFID = """
@@ -60,6 +60,7 @@ def test_distances_of_sets_from_the_real_pictures(tmp_path, stand_in):
     assert log.read_text().split("\n")[:-1] == ["real pictures", "near", "far"]  # each is looked at once
     assert found["near"].fid == pytest.approx(3 * (204 / 255 / 3 - 408 / 255 / 4) ** 2, abs=1e-6)
     assert found["far"].fid > found["near"].fid
+    assert found["near"].fid_low < found["near"].fid < found["near"].fid_high
     assert (found["near"].pictures, found["far"].pictures, found["far"].real_pictures) == (3, 2, 4)
     features = [np.repeat(np.array(greys)[:, None] / 255, 3, 1) for greys in ((0, 51, 153), (0, 51, 102, 255))]
     expected = kernel_distance(*features)
@@ -115,6 +116,24 @@ def test_the_interval_of_kid_holds_the_truth_about_as_often_as_it_says():
         assert low < value < high
         held += low <= truth <= high
     assert 0.88 <= held / 200 <= 0.99
+
+
+def frechet(x, y):
+    """The definition: of two normal distributions."""
+    a, b = np.cov(x.T), np.cov(y.T)
+    shared = np.sqrt(np.linalg.eigvals(a @ b).real.clip(0)).sum()
+    return np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * shared
+
+
+@pytest.mark.parametrize("count", [60, 3])  # more pictures than features, and fewer
+def test_the_interval_of_fid_is_as_wide_as_fid_varies(count):
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(400, 4)) @ rng.normal(size=(4, 4))
+    drawn = rng.normal(0.7, 1.2, size=(count, 4)) @ rng.normal(size=(4, 4))
+    (error,) = frechet_errors([drawn], real, resamples=300)
+    again = [frechet(drawn[rng.integers(count, size=count)], real) for _ in range(300)]
+    assert error == pytest.approx(np.std(again), rel=0.2)
+    assert frechet_errors([drawn], real) == frechet_errors([drawn], real)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------

@@ -362,13 +362,22 @@ def test_a_picture_that_is_gone_by_then(tmp_path):
 
 
 def test_distances_stand_beside_the_metrics(tmp_path):
-    distance = {"fid": 31.26, "kid": 0.01234, "kid_low": 0.01, "kid_high": 0.02, "pictures": 8, "real_pictures": 9}
+    distance = {
+        "fid": 31.26,
+        "fid_low": 29.0,
+        "fid_high": 33.52,
+        "kid": 0.01234,
+        "kid_low": 0.01,
+        "kid_high": 0.02,
+        "pictures": 8,
+        "real_pictures": 9,
+    }
     report = whole_report(tmp_path, count=2, distances={"beta-1": distance})
     assert report.names[-2:] == ["fid", "kid"]
     saved = report.to_dict()["conditions"][0]["metrics"]
-    assert saved["fid"] == {"value": 31.26, "low": None, "high": None}
+    assert saved["fid"] == {"value": 31.26, "low": 29.0, "high": 33.52}
     assert saved["kid"] == {"value": 0.01234, "low": 0.01, "high": 0.02}
-    assert "31.3" in report.table()
+    assert "31.3 [29.0, 33.5]" in report.markdown()
     assert "0.0123 [0.0100, 0.0200]" in report.markdown()
     assert re.search(r"^KID .* 0.0123 .*\n *less is better .*\[0.0100, 0.0200\]", report.table(), re.MULTILINE)
 

@@ -5,7 +5,7 @@ transformers unless it is of the same build as torch. So it runs in a process of
 be another environment's; see `ENVIRONMENT`. The features' network is fetched by clean-fid at the first use.
 
 FID of few pictures is too high, the more so the fewer they are: compare only sets of the same size, best of 10,000 or
-more. KID has no such bias, and an interval.
+more. KID has no such bias.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ class Distance:
 
     Args:
         fid: as clean-fid gives it.
+        fid_low, fid_high: 95 % interval over the draw of the set's pictures; the real ones are held as they are.
         kid: unbiased, so it may be a little under 0; not multiplied by 1,000.
         kid_low, kid_high: 95 % interval over the draw of pictures of both sets.
         pictures, real_pictures: how many there were.
     """
 
     fid: float
+    fid_low: float
+    fid_high: float
     kid: float
     kid_low: float
     kid_high: float
@@ -106,9 +109,12 @@ def distances(
         _run(python or sys.executable, Path(folder))
         fids = read_json(Path(folder) / "fid.json")
         features = [np.load(Path(folder) / f"{k}.npy", allow_pickle=False) for k in range(len(every))]
+    real_features, *others = features
+    errors = frechet_errors(others, real_features)
     found = {}
-    for name, of_set in zip(sets, features[1:], strict=True):
-        found[name] = Distance(fids[name], *kernel_distance(of_set, features[0]), len(of_set), len(features[0]))
+    for name, of_set, error in zip(sets, others, errors, strict=True):
+        fid = fids[name], fids[name] - 1.96 * error, fids[name] + 1.96 * error
+        found[name] = Distance(*fid, *kernel_distance(of_set, real_features), len(of_set), len(real_features))
     return found
 
 
@@ -124,6 +130,34 @@ def _run(python: str | Path, folder: Path) -> None:
         error = read_json(told) if told.is_file() else {"kind": "", "text": f"it ended with exit code {code}"}
         advice = _WEIGHTS if error["kind"] in ("URLError", "HTTPError") else ENVIRONMENT
         raise ValueError(f"clean-fid did not run with {python}: {error['text']}. {advice}")
+
+
+def frechet_errors(sets: Sequence[np.ndarray], real: np.ndarray, *, resamples: int = 40, seed: int = 0) -> list[float]:
+    """Standard error of the FID of each set of features (n, width) from the real ones (m, width), by the bootstrap.
+
+    The FID of a resample is too high, as that of few pictures is: only its spread is used.
+    """
+    random = np.random.default_rng(seed)
+    mean, covariance = real.astype(np.float64).mean(0), np.cov(real.astype(np.float64).T, ddof=1)
+    values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+    def distance(x: np.ndarray, counts: np.ndarray) -> float:
+        """FID of x, of which picture k counts `counts[k]` times, less what does not depend on it."""
+        middle = counts @ x / len(x)
+        centred = (x - middle) * np.sqrt(counts / (len(x) - 1))[:, None]
+        # The trace of the root of the product of both covariances is the sum of the singular values of this one.
+        product = centred @ root
+        square = product.T @ product if len(product) > product.shape[1] else product @ product.T
+        shared = np.sqrt(np.linalg.eigvalsh(square).clip(0)).sum()
+        return float(np.square(middle - mean).sum() + np.square(centred).sum() - 2 * shared)
+
+    errors = []
+    for features in sets:
+        x = features.astype(np.float64)
+        draws = random.multinomial(len(x), np.full(len(x), 1 / len(x)), resamples)
+        errors.append(float(np.std([distance(x, counts) for counts in draws], ddof=1)))
+    return errors
 
 
 def kernel_distance(features: np.ndarray, real: np.ndarray) -> tuple[float, float, float]:

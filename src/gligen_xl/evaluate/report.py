@@ -7,7 +7,6 @@ write_report(report, "out")       # out/report.json, report.md, report.html, gri
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +60,7 @@ class Report:
     def metrics(self) -> dict[str, dict[str, Estimate]]:
         """By condition and name, as `summarize` has them, and "fid" and "kid"; rounded as they are written.
 
-        A condition without pictures has none. FID has no interval: its ends are NaN.
+        A condition without pictures has none.
         """
         ap = bool(set(AP_NAMES) & set(self.protocol.metrics)) and find_spec("faster_coco_eval") is not None
         metrics = {}
@@ -74,8 +73,7 @@ class Report:
         distance = self.settings.get("distances", {}).get(name)
         if distance is None:
             return {}
-        kid = Estimate(distance["kid"], distance["kid_low"], distance["kid_high"])
-        return {"fid": Estimate(distance["fid"], math.nan, math.nan), "kid": kid}
+        return {name: Estimate(*(distance[name + end] for end in ("", "_low", "_high"))) for name in ("fid", "kid")}
 
     @cached_property
     def names(self) -> list[str]:

@@ -5,7 +5,6 @@ Each stands beside the same figures as text, or says what it shows in words of i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from ..page import text
@@ -30,8 +29,7 @@ def strip(estimate: Estimate, low: float, high: float, others: Mapping[str, floa
     for kind, value in (others or {}).items():
         title = f"<title>{text(kind)}</title>"
         parts.append(f'<line class="mark {kind}" x1="{x(value)}" x2="{x(value)}" y1="2" y2="16">{title}</line>')
-    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
-        parts.append(f'<line class=interval x1="{x(estimate.low)}" x2="{x(estimate.high)}" y1="9" y2="9"/>')
+    parts.append(f'<line class=interval x1="{x(estimate.low)}" x2="{x(estimate.high)}" y1="9" y2="9"/>')
     parts.append(f'<circle class=value cx="{x(estimate.value)}" cy="9" r="4"/>')
     return f'<svg class=strip height="18" aria-hidden="true">{"".join(parts)}</svg>'
 

@@ -204,7 +204,7 @@ def _curves(report: Report, swept: str, conditions: Sequence[Condition]) -> str:
         main = Curve(
             "",
             [(at, estimate.value) for at, estimate in measured],
-            intervals=() if name == "fid" else ranges,
+            intervals=ranges,
         )
         flat = [
             Curve(kind, [(0.0, level.value), (end, level.value)], f"{style} dashed", dots=False)

@@ -52,8 +52,9 @@ _HEADING_WIDTH = 24  # of a column of the terminal's tables; longer names go on 
 DEFINITIONS = (
     "Success: the share of objects that are found (a detection of the right label, IoU at least 0.5) and right in "
     "every attribute; whole pictures: the share of pictures of which all objects are. Mean IoU counts 0 for an object "
-    "to which no detection belongs. Colour and other attributes are shares of all objects, those of found of the found "
-    "alone (0 where none is). Wrong count: the share of pictures with more or fewer objects of a requested label than "
+    "to which no detection belongs; with attributes right it counts 0 for one that is found and wrong in one. Colour "
+    "and other attributes are shares of all objects, those of found of the found alone. Wrong count: the share of "
+    "pictures with more or fewer objects of a requested label than "
     "requested; extra objects: how many too many a picture has. AP and AR are times 100. In brackets: 95 % intervals "
     "of the bootstrap over pictures. They hold the chance of layouts and noise, not that of another training."
 )
@@ -75,10 +76,8 @@ def value(name: str, number: float, *, sign: bool = False) -> str:
 
 
 def interval(name: str, estimate: Estimate, *, sign: bool = False) -> str:
-    """ "[68.0, 74.1]", in the unit of `value`; empty where there is none."""
+    """ "[68.0, 74.1]", in the unit of `value`."""
     ends = (estimate.low, estimate.high)
-    if not all(map(math.isfinite, ends)):
-        return ""
     return f"[{', '.join(_figure(name, end, '+' if sign else '') for end in ends)}]"
 
 
