@@ -31,6 +31,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/evaluate.py
 
 bench-real-size: $(READY)
 	$(BIN)/python benchmarks/real_size.py
