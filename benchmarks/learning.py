@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "supervised, noisier, gate": {**SUPERVISED, **NOISIER, **GATE},
     "supervised, noisier, longer": {**SUPERVISED, **NOISIER, "optimization.attention_share": 1.0},
     "supervised, noisier, stronger": {**SUPERVISED, **NOISIER, "optimization.attention_weight": 0.3},
+    "supervised, noisier, batch 16": {**SUPERVISED, **NOISIER, "batch_size": 16},
 }
 
 
@@ -100,8 +101,9 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
         ),
     )
     for path, value in VARIANTS[name].items():
-        group, field = path.split(".")
-        config = replace(config, **{group: replace(getattr(config, group), **{field: value})})
+        group, _, field = path.rpartition(".")
+        change = {group: replace(getattr(config, group), **{field: value})} if group else {field: value}
+        config = replace(config, **change)
     return config
 
 
