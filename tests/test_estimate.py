@@ -260,6 +260,9 @@ def test_data_that_does_not_fit_is_refused_before_the_run(ready, tmp_path):
         dry_run(replace(ready, data=str(tmp_path / "file")))
     with pytest.raises(FileNotFoundError, match=r"validation\.data .*missing is not there"):
         dry_run(replace(ready, validation=Validation(data=str(tmp_path / "missing"))))
+    looking = Validation(data="hf://datasets/owner/name/held-out", detector="./missing")
+    with pytest.raises(FileNotFoundError, match=r"validation\.detector \./missing is not there"):
+        dry_run(replace(ready, validation=looking))
 
 
 def test_the_scale_of_a_base_that_is_built_in_is_known(tmp_path):

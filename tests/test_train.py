@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler
+from test_evaluate_detectors import phrase_models
 from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 from tiny_run import final, first_batch, lines, loaded, noised, train_until, write_data
@@ -94,8 +95,8 @@ def test_the_base_in_memory_is_never_touched(config, monkeypatch):
     kept = {}
     real = loop.load_base
 
-    def load(*args):
-        kept["pipeline"] = real(*args)
+    def load(*args, **settings):
+        kept["pipeline"] = real(*args, **settings)
         return kept["pipeline"]
 
     monkeypatch.setattr(loop, "load_base", load)
@@ -383,6 +384,22 @@ def test_a_detector_that_does_not_know_the_phrases_says_so_at_once(config, data)
     with pytest.raises(ValueError, match="cannot look for"):
         train(replace(config, validation=settings))
     assert not (Path(config.out) / "metrics.jsonl").exists()
+
+
+def test_a_detector_by_name_measures_the_pictures(config, data, tmp_path):
+    """A network of free phrases, tiny and random, which finds something in most pictures."""
+    torch.manual_seed(0)
+    model, processor = phrase_models()["grounding-dino"]
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "dino")
+    settings = Validation(data=str(data), pictures=2, every=8, steps=2, loss_samples=4, detector=str(tmp_path / "dino"))
+    train(replace(config, samples=16, validation=settings))
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    looks = [row for row in rows if "on_recall_50" in row]
+    assert [row["samples"] for row in looks] == [8, 16]
+    assert all(0 <= row[f"{side}_mean_iou"] <= 1 for row in looks for side in ("on", "off"))
+    with pytest.raises(ValueError, match="no detector 'nowhere'"):
+        train(replace(config, out=str(tmp_path / "b"), validation=replace(settings, detector="nowhere")))
 
 
 def test_other_data_under_a_run_is_refused(config, tmp_path):

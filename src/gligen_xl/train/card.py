@@ -183,7 +183,7 @@ def _on_and_off(last: Row, layouts: str) -> str:
         return ""
     rows = []
     for name in names:
-        write = plain if name == "mean_iou" else percent
+        write = plain if name.startswith("mean_iou") else percent
         label = METRICS.get(name, name.replace("_", " ").capitalize())
         cells = [write(last[f"{side}_{name}"]) if f"{side}_{name}" in last else "" for side in ("on", "off")]
         rows.append((label, *cells))

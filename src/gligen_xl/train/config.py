@@ -182,7 +182,9 @@ class Validation:
         pictures: held-out layouts to generate, with grounding on and off.
         steps: denoising steps of those pictures.
         guidance_scale: of those pictures.
-        detector: finds the objects again, for box metrics; "shapes" for the shapes world.
+        detector: finds the objects again, for box metrics: a folder or repository of one (see
+            `gligen_xl.evaluate.find_detector`), or "shapes" for the shapes world. It stands on the device beside the
+            model.
     """
 
     data: str | None = None
@@ -192,7 +194,7 @@ class Validation:
     pictures: int = 16
     steps: int = 30
     guidance_scale: float = 5.0
-    detector: Literal["shapes"] | None = None
+    detector: str | None = None
 
     def __post_init__(self) -> None:
         _check(

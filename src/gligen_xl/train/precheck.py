@@ -61,6 +61,11 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
     held_out = config.validation.data
     if held_out and not _is_drawn(held_out) and not is_remote(held_out) and not Path(held_out).exists():
         raise FileNotFoundError(f"validation.data {held_out} is not there; expected a folder of held-out shards")
+    detector = config.validation.detector
+    if detector not in (None, "shapes") and not Path(detector).is_dir() and not names_repository(detector):
+        raise FileNotFoundError(
+            f"validation.detector {detector} is not there; expected shapes, a folder or a repository"
+        )
     if base is not None:
         for source in config.sources:
             _check_data(source, config.model, base, config.resolution)

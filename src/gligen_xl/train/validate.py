@@ -62,7 +62,7 @@ class Validator:
         self.dataset = ShardDataset(data, whole, seed, cache_bytes=cache_bytes)
         layouts = (self._layout(number) for number in range(len(self.dataset)))
         self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
-        self.detector = find_detector(options.detector) if options.detector else None
+        self.detector = find_detector(options.detector, device=pipeline.unet.device) if options.detector else None
         if self.detector:
             for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
                 self.detector.wanted(phrase)  # complains now, not after hours
