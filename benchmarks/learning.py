@@ -62,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "supervised, noisier, bias": {**SUPERVISED, **NOISIER, **BIAS},
     "supervised, noisier, gate": {**SUPERVISED, **NOISIER, **GATE},
     "supervised, noisier, longer": {**SUPERVISED, **NOISIER, "optimization.attention_share": 1.0},
-    "supervised, noisier, stronger": {**SUPERVISED, **NOISIER, "optimization.attention_weight": 0.3},
+    "supervised, noisy, longer": {**SUPERVISED, **CHANGES["noisy"], "optimization.attention_share": 1.0},
     "supervised, noisier, batch 16": {**SUPERVISED, **NOISIER, "batch_size": 16},
 }
 
