@@ -159,9 +159,6 @@ def test_asked_to_stop_before_the_first_step(server, recipe, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     asked = "def asked(*rest, **named):\n    os.kill(os.getpid(), 15)\n    return reads(*rest, **named)\n"
     patch = PATCH + "reads = loop.load_base\n" + asked
-        PATCH
-        + "reads = loop.load_base\ndef asked(*rest, **named):\n    os.kill(os.getpid(), 15)\n    return reads(*rest, **named)\n"
-    )
     pid = server.begin(["train", str(recipe), "--out", str(out)], log, patch + "loop.load_base = asked\n")
     assert server.end(pid) == 75, log.read_text()
     assert not list_checkpoints(out)
