@@ -62,7 +62,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "supervised, noisier, bias": {**SUPERVISED, **NOISIER, **BIAS},
     "supervised, noisier, gate": {**SUPERVISED, **NOISIER, **GATE},
     "supervised, noisier, longer": {**SUPERVISED, **NOISIER, "optimization.attention_share": 1.0},
-    "supervised, noisy, longer": {**SUPERVISED, **CHANGES["noisy"], "optimization.attention_share": 1.0},
+    "supervised, noisier at first": {**SUPERVISED, **NOISIER, "objective.noisy_share": 0.7},
+    "supervised, noisier at first, longer": {
+        **SUPERVISED,
+        **NOISIER,
+        "objective.noisy_share": 0.7,
+        "optimization.attention_share": 1.0,
+    },
     "supervised, noisier, batch 16": {**SUPERVISED, **NOISIER, "batch_size": 16},
 }
 

@@ -146,6 +146,13 @@ def test_options_reach_the_loss(kind):
     torch.testing.assert_close(inside, torch.stack([errors[0, :, :, :4].mean(), errors[1, :, 3:, 2:].mean()]))
 
 
+def test_the_bias_to_noise_fades():
+    fading = Objective(noisy_bias=3.0, noisy_share=0.5, box_weight=2.0)
+    assert [fading.at(position, 100).noisy_bias for position in (0, 25, 50, 100)] == [3, 1.5, 0, 0]
+    assert fading.at(50, 100) == Objective(box_weight=2.0)
+    assert Objective(noisy_bias=3.0).at(90, 100).noisy_bias == 3
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -153,6 +160,8 @@ def test_options_reach_the_loss(kind):
         ({"snr_gamma": float("nan")}, "snr_gamma is nan"),
         ({"noisy_bias": -0.5}, r"noisy_bias is -0\.5"),
         ({"noisy_bias": float("inf")}, "noisy_bias is inf"),
+        ({"noisy_bias": 1.0, "noisy_share": 0.0}, "noisy_share is 0"),
+        ({"noisy_share": 0.5}, "noisy_share is set, but noisy_bias is 0"),
         ({"box_weight": 0.0}, "box_weight is 0"),
     ],
 )

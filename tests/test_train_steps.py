@@ -24,7 +24,7 @@ from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop, optimizer
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
-from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
+from gligen_xl.train.config import AdapterOptions, Objective, Optimization, TrainConfig, Validation
 from gligen_xl.train.log import CLOCKED
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss
@@ -538,6 +538,18 @@ def test_the_vae_stays_in_main_memory_where_it_has_no_work(config, data):
         assert pipeline.unet.device.type == pipeline.text_encoder_2.device.type == "meta"
     config = replace(config, validation=Validation(data=str(data), pictures=1))
     assert load_base(config, torch.device("meta"), draws=False).vae.device.type == "cpu"
+
+
+def test_the_bias_to_noise_follows_from_the_position(config, monkeypatch):
+    seen = []
+
+    def watched(unet, scheduler, batch, conditioning, objective):
+        seen.append((batch.positions[0], objective.noisy_bias))
+        return denoising_loss(unet, scheduler, batch, conditioning, objective)
+
+    monkeypatch.setattr(loop, "denoising_loss", watched)
+    train(replace(config, objective=Objective(noisy_bias=2.0, noisy_share=0.5), adapter=AdapterOptions(gate_init=0.1)))
+    assert dict(seen) == {position: 2 * max(0, 1 - position / 24) for position in range(0, 48, 4)}
 
 
 def test_deterministic_kernels_where_they_are_asked_for(config, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ..data.batch import Augmentation
@@ -97,16 +97,30 @@ class Objective:
     Args:
         snr_gamma: of min-SNR weighting, usually 5; by default every timestep counts alike.
         noisy_bias: timesteps t in 0-1 are drawn with the density (1 + b) t**b; 0 is uniform, 1 favours noisy ones.
+        noisy_share: over this first share of the run the bias falls linearly to 0, so that what is nearly clean is
+            learned as well; by default it stays.
         box_weight: what latent pixels inside of boxes count against those outside.
     """
 
     snr_gamma: float | None = None
     noisy_bias: float = 0.0
+    noisy_share: float | None = None
     box_weight: float = 1.0
 
     def __post_init__(self) -> None:
         usual = Expected("a positive number, usually 5", POSITIVE.holds)
-        _check(self, "objective.", snr_gamma=usual, noisy_bias=NOT_NEGATIVE, box_weight=POSITIVE)
+        _check(
+            self, "objective.", snr_gamma=usual, noisy_bias=NOT_NEGATIVE, noisy_share=SHARE_OF_RUN, box_weight=POSITIVE
+        )
+        if self.noisy_share is not None and not self.noisy_bias:
+            raise ValueError("objective.noisy_share is set, but noisy_bias is 0: there is nothing to fade out")
+
+    def at(self, position: int, samples: int) -> Objective:
+        """The objective at `position` of `samples`, whose bias stays."""
+        if self.noisy_share is None:
+            return self
+        left = max(0.0, 1 - position / (self.noisy_share * samples))
+        return replace(self, noisy_bias=self.noisy_bias * left, noisy_share=None)
 
 
 @dataclass(frozen=True, kw_only=True)

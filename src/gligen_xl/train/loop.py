@@ -45,7 +45,7 @@ from .attention import watch_attention
 from .base import check_fit, fresh_adapter, load_base
 from .checkpoint import save_checkpoint
 from .conditioning import Conditioner
-from .config import TrainConfig
+from .config import Objective, TrainConfig
 from .data import held_out_folder, open_data
 from .ema import EMA
 from .log import RunLog
@@ -126,7 +126,7 @@ def _go_on(
 
         def look() -> Tensor:
             first = dataset.batch([(int(number), k) for k, number in enumerate(order.batch(0)[:4])])
-            return denoising_loss(unet, scheduler, first, conditioner(first), config.objective)
+            return denoising_loss(unet, scheduler, first, conditioner(first), config.objective.at(0, stop))
 
         with accelerator.autocast():
             start_adapter(unet, config.adapter, look)
@@ -151,7 +151,7 @@ def _go_on(
         rank=accelerator.process_index, ranks=accelerator.num_processes,
     )  # fmt: skip
 
-    def backward(batch: Batch, weight: float) -> Tensor:
+    def backward(batch: Batch, objective: Objective, weight: float) -> Tensor:
         """The gradients of a process's share of a batch, part by part; returns the losses, (b,)."""
         losses = []
         for part, conditioning, last in micro_batches(batch, conditioner(batch), config.micro_batch):
@@ -159,7 +159,7 @@ def _go_on(
             together = nullcontext() if last else accelerator.no_sync(model)  # gradients are exchanged once a step
             with together, watched if weight else nullcontext() as seen:
                 with accelerator.autocast():
-                    loss = denoising_loss(model, scheduler, part, conditioning, config.objective)  # (b,)
+                    loss = denoising_loss(model, scheduler, part, conditioning, objective)  # (b,)
                     guided = loss + weight * seen.mean() if seen else loss
                 # Watched still: gradient checkpointing runs the fusers again.
                 accelerator.backward(spoiled_unless_finite(guided.sum() / len(batch.positions)))
@@ -210,9 +210,9 @@ def _go_on(
             log.say("stopped before the first step; the same command begins again")
             return out
         for batch in log.waiting_for(loader):
-            factor = config.optimization.rate(position, stop)
+            factor, objective = config.optimization.rate(position, stop), config.objective.at(position, stop)
             batch = batch.to(accelerator.device)
-            losses = backward(batch, config.optimization.attention(position, stop))
+            losses = backward(batch, objective, config.optimization.attention(position, stop))
             optimizer.set_rate(factor)
             norm = optimizer.step()
             shares.spread()
@@ -220,7 +220,7 @@ def _go_on(
             position += config.batch_size
             set_grounding_logit_bias(unet, config.adapter.logit_bias(position, stop))
 
-            times = timesteps_of(scheduler, batch, config.objective.noisy_bias)
+            times = timesteps_of(scheduler, batch, objective.noisy_bias)
             quarters = times * 4 // scheduler.config["num_train_timesteps"]
             if log.step(position, losses, quarters, norm):
                 log.write(position, factor, gate_values(unet))

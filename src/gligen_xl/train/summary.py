@@ -59,7 +59,9 @@ def recipe_in_words(config: dict[str, Any]) -> str:
     if gamma := objective.get("snr_gamma"):
         parts.append(f"min-SNR weighting with gamma {gamma:g}")
     if bias := objective.get("noisy_bias"):
-        parts.append(f"timesteps drawn with density t**{bias:g}")
+        share = objective.get("noisy_share")
+        fading = "" if share is None else f", fading over the first {percent(share)}"
+        parts.append(f"timesteps drawn with density t**{bias:g}{fading}")
     if (weight := objective.get("box_weight", 1)) != 1:
         parts.append(f"pixels in boxes weighted {weight:g}")
     parts.append(f"a fuser on {blocks_in_words(form.get('blocks', 'all'), form.get('every', 1))}")
