@@ -262,6 +262,9 @@ def test_a_curve_begins_with_what_is_without_grounding(whole):
     assert [c.name for c in swept_conditions(report.conditions, "beta")] == ["beta-0.4", "beta-1"]
     assert [c.name for c in swept_conditions(report.conditions, "guidance_scale")] == ["beta-1", "guidance_scale-5"]
     assert swept_conditions(report.conditions[:1], "beta") == []
+    beta_1, off = (next(c for c in report.conditions if c.name == name) for name in ("beta-1", "off"))
+    assert swept_conditions([beta_1, off], "beta") == [beta_1]  # a curve from beta 0 to 1
+    assert swept_conditions([beta_1, off], "guidance_scale") == []
     text, _ = read(whole[0])
     values = [report.metrics[name]["success"].value for name in ("off", "beta-0.4", "beta-1")]
     said = ", ".join(f"{100 * one:.1f} % at {at}" for one, at in zip(values, ("0", "0.4", "1"), strict=True))

@@ -292,6 +292,9 @@ def test_what_was_found_is_kept(evaluated, tmp_path):
     file.write_text("\n".join([json.dumps(json.loads(first) | {"found": [box]}), *others, ""]))  # JSON, and no box
     assert evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False) == conditions[:1]
     assert detector.looked == 2
+    file.write_text("\n".join([json.dumps(json.loads(first) | {"found": [box | {"attributes": None}]}), *others, ""]))
+    assert evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False) == conditions[:1]
+    assert detector.looked == 3
     detector.looked = 1
 
     path = conditions[0].paths[conditions[0].pictures[3].key]
@@ -407,6 +410,21 @@ def test_real_pictures_that_cannot_be_read_are_named(tmp_path):
     assert condition.unread == {broken: "truncated or damaged: photo.jpg"}
 
 
+def test_a_real_picture_that_was_damaged_later_is_in_no_figure(tmp_path):
+    protocol, _ = scenes(4)
+    (tmp_path / "real").mkdir()
+    for layout in protocol.layouts:
+        protocol.real(layout).save(tmp_path / "real" / f"{layout.id}.png")
+    protocol = replace(protocol, real=photographs_of(tmp_path / "real", protocol.layouts))
+    for damaged in ([], [protocol.layouts[1].id]):
+        for name in damaged:
+            (tmp_path / "real" / f"{name}.png").write_bytes(b"x")
+        conditions = evaluate_layouts(Painter(protocol), protocol, ShapesDetector(), tmp_path / "out", betas=[1])
+        (real,) = [condition for condition in conditions if condition.kind == "real"]
+        assert list(real.unread) == damaged
+        assert len(real.pictures) == 4 - len(damaged)
+
+
 # Pictures of other programs -----------------------------------------------------------------------------------------
 
 
@@ -471,6 +489,17 @@ def test_two_evaluations_are_compared_picture_by_picture(evaluated, tmp_path):
     same = compare(conditions, tmp_path / "out", detector)
     assert [(c.condition, c.other) for c in same] == [("beta-1", "beta-1"), ("off", "off")]
     assert same[0].difference["mean_iou"].value == 0
+
+    # Pictures of the same bytes, and one that changes into such a one: each is compared as it was last seen.
+    first, *others, last = (tmp_path / "theirs" / f"{key}.png" for key in layouts)
+    for same in (others, [last]):
+        for path in same:
+            shutil.copy(first, path)
+        (theirs,) = score_all(worse, find_pictures(first.parent, layouts), other, detector, controls=False)
+        (compared,) = compare(conditions, other, detector)
+        assert compared.difference["pictures"].value == len(layouts)
+        success = point(conditions[0])["success"] - point(theirs)["success"]
+        assert compared.difference["success"].value == pytest.approx(success)
 
     detector.settings = {"detector": "shapes", "threshold": 0.9}
     with pytest.raises(ValueError, match="holds nothing that shapes with these settings found"):

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,8 @@ def _sweep(text: str) -> tuple[str, list[float]]:
         raise UsageError(f"--sweep is {text!r}; expected beta=0,0.4,1 or guidance_scale=1,2,5") from None
 
 
-COCO = ("coco", "coco-2014", "coco-2017", "coco-position", "coco-mig")
+DRAWN = ("coco-position", "coco-mig")  # where the folder has no published file
+COCO = ("coco", "coco-2014", "coco-2017", *DRAWN)
 # What is refused beside --pictures, and beside --generate_only and --part.
 GENERATING = (
     "model", "config", "variant", "adapter", "dtype", "offload", "steps", "guidance_scale", "seed", "batch_size",
@@ -111,10 +112,12 @@ def _check(arguments: Namespace, parser: Parser) -> None:
         refuse(["fid_python"], "is the interpreter for --fid; give both")
     if layouts not in COCO:
         refuse(["coco"], f"is the folder of layouts that begin with coco; --layouts is {layouts}")
-    if layouts not in COCO[-2:]:
+    if layouts not in DRAWN:
         refuse(["layout_seed"], f"is of coco-mig and coco-position, whose layouts are drawn; --layouts is {layouts}")
     if layouts in ("shapes", *COCO):
-        refuse(["real"], f"is of layouts in a file; {layouts} has its own real pictures")
+        refuse(["real"], f"is of layouts in a file; --layouts is {layouts}")
+    if arguments.no_controls or arguments.generate_only or arguments.part:
+        refuse(["real"], "is for the control of real pictures, which is not scored here; leave it out")
 
 
 def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, list[float]]) -> int:
@@ -130,12 +133,14 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
         count=arguments.count,
         seed=arguments.layout_seed,
     )
+    if arguments.layout_seed and "layout_seed" not in protocol.parameters:
+        raise UsageError(f"--layout_seed is of drawn layouts; these are of {protocol.parameters['file']}")
     layouts = keyed(protocol.layouts)
     # Rather found out now than after an hour of generating.
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise UsageError(f"--out {arguments.out} is a file; expected a folder, or none yet")
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
-    _look_at_others(arguments)
+    _look_at_others(arguments, protocol)
     if arguments.pictures:
         pictures, settings = find_pictures(arguments.pictures, layouts), _said_of(arguments.pictures)
         return _score(arguments, protocol, pictures, *_judges(arguments, protocol), settings)
@@ -153,19 +158,20 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
     return _score(arguments, protocol, pictures, *judges, settings)
 
 
-def _look_at_others(arguments: Namespace) -> None:
+def _look_at_others(arguments: Namespace, protocol: Protocol) -> None:
     """Whether --fid and --compare name what they should."""
     from ..evaluate.fid import pictures_in
     from ..evaluate.paired import layouts_of
 
-    if arguments.fid and Path(arguments.fid).resolve() != _real_pictures(arguments):
+    comes = protocol.real is not None and not arguments.no_controls
+    if arguments.fid and not (comes and Path(arguments.fid).resolve() == _real_pictures(arguments)):
         pictures_in(arguments.fid)
     if arguments.compare:
         layouts_of(arguments.compare)
 
 
 def _real_pictures(arguments: Namespace) -> Path:
-    """Where those of this evaluation are; they may be copied there later."""
+    """Where those of this evaluation are, or will be."""
     from ..evaluate.run import picture_folder
 
     return picture_folder(arguments.out, "real").resolve()
@@ -273,14 +279,19 @@ def _score(
     )
     if clip is not None:
         settings |= clip.settings
-    report = Report(protocol=protocol, detector=detector, conditions=conditions, settings=settings)
+    compared, failed = None, []
+    try:
+        if arguments.compare:
+            compared = compare(conditions, arguments.compare, detector, clip)
+        if arguments.fid:
+            settings["distances"] = _distances(arguments, conditions)
+    except (ValueError, OSError) as error:  # the report stands without it
+        failed.append(error)
+    report = Report(protocol=protocol, detector=detector, conditions=conditions, settings=settings, compared=compared)
     write_report(report, out, versions=versions())
-    if arguments.fid or arguments.compare:  # should one of them fail, the report stands without it
-        compared = compare(conditions, arguments.compare, detector, clip) if arguments.compare else None
-        more = {"distances": _distances(arguments, conditions)} if arguments.fid else {}
-        report = replace(report, settings=settings | more, compared=compared)
-        write_report(report, out, versions=versions())
     print(f"\n{report.table()}\nwritten to {out}")
+    if failed:
+        raise failed[0]
     unread = [(condition.name, *item) for condition in conditions for item in condition.unread.items()]
     for name, key, why in unread[:10]:
         print(f"not scored: {name} {key}: {why}", file=sys.stderr)
@@ -299,6 +310,7 @@ def _distances(arguments: Namespace, conditions: list[Condition]) -> dict[str, d
         for condition in conditions
         if condition.kind in ("grounded", "off") or (condition.kind == "real" and not themselves)
     }
+    sets = {name: files for name, files in sets.items() if len(files) > 1}
     found = distances(
         sets, pictures_in(arguments.fid), python=arguments.fid_python, device=arguments.device or best_device()
     )

@@ -53,14 +53,15 @@ class Kept:
         self.path, self.look, self.reads_layouts = path, look, reads_layouts
         self._settings = json.dumps([__version__, settings], sort_keys=True, default=str)
         self._found: dict[tuple[str, str], Any] = {}  # by the picture's checksum and the digest
-        self._last: dict[tuple[str, str], Any] = {}  # by key and digest
+        self._last: dict[tuple[str, str], str] = {}  # the picture's checksum, by key and digest
         kept = path.read_bytes() if path.is_file() else b""
         self._cut = kept[-1:] not in (b"", b"\n")
         for line in kept.splitlines():
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
                 entry = json.loads(line)
                 read(entry["found"])
-                self._keep(*(entry[name] for name in ("key", "picture", "asked", "found")))
+                self._found[entry["picture"], entry["asked"]] = entry["found"]
+                self._last[entry["key"], entry["asked"]] = entry["picture"]
 
     def find(self, seen: Seen) -> Any:
         """What was found in it before, or None."""
@@ -68,25 +69,33 @@ class Kept:
 
     def last(self, key: str, layout: Layout) -> Any:
         """What was found in the picture of that key when it was last looked at, or None."""
-        return self._last.get((key, self._digest(layout)))
+        asked = self._digest(layout)
+        return self._found.get((self._last.get((key, asked), ""), asked))
 
-    def add(self, pictures: Mapping[Seen, Image.Image]) -> None:
-        """Look at those that are not there yet, and keep what is found."""
-        new = [seen for seen in pictures if self.find(seen) is None]
-        if not new:
-            return
+    def add(self, every: Sequence[Seen], pictures: Mapping[Seen, Image.Image]) -> None:
+        """Keep what is found in each; those in which nothing was found before are looked at.
+
+        Args:
+            pictures: of those, at least.
+        """
+        new = [seen for seen in every if self.find(seen) is None]
+        if new:
+            found = self.look([pictures[seen] for seen in new], [seen.layout for seen in new])
+            for seen, of_one in zip(new, found, strict=True):
+                self._found[seen.checksum, self._digest(seen.layout)] = of_one
         lines = []
-        for seen, found in zip(new, self.look([pictures[s] for s in new], [s.layout for s in new]), strict=True):
+        for seen in every:
             asked = self._digest(seen.layout)
-            self._keep(seen.key, seen.checksum, asked, found)
-            lines.append(json.dumps({"key": seen.key, "picture": seen.checksum, "asked": asked, "found": found}))
+            if self._last.get((seen.key, asked)) != seen.checksum:  # also of a picture that another key has as well
+                self._last[seen.key, asked] = seen.checksum
+                found = self._found[seen.checksum, asked]
+                lines.append(json.dumps({"key": seen.key, "picture": seen.checksum, "asked": asked, "found": found}))
+        if not lines:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.write(("\n" * self._cut + "".join(f"{line}\n" for line in lines)).encode())
         self._cut = False
-
-    def _keep(self, key: str, checksum: str, asked: str, found: Any) -> None:
-        self._found[checksum, asked] = self._last[key, asked] = found
 
     def _digest(self, layout: Layout) -> str:
         asked = [layout.prompt, layout.phrases, layout.boxes] if self.reads_layouts else []

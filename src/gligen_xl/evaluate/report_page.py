@@ -171,7 +171,7 @@ def _compared(report: Report, compared: Comparison) -> str:
 
 def swept_conditions(conditions: Sequence[Condition], swept: str) -> list[Condition]:
     """The grounded conditions that differ from the first of them in that setting alone, by its value; empty where it
-    has one value."""
+    has one value (without grounding is a beta of 0)."""
     grounded = [condition for condition in conditions if condition.kind == "grounded" and swept in condition.settings]
 
     def rest(condition: Condition) -> dict[str, Any]:
@@ -179,7 +179,8 @@ def swept_conditions(conditions: Sequence[Condition], swept: str) -> list[Condit
 
     alike = [condition for condition in grounded if rest(condition) == rest(grounded[0])]
     by_value = {condition.settings[swept]: condition for condition in alike}
-    return [by_value[value] for value in sorted(by_value)] if len(by_value) > 1 else []
+    values = len(by_value) + (swept == "beta" and any(condition.kind == "off" for condition in conditions))
+    return [by_value[value] for value in sorted(by_value)] if values > 1 else []
 
 
 def _curves(report: Report, swept: str, conditions: Sequence[Condition]) -> str:

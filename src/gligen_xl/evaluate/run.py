@@ -234,11 +234,11 @@ def score_all(
     conditions = [
         scorer(way, layouts, _of_these(find_files(folder, layouts), layouts))
         for way, folder in pictures.items()
-        if bounds.get(way.kind) is None
+        if (bounds.get(way.kind) is None if controls else way.kind == "grounded")
     ]
     write_keyed(out, layouts)
     if not conditions:
-        raise ValueError(f"only real and empty pictures: {', '.join(map(str, pictures.values()))}")
+        raise ValueError(f"only pictures of controls: {', '.join(map(str, pictures.values()))}")
     if not any(condition.pictures for condition in conditions):
         key, why = next(iter(conditions[0].unread.items()))
         raise ValueError(
@@ -254,7 +254,8 @@ def score_all(
             photographs = picture_of if isinstance(picture_of, Photographs) else None
             version_of = photographs and photographs.version
             failed = copy_pictures(layouts, folder, picture_of, kind, version_of=version_of, progress=progress)
-            files, beside = find_files(folder, layouts), photographs and photographs.beside
+            files = {key: path for key, path in find_files(folder, layouts).items() if key not in failed}
+            beside = photographs and photographs.beside
             conditions.append(scorer(Way(kind, kind, {}), layouts, files, failed, beside))
     return conditions
 
@@ -329,7 +330,7 @@ class _Scorer:
                 except (PictureError, OSError) as error:
                     unread[key] = str(error)
             for one in kept:
-                one.add(pictures)
+                one.add(every, pictures)
             yield from every
 
 
