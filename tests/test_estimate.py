@@ -145,6 +145,17 @@ def test_shared_moments_and_no_average(tiny):
     assert memory(estimate(without), "average") == 0
 
 
+def test_what_is_offloaded_is_in_main_memory(tiny):
+    config = TrainConfig(model=str(tiny), data="elsewhere", out="runs/x", resolution=32, batch_size=8)
+    plain, down = (estimate(replace(config, offload_optimizer=offloaded)) for offloaded in (False, True))
+    gone = {name: size for name, size in plain.memory.items() if name not in down.memory}
+    assert [name.split(",")[0] for name in gone] == ["optimizer", "average (EMA)"]
+    assert sum(down.main_memory.values()) == sum(gone.values()) + 2 * memory(plain, "adapter")
+    assert plain.main_memory == {}
+    assert "main memory of each process" in describe(down)
+    assert "main memory" not in describe(plain)
+
+
 def test_moments_are_those_of_the_optimizers():
     torch.manual_seed(0)
     pytest.importorskip("bitsandbytes")

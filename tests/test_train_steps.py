@@ -17,6 +17,7 @@ import yaml
 from forked import Server
 from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline, sdxl_unet
+from tiny_run import train_until
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gligen_xl.data.batch import Augmentation
@@ -28,6 +29,7 @@ from gligen_xl.train.config import AdapterOptions, Objective, Optimization, Trai
 from gligen_xl.train.log import CLOCKED
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss
+from gligen_xl.train.shares import Shares
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +237,49 @@ def test_a_run_may_go_on_with_shared_moments_and_without(config, server, tmp_pat
         assert [server.end(pid) for pid in ranks] == [75, 75], logs(tmp_path)
     on_two(server, config, tmp_path)
     assert same(final(config.out), final(whole.out))
+
+
+def test_a_run_with_the_optimizer_in_main_memory_ends_with_the_same_bits(config, data, tmp_path):
+    """And may go on without. Main memory is where all is here; what the GPU's part in it does cannot be seen."""
+    looks = Validation(data=str(data), every=16, loss_samples=4, pictures=0)
+    plain = replace(config, out=str(tmp_path / "plain"), validation=looks)
+    train(plain)
+    for position, offloaded in ((16, True), (32, False), (48, True)):
+        part = replace(config, out=str(tmp_path / "run"), validation=looks, offload_optimizer=offloaded)
+        if position < 48:
+            train_until(position, part)
+    train(part)
+    assert same(final(tmp_path / "run"), final(plain.out))
+    assert lines(tmp_path / "run", "validation") == lines(plain.out, "validation")
+
+
+def test_what_is_offloaded_is_a_copy(config, monkeypatch):
+    """Of the weights as they are after the checkpoint is loaded; it is stepped, and the weights follow."""
+    kept = []
+
+    class Watched(Shares):
+        def __init__(self, parameters, processes, **settings):
+            super().__init__(parameters, processes, **settings)
+            kept[:] = [(parameters[name], copy) for name, copy in self.own.items()]
+            assert all(torch.equal(value, copy) for value, copy in kept)
+
+    monkeypatch.setattr(loop, "Shares", Watched)
+    offloaded = replace(config, offload_optimizer=True)
+    train_until(32, offloaded)
+    train(offloaded)
+    assert len({value.data_ptr() for pair in kept for value in pair}) == 2 * len(kept)
+    assert all(torch.equal(value, copy) for value, copy in kept)
+    with pytest.raises(ValueError, match="offload_optimizer is on beside optimizer adamw8bit"):
+        replace(offloaded, optimization=Optimization(optimizer="adamw8bit"))
+
+
+def test_processes_share_what_is_in_main_memory(config, server, tmp_path):
+    config = replace(config, samples=32)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    shared = replace(config, out=str(tmp_path / "shared"), shard_optimizer=True, offload_optimizer=True)
+    for run in (whole, shared):
+        on_two(server, run, tmp_path)
+    assert same(final(whole.out), final(shared.out))
 
 
 def test_processes_that_see_other_folders_end(config, server, tmp_path):

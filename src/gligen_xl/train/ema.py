@@ -36,9 +36,9 @@ class EMA:
         """Take in the parameters as they are now.
 
         Args:
-            counts: a true or false on their device; false, where the step was left out, changes nothing.
+            counts: a true or false; false, where the step was left out, changes nothing.
         """
-        counted = torch.ones_like(self._steps) if counts is None else counts.float()
+        counted = torch.ones_like(self._steps) if counts is None else counts.to(self._steps)
         self._steps += counted
         if not self.decay:
             return

@@ -37,6 +37,7 @@ class Estimate:
     Args:
         parameters: by part.
         memory: bytes of each GPU, by part, at the peak of a step.
+        main_memory: bytes of each process that are offloaded to it.
         checkpoint: bytes of one checkpoint, by part.
         kept: checkpoints on the disk at most, one of them being written.
         notes: where the figures come from, and what is not in them, for people.
@@ -48,6 +49,7 @@ class Estimate:
     resolution: tuple[int, int]  # (height, width) of the largest pictures
     parameters: dict[str, int]
     memory: dict[str, int]
+    main_memory: dict[str, int]
     checkpoint: dict[str, int]
     kept: int
     notes: list[str]
@@ -82,9 +84,16 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
         f"text encoders, {precision}": sum(_bytes(encoder.parameters()) for encoder in base.text_encoders),
         "adapter, float32": trained,
         "gradients, float32": trained,
+    }
+    kept = {
         f"optimizer, {config.optimization.optimizer}": moments // kept_by,
         "average (EMA), float32": trained // kept_by if config.optimization.ema_decay else 0,
     }
+    main_memory = {}
+    if config.offload_optimizer:
+        main_memory = {"weights and gradients, float32": 2 * trained // kept_by, **kept}
+    else:
+        memory |= kept
     if needs_vae(config):
         memory["VAE, float32"] = 4 * _count([base.vae])
     gradients_stay = processes > 1 or micro_batch * processes < config.batch_size  # in DDP's buckets, or to be added to
@@ -103,6 +112,7 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
             "  position net": sum(sizes) - fuser_count,
         },
         memory=memory,
+        main_memory=main_memory,
         checkpoint={"average": trained, "weights": trained, "optimizer": moments},
         kept=checkpoints_kept(config) + 1,
         notes=[f"base: {base.source}", where_from, *notes],
@@ -238,6 +248,10 @@ def describe(made: Estimate) -> str:
     total = {"together": sum(made.memory.values())}
     lines += ["", *_table(head, _scaled(made.memory | total, 2**30), "{:.2f}")]
     lines += ["and about 1 GiB for the device's own libraries; pictures of a validation are not in it"]
+    if made.main_memory:
+        total = {"together": sum(made.main_memory.values())}
+        head = "main memory of each process in GiB, for what is offloaded"
+        lines += ["", *_table(head, _scaled(made.main_memory | total, 2**30), "{:.2f}")]
     one = sum(made.checkpoint.values())
     lines += ["", *_table("a checkpoint in GB", _scaled(made.checkpoint | {"together": one}, 1e9), "{:.2f}")]
     lines += [f"on the disk at most {made.kept} of them, {made.kept * one / 1e9:.1f} GB, in {config.out}"]

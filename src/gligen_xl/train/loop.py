@@ -131,13 +131,14 @@ def _go_on(
         with accelerator.autocast():
             start_adapter(unet, config.adapter, look)
     parameters = adapter_parameters(unet)
-    shares = Shares(parameters, processes, sharded=config.shard_optimizer)
+    if reached.checkpoint:
+        load_adapter_state_dict(unet, reached.tensors["weights"], source=str(reached.checkpoint))
+    shares = Shares(parameters, processes, sharded=config.shard_optimizer, offloaded=config.offload_optimizer)
     optimizer = AdapterOptimizer(parameters, config.optimization, accelerator.scaler, shares.own, processes.count > 1)
     ema = EMA(shares.own, config.optimization.ema_decay)
     position = reached.position
     steps = Steps(accelerator, position, config.batch_size, reached.tensors.get("log"), reached.state.get("log"))
     if reached.checkpoint:
-        load_adapter_state_dict(unet, reached.tensors["weights"], source=str(reached.checkpoint))
         ema.load(reached.tensors["gligen_adapter"], reached.state["ema_steps"])
         optimizer.load(reached.tensors["optimizer"], reached.state["scaler"])
         reached.tensors.clear()  # as large as three adapters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,12 +20,12 @@ class AdapterOptimizer:
     """AdamW with two groups: weights, and gates with their own rate and no decay.
 
     Where torch has a fused AdamW, one kernel clips, decays and steps, and leaves out what is not finite without asking
-    the host. Otherwise, and with 8-bit moments, the host waits for the device once a step to see whether to step.
+    the host. Otherwise, with 8-bit moments and in main memory, the host waits for the device once a step.
 
     Args:
         parameters: by name; all of them are trained.
         scaler: of the loss, in float16.
-        own: those that this process steps, where processes share them out; by default all.
+        own: what this process steps, by name, see `Shares`; by default all parameters themselves.
         in_buckets: the gradients are views of what the processes exchange: they are set to 0 rather than dropped, else
             new ones would be made beside those.
     """
@@ -35,7 +35,7 @@ class AdapterOptimizer:
         parameters: Mapping[str, nn.Parameter],
         options: Optimization,
         scaler: GradScaler | None = None,
-        own: Collection[str] | None = None,
+        own: Mapping[str, nn.Parameter] | None = None,
         in_buckets: bool = False,
     ):
         if frozen := [name for name, value in parameters.items() if not value.requires_grad]:
@@ -46,18 +46,21 @@ class AdapterOptimizer:
         self.parameters = [*others.values(), *gates.values()]
         self.whole = torch.optim.SGD(self.parameters)  # has no state; for what is done to the gradients of all
         own = parameters if own is None else own
-        device = self.parameters[0].device.type
-        self.fused = options.optimizer == "adamw" and device in FUSED
+        self._stepped = [own.get(name, value) for name, value in [*others.items(), *gates.items()]]
+        self._copies = [pair for pair in zip(self.parameters, self._stepped, strict=True) if pair[0] is not pair[1]]
+        self._device = next(iter(own.values())).device
+        self.fused = options.optimizer == "adamw" and self._device.type in FUSED
         gate_rate = options.learning_rate if options.gate_learning_rate is None else options.gate_learning_rate
+        rates = ((others, options.learning_rate, options.weight_decay), (gates, gate_rate, 0.0))
         groups = [
-            {"params": _some(others, own), "lr": options.learning_rate, "base_lr": options.learning_rate},
-            {"params": _some(gates, own), "lr": gate_rate, "base_lr": gate_rate, "weight_decay": 0.0},
+            {"params": [own[name] for name in some if name in own], "lr": rate, "base_lr": rate, "weight_decay": decay}
+            for some, rate, decay in rates
         ]
-        settings = {"betas": (options.beta1, options.beta2), "weight_decay": options.weight_decay}
+        betas = options.beta1, options.beta2
         if options.optimizer == "adamw8bit":
-            self.inner = _eight_bit(groups, settings, device)
+            self.inner = _eight_bit(groups, betas, self._device.type)
         else:
-            self.inner = torch.optim.AdamW(groups, fused=self.fused, **settings)
+            self.inner = torch.optim.AdamW(groups, betas=betas, fused=self.fused)
 
     def set_rate(self, factor: float) -> None:
         """Learning rates, as a factor of those of the options."""
@@ -73,8 +76,11 @@ class AdapterOptimizer:
         if self.scaler is not None:
             self.scaler.unscale_(self.whole)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        for parameter, copy in self._copies:
+            copy.grad = None if parameter.grad is None else _to(copy.grad, parameter.grad)
         if self.fused:
-            self.inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined] - torch's AMP protocol
+            skipped = (~norm.isfinite()).float().to(self._device)  # from a GPU this waits, also for the gradients
+            self.inner.found_inf = skipped  # type: ignore[attr-defined] - torch's AMP protocol
             self.inner.step()
         elif norm.isfinite():
             self.inner.step()
@@ -85,11 +91,11 @@ class AdapterOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Moments and counts of those that this process steps, by the number among all; see `optimizer_tensors`."""
-        return optimizer_tensors(self.inner, self.parameters)
+        return optimizer_tensors(self.inner, self._stepped)
 
     def load(self, tensors: Mapping[str, Tensor], scaler: dict[str, Any] | None) -> None:
         """Go on from what `tensors` gave, here or on all processes, and from the state of the scaler."""
-        load_optimizer_tensors(self.inner, tensors, self.parameters)
+        load_optimizer_tensors(self.inner, tensors, self._stepped)
         if self.scaler is not None and scaler is not None:
             self.scaler.load_state_dict(scaler)
 
@@ -97,11 +103,14 @@ class AdapterOptimizer:
         return None if self.scaler is None else self.scaler.state_dict()
 
 
-def _some(parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> list[nn.Parameter]:
-    return [value for name, value in parameters.items() if name in names]
+def _to(before: Tensor | None, gradient: Tensor) -> Tensor:
+    """The gradient in main memory, where the one before was; on its way there, from a GPU."""
+    if before is None:
+        before = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
+    return before.copy_(gradient, non_blocking=True)
 
 
-def _eight_bit(groups: list[dict[str, Any]], settings: dict[str, Any], device: str) -> torch.optim.Optimizer:
+def _eight_bit(groups: list[dict[str, Any]], betas: tuple[float, float], device: str) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW with blockwise 8-bit moments (arXiv 2110.02861); tensors below 4,096 numbers keep float32."""
     if not find_spec("bitsandbytes"):
         raise ValueError("optimizer adamw8bit needs bitsandbytes; pip install 'gligen-xl[8bit]', or choose adamw")
@@ -109,4 +118,4 @@ def _eight_bit(groups: list[dict[str, Any]], settings: dict[str, Any], device: s
         raise ValueError("optimizer adamw8bit is not made for Apple's GPUs; choose adamw")
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    return bitsandbytes.optim.AdamW8bit(groups, betas=betas)
