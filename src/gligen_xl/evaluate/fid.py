@@ -13,7 +13,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,11 +110,14 @@ def distances(
         fids = read_json(Path(folder) / "fid.json")
         features = [np.load(Path(folder) / f"{k}.npy", allow_pickle=False) for k in range(len(every))]
     real_features, *others = features
+    among_real = kernel_means(real_features)
     found = {}
     for name, of_set in zip(sets, others, strict=True):
         error = frechet_error(of_set, real_features)
         fid = fids[name], fids[name] - 1.96 * error, fids[name] + 1.96 * error
-        found[name] = Distance(*fid, *kernel_distance(of_set, real_features), len(of_set), len(real_features))
+        found[name] = Distance(
+            *fid, *kernel_distance(of_set, real_features, among_real), len(of_set), len(real_features)
+        )
     return found
 
 
@@ -157,29 +160,48 @@ def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
     return (vectors[:, kept] * values[kept] ** exponent) @ vectors[:, kept].T
 
 
-def kernel_distance(features: np.ndarray, real: np.ndarray) -> tuple[float, float, float]:
+def kernel_distance(
+    features: np.ndarray, real: np.ndarray, among_real: np.ndarray | None = None
+) -> tuple[float, float, float]:
     """KID between two sets of features (n, width) and (m, width): the value, and its 95 % interval.
 
     The squared maximum mean discrepancy with the kernel (x.y / width + 1)**3, without bias and over all pictures; the
     mean over random subsets, as it is often given, estimates the same. The interval is the normal one of a U-statistic:
     its variance is that of the pictures' own shares in it, summed over both sets.
+
+    Args:
+        among_real: `kernel_means` of the real ones, where it is known.
     """
     x, y = features.astype(np.float64), real.astype(np.float64)
-    among_x, among_y = _kernel_means(x, x, same=True), _kernel_means(y, y, same=True)
-    x_to_y, y_to_x = _kernel_means(x, y), _kernel_means(y, x)
+    among_x, among_y = kernel_means(x), kernel_means(y) if among_real is None else among_real
+    x_to_y, y_to_x = _kernel_means_between(x, y)
     value = among_x.mean() + among_y.mean() - 2 * x_to_y.mean()
     variance = (2 * (among_x - x_to_y)).var(ddof=1) / len(x) + (2 * (among_y - y_to_x)).var(ddof=1) / len(y)
     half = 1.96 * np.sqrt(variance)
     return float(value), float(value - half), float(value + half)
 
 
-def _kernel_means(a: np.ndarray, b: np.ndarray, *, same: bool = False) -> np.ndarray:
-    """(len(a),): the mean kernel of each row of `a` with those of `b`; if both are the same, without itself."""
-    means = np.empty(len(a))
+def kernel_means(features: np.ndarray) -> np.ndarray:
+    """(n,): the mean kernel of each row of (n, width) with the others."""
+    x = features.astype(np.float64)
+    means = np.empty(len(x))
+    for rows, kernel in _kernels(x, x):
+        itself = kernel[np.arange(len(kernel)), np.arange(len(x))[rows]]
+        means[rows] = (kernel.sum(1) - itself) / (len(x) - 1)
+    return means
+
+
+def _kernel_means_between(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(len(a),) and (len(b),): the mean kernel of each row of one with those of the other."""
+    of_a, of_b = np.empty(len(a)), np.zeros(len(b))
+    for rows, kernel in _kernels(a, b):
+        of_a[rows] = kernel.mean(1)
+        of_b += kernel.sum(0)
+    return of_a, of_b / len(a)
+
+
+def _kernels(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """The kernel of some rows of `a` with all of `b`, part by part."""
     for start in range(0, len(a), _ROWS):
         rows = slice(start, start + _ROWS)
-        kernel = (a[rows] @ b.T / a.shape[1] + 1) ** 3
-        if same:
-            kernel[np.arange(len(kernel)), np.arange(start, start + len(kernel))] = 0
-        means[rows] = kernel.sum(-1) / (len(b) - same)
-    return means
+        yield rows, (a[rows] @ b.T / a.shape[1] + 1) ** 3
