@@ -115,9 +115,8 @@ def distances(
     for name, of_set in zip(sets, others, strict=True):
         error = frechet_error(of_set, real_features)
         fid = fids[name], fids[name] - 1.96 * error, fids[name] + 1.96 * error
-        found[name] = Distance(
-            *fid, *kernel_distance(of_set, real_features, among_real), len(of_set), len(real_features)
-        )
+        kid = kernel_distance(of_set, real_features, among_real)
+        found[name] = Distance(*fid, *kid, len(of_set), len(real_features))
     return found
 
 
