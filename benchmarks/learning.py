@@ -4,7 +4,7 @@ Every variant is trained from a fresh adapter, once per seed, and looked at on h
 runs/learning; one that is finished is not trained again, one that was stopped goes on.
 
 python benchmarks/learning.py                                                   # all of it: five hours of one core
-python benchmarks/learning.py --only supervised "supervised, noisier" --samples 25600 --decay 0.5
+python benchmarks/learning.py --only "supervised, noisier" --samples 51200 --decay 0.5 --look 6400
 python benchmarks/learning.py --report                                          # the table of what there is
 python benchmarks/learning.py --sizes                                           # parameters and times by placement
 """
