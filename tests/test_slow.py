@@ -51,8 +51,9 @@ def test_the_full_report_of_the_embedded_adapter(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     measured = {condition["name"]: condition["metrics"] for condition in report["conditions"]}
     assert list(measured) == ["beta-1", "beta-0.4", "off", "shuffled", "real", "empty"]
+    assert all(of_one.pop("pictures") == 256 for of_one in measured.values())
+    assert all(of_one.pop("objects") == 552 for of_one in measured.values())
     value = {name: {key: metric["value"] for key, metric in of_one.items()} for name, of_one in measured.items()}
-    assert all(of_one["pictures"] == 256 for of_one in value.values())
     falling = [value[name]["success"] for name in ("real", "beta-1", "beta-0.4", "off", "shuffled", "empty")]
     assert falling == sorted(falling, reverse=True)
     assert (falling[0], falling[-1]) == (1, 0)
