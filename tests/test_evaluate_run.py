@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -506,6 +507,28 @@ def test_two_evaluations_are_compared_picture_by_picture(evaluated, tmp_path):
         compare(conditions, other, detector)
     with pytest.raises(FileNotFoundError, match="no evaluation"):
         compare(conditions, tmp_path / "theirs", detector)
+
+
+def test_what_clip_has_not_seen_in_all_pictures_is_not_compared(tmp_path):
+    class Similar:
+        settings = {"clip": "similar"}  # noqa: RUF012
+
+        def score(self, pictures, layouts):
+            return [SimpleNamespace(clip=0.3, clip_objects=[0.2] * len(layout.boxes)) for layout in layouts]
+
+    protocol, layouts = scenes(6)
+    (tmp_path / "pictures").mkdir()
+    for key, layout in layouts.items():
+        protocol.real(layout).save(tmp_path / "pictures" / f"{key}.png")
+    found, detector, clip = find_pictures(tmp_path / "pictures", layouts), ShapesDetector(), Similar()
+    conditions = score_all(protocol, found, tmp_path / "out", detector, clip=clip, controls=False)
+    (whole,) = compare(conditions, tmp_path / "out", detector, clip)
+    assert whole.difference["clip"].value == 0
+    file = tmp_path / "out" / "detections" / "pictures" / "clip.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    (part,) = compare(conditions, tmp_path / "out", detector, clip)
+    assert part.difference["pictures"].value == 6
+    assert not {"clip", "clip_objects"} & set(part.difference)
 
 
 def test_layouts_are_written_by_their_keys(evaluated, tmp_path):

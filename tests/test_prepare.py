@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from tiny import sdxl_vae
 
+from gligen_xl.commands.common import parse_part
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Row, Shard, find_shards
@@ -28,7 +29,7 @@ from gligen_xl.prepare.done import Done
 from gligen_xl.prepare.encode import load_vae
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import Item, Skipped
-from gligen_xl.prepare.run import Machine, parse_part, prepare, run_unit
+from gligen_xl.prepare.run import Machine, prepare, run_unit
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.unit import UnitMaker
 from gligen_xl.shapes.detect import detect

@@ -64,11 +64,11 @@ def test_the_full_report_of_the_embedded_adapter(tmp_path):
     rows = table_of(ROOT / "docs" / "evaluation.md", r"`(beta-1|beta-0\.4|off|shuffled|real|empty)`.*")
     assert rows.keys() == value.keys()
     for name, row in rows.items():
-        assert row == pytest.approx([value[name].get(column) for column in columns], abs=0.04), name
+        assert row == pytest.approx([value[name].get(column) for column in columns], abs=0.02), name
     columns = [column for column in columns if column not in ("success", "picture_success")]
     rows = table_of(ROOT / "README.md", r"(grounding on|for the first 40 %|off|on, scored against).*")
     for row, name in zip(rows.values(), ("beta-1", "beta-0.4", "off", "shuffled"), strict=True):
-        assert row == pytest.approx([value[name][column] for column in columns], abs=0.04), name
+        assert row == pytest.approx([value[name][column] for column in columns], abs=0.02), name
 
     page = (tmp_path / "report.html").read_text()
     fetched = re.findall(r"""(?:src|href)=(?!["']?(?:data:|#))[^\s>]{1,80}""", page)

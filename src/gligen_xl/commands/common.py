@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -97,6 +98,14 @@ def load(arguments: Namespace, **kind: Any) -> GroundingMixin:
         raise ValueError(f"cannot {what}: {str(error).splitlines()[0]}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "3/16" -> (3, 16): the third of sixteen."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--part is {text!r}; expected k/n with k from 1 to n, as 3/16")
+    return int(match[1]), int(match[2])
 
 
 def usable_device(name: str | None) -> str:

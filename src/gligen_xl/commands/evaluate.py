@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from .common import Parser, UsageError, best_device, load, model_arguments, quiet_imports, usable_device, watched
+from .common import (
+    Parser,
+    UsageError,
+    best_device,
+    load,
+    model_arguments,
+    parse_part,
+    quiet_imports,
+    usable_device,
+    watched,
+)
 
 if TYPE_CHECKING:
     from ..evaluate.clip import ClipScorer
@@ -60,7 +69,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] 
     model_arguments(parser)
     parser.set_defaults(steps=20, batch_size=16)
     arguments = parser.parse_args(words)
-    part = None if arguments.part is None else _part(arguments.part)
+    part = None if arguments.part is None else parse_part(arguments.part)
     sweep: dict[str, list[float]] = {}
     for text in arguments.sweep:
         name, values = _sweep(text)
@@ -68,13 +77,6 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] 
     _check(arguments, parser)
     arguments.beta = arguments.beta or ([1.0] if sweep else [1.0, 0.4])
     return arguments, part, sweep
-
-
-def _part(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--part is {text!r}; expected 1/4 to 4/4, for one of four parts")
-    return int(found[1]), int(found[2])
 
 
 def _sweep(text: str) -> tuple[str, list[float]]:

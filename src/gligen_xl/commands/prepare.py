@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from .common import DTYPES, Parser, UsageError, best_device, quiet_imports
+from .common import DTYPES, Parser, UsageError, best_device, parse_part, quiet_imports
 
 HELP = "Pictures to shards, for training: SA-1B archives, COCO, webdatasets, or a folder of your own."
 
@@ -82,7 +82,7 @@ def run(arguments: Namespace) -> None:
     quiet_imports()
     from tqdm import tqdm
 
-    from ..prepare.run import Machine, parse_part, prepare
+    from ..prepare.run import Machine, prepare
     from ..prepare.sources import open_source
 
     part = parse_part(arguments.part)

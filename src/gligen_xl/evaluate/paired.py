@@ -47,12 +47,14 @@ def compare(
     compared = []
     for condition, name in pairs:
         detections, *others = all_kept(other, name, detector, clip)
-        theirs = []
-        for score in condition.pictures:
-            found = detections.last(score.key, score.layout)
-            if found is not None and _same(score.layout, theirs_of.get(score.key)):
-                more = [value for kept in others if (value := kept.last(score.key, score.layout)) is not None]
-                theirs.append(score_kept(score.layout, score.key, [found, *more], detector))
+        found = [
+            (score, [kept.last(score.key, score.layout) for kept in (detections, *others)])
+            for score in condition.pictures
+            if _same(score.layout, theirs_of.get(score.key)) and detections.last(score.key, score.layout) is not None
+        ]
+        if any(None in of_one for _, of_one in found):  # CLIP has not seen all, so none is compared by it
+            found = [(score, of_one[:1]) for score, of_one in found]
+        theirs = [score_kept(score.layout, score.key, of_one, detector) for score, of_one in found]
         if theirs:
             compared.append(Comparison(condition.name, name, paired_difference(condition.pictures, theirs, ap=ap)))
     if not compared:

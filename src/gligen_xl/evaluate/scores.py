@@ -94,8 +94,8 @@ def score_picture(
     """
     wanted = [detector.wanted(phrase) for phrase in layout.phrases]
     if beside:
-        found = _requested(found, [(item.label, box) for item, box in zip(wanted, layout.boxes, strict=True)], beside,
-                           detector)  # fmt: skip
+        requested = list(zip([item.label for item in wanted], layout.boxes, strict=True))
+        found = _requested(found, requested, beside, detector)
     threshold = detector.settings.get("threshold", 0.0)
     sure = [number for number, item in enumerate(found) if item.score >= threshold]
     overlap = box_iou(np.array(layout.boxes), np.array([found[number].box for number in sure]))

@@ -9,7 +9,6 @@ tried once more at the end. Several processes may share one folder: each unit is
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -200,11 +199,3 @@ def run_unit(maker: UnitMaker, done: Done, unit: Unit, progress: Progress = lamb
                 ) from error
             text = " ".join(str(error).split())
             return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """ "3/16" -> (3, 16): the third of sixteen."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"part is {text!r}; expected k/n with k from 1 to n, as 3/16")
-    return int(match[1]), int(match[2])

@@ -251,7 +251,7 @@ class TrainConfig:
         seed: everything random follows from it and the position.
         precision: of the frozen base and the computation; the adapter itself is kept in float32.
         deterministic: kernels that add in the same order each time, so that a run on a GPU that was stopped ends with
-            the bits of one that was not; slower. On a CPU it is so anyway.
+            the bits of one that was not. On a CPU it is so anyway.
         gradient_checkpointing: less memory, a third more time.
         compile: the U-Net by torch.compile. The first steps take minutes, so does a new size of latents.
         compile_backend: of torch.compile; "eager" and "aot_eager" only trace, to find what does not compile.
@@ -259,7 +259,7 @@ class TrainConfig:
         shard_optimizer: each process keeps moments and average of its share of the adapter alone; the weights are the
             same to the bit, and exchanged once more a step.
         offload_optimizer: moments, average and a copy of the weights are in main memory, and the CPU steps them: takes
-            45 % less of a GPU's memory, and seconds more a step. The rounding is another than a GPU's.
+            45 % less of a GPU's memory (SDXL, by the dry run), and longer. The rounding is another than a GPU's.
         process_timeout: seconds that a process waits for the others before it ends with an error; more than a
             validation and a checkpoint take.
         skip_limit: steps of which loss or gradients are not finite are left out; so many in a row end the run.
