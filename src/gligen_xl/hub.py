@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 INDEX_NAME = "model_index.json"  # of a pipeline: names its parts
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -40,18 +51,91 @@ def local_folder(
     if not names_repository(source):
         raise FileNotFoundError(f"no {what} folder {source}; expected a folder or a Hub repository (owner/name)")
     first = choose if isinstance(choose, list) else [INDEX_NAME]
-    try:
+    with reaching(source, f"no {what} folder {source}"):
         root = Path(snapshot_download(str(source), allow_patterns=first, **hub))
-    except Exception as error:  # of the network, of the Hub, of the cache: each library has its own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no {what} folder {source}, and no such repository was reached: {reason}") from error
     if isinstance(choose, list) or hub.get("local_files_only"):
         return root
     try:
         files = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
     except Exception:  # no network, but the index came from the cache: then so does the rest
         return root
-    return Path(snapshot_download(str(source), allow_patterns=choose(files, root), **hub))
+    with reaching(source, f"no {what} folder {source}"):
+        return Path(snapshot_download(str(source), allow_patterns=choose(files, root), **hub))
+
+
+@contextmanager
+def reaching(repository: str | Path, lacking: str = "") -> Iterator[None]:
+    """Whatever the Hub, the network or the cache raises becomes one line: which repository, why, and what to do.
+
+    Each of the libraries under huggingface_hub has its own kinds, and those of its newer ones are no OSErrors.
+
+    Args:
+        lacking: what is not on this machine either, for the error, as "no pipeline folder owner/name".
+
+    Raises:
+        FileNotFoundError: there is no such repository, or it cannot be had. OSError: others of the disk, as they came.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error, str(repository))
+        if reason is None and isinstance(error, OSError):
+            raise
+        reason = reason or f"{repository} could not be fetched: {type(error).__name__}: {_first_line(error)}"
+        start = f"{lacking}, and no such repository was reached: " if lacking else ""
+        raise FileNotFoundError(start + reason) from error
+
+
+_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "ssl", "socket")
+_ELSEWHERE = "or give a folder that is on this machine"
+
+
+def _reason(error: BaseException, name: str) -> str | None:
+    """Why a repository could not be had, and what to do; None where it is no matter of the Hub."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+
+    def came(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if came(GatedRepoError):
+        return (
+            f"the repository {name} is open to those alone who agreed to its conditions: do so at "
+            f"https://huggingface.co/{name}, then run hf auth login"
+        )
+    if came(RevisionNotFoundError):
+        return f"the repository {name} has no such revision"
+    if came(RepositoryNotFoundError):
+        return f"the Hub has no repository {name} that you may read: look at its name, or run hf auth login"
+    if came(HFValidationError):
+        return f"{name} cannot be the name of a repository either; expected owner/name"
+    if came(OfflineModeIsEnabled) or (came(LocalEntryNotFoundError) and os.environ.get("HF_HUB_OFFLINE")):
+        return (
+            f"the repository {name} was not fetched before, while HF_HUB_OFFLINE forbids to fetch it now: unset that, "
+            f"{_ELSEWHERE}"
+        )
+    unreachable = came(ConnectionError, TimeoutError, LocalEntryNotFoundError) or any(
+        type(cause).__module__.partition(".")[0] in _NETWORK for cause in causes if not isinstance(cause, HfHubHTTPError)
+    )
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub did not give the repository {name} ({_first_line(error)}); try again later, {_ELSEWHERE}"
+    if unreachable:
+        return (
+            f"the repository {name} could not be reached ({_first_line(causes[-1])}): look at the network, {_ELSEWHERE}"
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def model_files(files: list[str], variant: str | None = None) -> list[str]:
+    """Of a repository that is one model: its settings, and one copy of its weights (see `pipeline_files`)."""
+    inner = pipeline_files([f"model/{name}" for name in files if "/" not in name], variant)
+    return [name.removeprefix("model/") for name in inner]
 
 
 def upload(folder: str | Path, repo_id: str, message: str, *, private: bool | None = None, **options: Any) -> Any:

@@ -12,7 +12,8 @@ from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
-from ..files import read_json
+from ..files import naming, read_json
+from ..hub import local_folder, model_files
 from .grounding import GroundingMixin
 from .loading import INDEX_NAME, pipeline_folder
 from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
@@ -69,7 +70,7 @@ def load_pipeline(
         raise ValueError(f"there is no pipeline for {name} with {wish}{' and a ControlNet' if controlnets else ''}")
     parts: dict[str, Any] = {}
     if controlnets:
-        nets = [ControlNetModel.from_pretrained(name, torch_dtype=dtype) for name in controlnets]
+        nets = [_load_controlnet(name, dtype) for name in controlnets]
         parts["controlnet"] = nets[0] if len(nets) == 1 else nets
     if single:
         settings = {"config": config} if config else {}
@@ -78,6 +79,12 @@ def load_pipeline(
         except SingleFileComponentError as error:
             raise ValueError(f"{model} is no whole checkpoint: {str(error).strip().splitlines()[0]}") from error
     return CLASSES[kind].from_pretrained(folder, dtype=dtype, **parts, **loading)
+
+
+def _load_controlnet(name: str, dtype: torch.dtype) -> ControlNetModel:
+    folder = local_folder(name, "ControlNet", lambda files, _: model_files(files))
+    with naming(folder, "a ControlNet that can be loaded"):
+        return ControlNetModel.from_pretrained(str(folder), torch_dtype=dtype)  # type: ignore[return-value]
 
 
 def _is_xl(model: Path) -> bool:
