@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from . import __version__
 from .commands import (
@@ -108,7 +109,8 @@ def _overview() -> str:
     lines += [
         "",
         "first steps:",
-        '  gligen-xl generate --prompt "grass with a red circle" --phrase "a red circle" --box 0.1 0.4 0.5 0.8 --beta 1',
+        '  gligen-xl generate --prompt "grass with a red circle" --phrase "a red circle" \\',
+        "      --box 0.1 0.4 0.5 0.8 --beta 1",
         "  gligen-xl shapes draw --count 4 --out scenes",
         "  gligen-xl generate --layout scenes/layouts.jsonl --beta 1 --draw",
         "  gligen-xl COMMAND --help",
@@ -129,8 +131,9 @@ def _print_anything() -> None:
 def _warnings_in_one_line(name: str) -> Iterator[None]:
     """Warnings are for the one who typed the command: without the line of code that they come from."""
 
-    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        _complain(f"gligen-xl {name}: warning: {printable(' '.join(str(message).split()))}")
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
+        if not set(Path(filename).parts) & _NOT_FOR_USERS:
+            _complain(f"gligen-xl {name}: warning: {printable(' '.join(str(message).split()))}")
 
     with warnings.catch_warnings():
         if not sys.warnoptions:  # those of other libraries' next versions are for programmers
@@ -138,6 +141,9 @@ def _warnings_in_one_line(name: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=DeprecationWarning, append=True)
         warnings.showwarning = show
         yield
+
+
+_NOT_FOR_USERS = {"torch", "torchao", "bitsandbytes", "transformers", "accelerate", "peft", "huggingface_hub"}
 
 
 def _complain(text: str) -> None:

@@ -116,7 +116,9 @@ def _reason(error: BaseException, name: str) -> str | None:
             f"{_ELSEWHERE}"
         )
     unreachable = came(ConnectionError, TimeoutError, LocalEntryNotFoundError) or any(
-        type(cause).__module__.partition(".")[0] in _NETWORK for cause in causes if not isinstance(cause, HfHubHTTPError)
+        type(cause).__module__.partition(".")[0] in _NETWORK
+        for cause in causes
+        if not isinstance(cause, HfHubHTTPError)
     )
     if isinstance(error, HfHubHTTPError):
         return f"the Hub did not give the repository {name} ({_first_line(error)}); try again later, {_ELSEWHERE}"

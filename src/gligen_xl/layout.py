@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from .files import whole_file
 
 Box = tuple[float, float, float, float]
 
+_NO_TEXT = re.compile("[\ud800-\udfff]")
 TOLERANCE = 0.005  # a box may overstep the picture by this much, from rounding, and is then clipped
 
 
@@ -50,11 +52,13 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
-            raise ValueError(f"prompt is {self.prompt!r}; expected a string")
+            raise ValueError(f"prompt is {_short(self.prompt)}; expected a string")
         for name, kinds in (("negative_prompt", str), ("id", str), ("seed", int), ("width", int), ("height", int)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise ValueError(f"{name} is {value!r}; expected {kinds.__name__}")
+                raise ValueError(f"{name} is {_short(value)}; expected {kinds.__name__}")
+        for name in ("prompt", "negative_prompt", "id"):
+            _check_text(name, getattr(self, name) or "")
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,6 +111,7 @@ def validate_phrases(phrases: Any) -> tuple[str, ...]:
             raise ValueError(f"phrases[{k}] is {_short(phrase)}; expected a string")
         if not phrase.strip():
             raise ValueError(f"phrases[{k}] is empty; say what should stand in box {k}")
+        _check_text(f"phrases[{k}]", phrase)
     return phrases
 
 
@@ -132,10 +137,13 @@ def _validate_box(k: int, box: Any) -> Box:
     if not all(map(math.isfinite, (x0, y0, x1, y1))):
         raise ValueError(f"boxes[{k}] is {_short(values)}; expected finite numbers")
     if max(x0, y0, x1, y1) > 2:
-        raise ValueError(
-            f"boxes[{k}] is {_short(values)}, which looks like pixels; divide x by the picture's width and y by its "
-            "height, so that all lie in 0-1"
-        )
+        if max(x0, y0, x1, y1) <= 100 and min(x0, y0, x1, y1) >= 0:
+            advice = (
+                "which look like percent; divide by 100 (or, if they are pixels, by the picture's width and height)"
+            )
+        else:
+            advice = "which looks like pixels; divide x by the picture's width and y by its height"
+        raise ValueError(f"boxes[{k}] is {_short(values)}, {advice}, so that all lie in 0-1")
     if min(x0, y0, x1, y1) < -TOLERANCE or max(x0, y0, x1, y1) > 1 + TOLERANCE:
         raise ValueError(f"boxes[{k}] is {_short(values)}, outside the picture; expected 0 <= x, y <= 1")
     x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) for value in (x0, y0, x1, y1))
@@ -146,6 +154,14 @@ def _validate_box(k: int, box: Any) -> Box:
             "(corners, not width and height)"
         )
     return x0, y0, x1, y1
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuse what no tokenizer and no file can hold: half of a pair of UTF-16, from broken JSON or other bytes."""
+    if found := _NO_TEXT.search(text):
+        raise ValueError(
+            f"{name} is {_short(text)}; its letter {found.start()}, {found[0]!a}, is half of one; write it as UTF-8"
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -177,19 +193,21 @@ def read_layouts(path: str | Path) -> list[Layout]:
     if not path.is_file():
         raise FileNotFoundError(f"no layout file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error}") from error
     try:
         whole = json.loads(text)
         entries = [(f"item {k}", item) for k, item in enumerate(whole)] if isinstance(whole, list) else [("", whole)]
-    except json.JSONDecodeError as whole_error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for a layout") from error
+    except ValueError as whole_error:  # of the syntax, or a number of too many digits
         entries = []
         for number, line in enumerate(text.split("\n"), start=1):  # prompts may hold other line ends
             if line.strip():
                 try:
                     entries.append((f"line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     # A broken file of one object is not JSONL: then the error of the whole is the telling one.
                     shown = f"line {number}: {error}" if entries else str(whole_error)
                     raise ValueError(f"{path} is neither JSON nor JSONL: {shown}") from error

@@ -17,7 +17,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     wanted = _plain(name)[:100]
     close = get_close_matches(wanted, plain, n=3, cutoff=CLOSE)
     if not close and len(wanted) > 2:
-        close = [other for other in plain if other.startswith(wanted) or wanted.startswith(other) and len(other) > 2][:3]
+        close = [other for other in plain if other.startswith(wanted) or (wanted.startswith(other) and len(other) > 2)][
+            :3
+        ]
     if not close:
         return ""
     best = SequenceMatcher(None, wanted, close[0]).ratio()

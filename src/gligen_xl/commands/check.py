@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import Parser
+from .common import Parser, watched
+from .values import check_folder
 
 HELP = "Whether shards can be trained on: every latent and every row looked at."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("folder", help="of shards: NAME.safetensors with NAME.parquet")
-    return (parser.parse_args(words),)
+    arguments = parser.parse_args(words)
+    check_folder(arguments.folder, "a folder of shards")
+    return (arguments,)
 
 
 def run(arguments: Namespace) -> None:
-    from tqdm import tqdm
-
     from ..data.check import check_shards
 
-    report = check_shards(arguments.folder, progress=lambda stems: tqdm(stems, desc="check", unit="shard"))
+    report = check_shards(arguments.folder, progress=lambda stems: watched(stems, "check", len(stems), unit="shard"))
     print(report)
     if report.problems:
         raise ValueError(f"{len(report.problems)} problems in {arguments.folder}")

@@ -33,7 +33,9 @@ def printable(text: str) -> str:
     """The text with control characters, those of direction and lone surrogates as escapes; cut where it is long."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST - 200]} ... {text[-195:]}"
-    return "".join(_escaped(letter) if unicodedata.category(letter) in ("Cc", "Cf", "Cs") else letter for letter in text)
+    return "".join(
+        _escaped(letter) if unicodedata.category(letter) in ("Cc", "Cf", "Cs") else letter for letter in text
+    )
 
 
 def _escaped(letter: str) -> str:

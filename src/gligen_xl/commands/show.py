@@ -7,7 +7,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from ..files import whole_file
-from .common import Parser, UsageError, quiet_imports
+from .common import Parser, quiet_imports, refuse_beside
+from .values import check_folder, check_out_file, check_source, count
 
 HELP = "Pictures of shards, decoded, with boxes, phrases and captions: whether boxes are right is seen at once."
 
@@ -15,13 +16,17 @@ HELP = "Pictures of shards, decoded, with boxes, phrases and captions: whether b
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("folder", help="of shards")
     parser.add_argument("--index", type=int, help="one sample, by number; by default a grid of them")
-    parser.add_argument("--grid", type=int, default=16, help="how many samples, evenly over all")
+    parser.add_argument("--grid", type=count, default=16, help="how many samples, evenly over all")
     parser.add_argument("--vae", help="folder or repository of the VAE; by default the one that the shards name")
     parser.add_argument("--min_score", type=float, default=0.0, help="leave out boxes of lower confidence")
     parser.add_argument("--out", default="samples.png", help="the picture to write")
     arguments = parser.parse_args(words)
-    if arguments.grid < 1:
-        raise UsageError(f"--grid is {arguments.grid}; expected at least 1")
+    if arguments.index is not None:
+        refuse_beside(arguments, parser, ["grid"], "is of several samples, --index of one; give one of the two")
+    check_folder(arguments.folder, "a folder of shards")
+    if arguments.vae is not None:
+        check_source("vae", arguments.vae, "VAE", known=("shapes",))
+    check_out_file(arguments.out)
     return (arguments,)
 
 

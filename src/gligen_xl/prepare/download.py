@@ -52,7 +52,10 @@ def download(
         ValueError: no such set or archives, too little space on the disk, or a file that is not what the Hub says.
     """
     if which not in SETS and "/" not in which:
-        raise ValueError(f"there is no set {which!r}{did_you_mean(which, SETS)}; there are {', '.join(SETS)}, and repositories (owner/name)")
+        raise ValueError(
+            f"there is no set {which!r}; there are {', '.join(SETS)}, and repositories (owner/name)"
+            f"{did_you_mean(which, SETS)}"
+        )
     repository, out = SETS.get(which, which), Path(out)
     files = _chosen(_files(repository, revision, token), archives, repository)
     out.mkdir(parents=True, exist_ok=True)

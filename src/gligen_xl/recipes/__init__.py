@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from ..suggestions import did_you_mean
+
 _FOLDER = Path(__file__).parent
 
 
@@ -34,6 +36,7 @@ def find_recipe(name: str, *, quick: bool = False) -> Path:
             short = f"; {name} has no short form" if quick and name in recipe_names() else ""
             raise ValueError(
                 f"there is no recipe {wanted!r}{short}; there are {', '.join(recipe_names())}, or a YAML file"
+                f"{did_you_mean(wanted, recipe_names())}"
             )
     elif quick:
         raise ValueError(f"--quick is for recipes by name; {name} is a file, its own samples decide")
@@ -52,11 +55,13 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe file {path}")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _NothingTwice)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        settings = yaml.load(path.read_text(encoding="utf-8-sig"), _NothingTwice)
+    except OSError:
+        raise
     except _Twice as error:
         raise ValueError(f"{path} has {error} twice; leave one of them out") from error
+    except Exception as error:  # also numbers and dates that Python cannot hold, and what is nested without end
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}; expected settings, one NAME: VALUE a line")
     return settings
