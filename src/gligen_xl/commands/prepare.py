@@ -79,7 +79,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
 
 def _resolution(text: str, vae: str | None) -> int:
     """Pixels. Of the usual VAE they are a multiple of 8; another one is asked when it is loaded."""
-    if not text.strip().isascii() or not text.strip().isdecimal() or not int(text):
+    if not text.strip().isascii() or not text.strip().isdecimal():
         raise UsageError(f"--resolution is {text}; expected pixels, as 512")
     if vae is None and int(text) % 8:
         raise UsageError(f"--resolution is {text}; expected a multiple of 8 pixels, as 512")
@@ -103,7 +103,6 @@ def run(arguments: Namespace) -> None:
 
     from ..prepare.sources import open_source
 
-    settings = _settings(arguments)
     units = open_source(
         arguments.source,
         kind=arguments.kind,
@@ -112,6 +111,7 @@ def run(arguments: Namespace) -> None:
         classes=arguments.classes,
         unit_size=arguments.unit_size,
     )
+    settings = _settings(arguments)
     quiet_imports()
     from ..prepare.run import Machine, prepare
 
