@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, create_repo, snapshot_download, upload_folder
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -73,26 +73,24 @@ def reaching(repository: str | Path, lacking: str = "") -> Iterator[None]:
         lacking: what is not on this machine either, for the error, as "no pipeline folder owner/name".
 
     Raises:
-        FileNotFoundError: there is no such repository, or it cannot be had. OSError: others of the disk, as they came.
+        FileNotFoundError: there is no such repository, or it cannot be had. Other errors: as they came.
     """
     try:
         yield
     except Exception as error:
-        reason = _reason(error, str(repository))
-        if reason is None and isinstance(error, OSError):
+        if (reason := _reason(error, str(repository))) is None:
             raise
-        reason = reason or f"{repository} could not be fetched: {type(error).__name__}: {_first_line(error)}"
-        start = f"{lacking}, and no such repository was reached: " if lacking else ""
-        raise FileNotFoundError(start + reason) from error
+        start = f"{lacking}, and no such repository was reached" if lacking else f"{repository} cannot be had"
+        raise FileNotFoundError(f"{start}: {reason}") from error
 
 
 _NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "ssl", "socket")
 _ELSEWHERE = "or give a folder that is on this machine"
 
 
-def _reason(error: BaseException, name: str) -> str | None:
+def _reason(error: Exception, name: str) -> str | None:
     """Why a repository could not be had, and what to do; None where it is no matter of the Hub."""
-    causes = [error]
+    causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
 
@@ -100,32 +98,21 @@ def _reason(error: BaseException, name: str) -> str | None:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if came(GatedRepoError):
-        return (
-            f"the repository {name} is open to those alone who agreed to its conditions: do so at "
-            f"https://huggingface.co/{name}, then run hf auth login"
-        )
+        return f"agree to its conditions at https://huggingface.co/{name} first, then run hf auth login"
     if came(RevisionNotFoundError):
-        return f"the repository {name} has no such revision"
+        return "it has no such revision"
     if came(RepositoryNotFoundError):
-        return f"the Hub has no repository {name} that you may read: look at its name, or run hf auth login"
+        return "the Hub has none of that name that you may read; look at the name, or run hf auth login"
     if came(HFValidationError):
-        return f"{name} cannot be the name of a repository either; expected owner/name"
-    if came(OfflineModeIsEnabled) or (came(LocalEntryNotFoundError) and os.environ.get("HF_HUB_OFFLINE")):
-        return (
-            f"the repository {name} was not fetched before, while HF_HUB_OFFLINE forbids to fetch it now: unset that, "
-            f"{_ELSEWHERE}"
-        )
-    unreachable = came(ConnectionError, TimeoutError, LocalEntryNotFoundError) or any(
-        type(cause).__module__.partition(".")[0] in _NETWORK
-        for cause in causes
-        if not isinstance(cause, HfHubHTTPError)
-    )
+        return "that cannot be the name of one, owner/name"
+    if came(OfflineModeIsEnabled) or (came(LocalEntryNotFoundError) and HF_HUB_OFFLINE):
+        return f"HF_HUB_OFFLINE is set, and it was not fetched before; unset that, {_ELSEWHERE}"
     if isinstance(error, HfHubHTTPError):
-        return f"the Hub did not give the repository {name} ({_first_line(error)}); try again later, {_ELSEWHERE}"
-    if unreachable:
-        return (
-            f"the repository {name} could not be reached ({_first_line(causes[-1])}): look at the network, {_ELSEWHERE}"
-        )
+        return f"the Hub refused it ({_first_line(error)}); try again later, {_ELSEWHERE}"
+    if came(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
+        type(cause).__module__.partition(".")[0] in _NETWORK for cause in causes
+    ):
+        return f"the Hub cannot be reached ({_first_line(causes[-1])}); look at the network, {_ELSEWHERE}"
     return None
 
 

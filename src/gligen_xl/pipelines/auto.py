@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from ..files import naming, read_json
-from ..hub import local_folder, model_files
+from ..hub import local_folder, model_files, reaching
 from .grounding import GroundingMixin
 from .loading import INDEX_NAME, pipeline_folder
 from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
@@ -75,7 +75,8 @@ def load_pipeline(
     if single:
         settings = {"config": config} if config else {}
         try:
-            return CLASSES[kind].from_single_file(str(folder), torch_dtype=dtype, **settings, **parts, **loading)  # type: ignore[attr-defined]
+            with reaching("the settings of its base", f"{model} needs the settings of its base (--config FOLDER)"):
+                return CLASSES[kind].from_single_file(str(folder), torch_dtype=dtype, **settings, **parts, **loading)  # type: ignore[attr-defined]
         except SingleFileComponentError as error:
             raise ValueError(f"{model} is no whole checkpoint: {str(error).strip().splitlines()[0]}") from error
     return CLASSES[kind].from_pretrained(folder, dtype=dtype, **parts, **loading)
