@@ -117,6 +117,11 @@ def read_object(path: str | Path, what: str) -> dict[str, Any]:
     return value
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _flush(path: Path) -> None:
     """Onto the disk itself, so that the rename cannot come before the contents."""
     with path.open("rb") as file:

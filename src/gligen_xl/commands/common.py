@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..files import first_line
 from ..suggestions import did_you_mean
 from .values import UsageError, check_source, count, device, dtype, given, seed, seed_or_random
 
@@ -68,6 +69,8 @@ class Parser(ArgumentParser):
                 return f"{match[1]!r} belongs to no option; put quotes around words with spaces between them"
             name = first.partition("=")[0]
             return f"there is no option {name}{did_you_mean(name, self._options())}"
+        if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+            return f"{match[1]} {'have' if ',' in match[1] else 'has'} to be given"
         if match := re.fullmatch(r"argument (\S+): (.*)", message):
             name = match[1] if match[1].startswith("-") else match[1].upper()
             if choice := re.fullmatch(r"invalid choice: (.*?) \(choose from (.*)\)", match[2]):
@@ -188,7 +191,7 @@ def load(arguments: Namespace, **kind: Any) -> GroundingMixin:
             pipeline.to(device)
     except (RuntimeError, AssertionError, ValueError) as error:
         what = f"offload to the device {device!r}" if arguments.offload else f"use the device {device!r}"
-        raise ValueError(f"cannot {what}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot {what}: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -213,7 +216,7 @@ def usable_device(name: str | None) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot use the device {name!r}: {first_line(error)}") from error
     return name
 
 
@@ -233,6 +236,8 @@ def quiet_imports() -> None:
     import diffusers.utils.logging
     import transformers.utils.logging
 
+    if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
+        transformers.utils.logging.set_verbosity_error()  # also where it was imported before
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 

@@ -18,6 +18,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
 
 
 def run(arguments: Namespace) -> None:
+    from ..files import naming
     from ..train.report import write_report
 
-    print(write_report(arguments.run))
+    with naming(arguments.run, "the folder of a run that can be reported"):
+        print(write_report(arguments.run))

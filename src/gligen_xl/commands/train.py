@@ -37,7 +37,12 @@ def parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
         raise UsageError("name the recipe first: gligen-xl train RECIPE ...")
     for file in (recipe, *_settings_files(words)):
         check_names(read_settings(file), str(file))
-    parsed = parser.parse_args(["--settings", str(recipe), *words])
+    try:
+        parsed = parser.parse_args(["--settings", str(recipe), *words])
+    except UsageError as error:
+        if "to be given" in str(error):
+            raise UsageError(f"{words[0]} and the options together are no run: {error}") from error
+        raise
     try:
         arguments = parser.instantiate(parsed)
     except TypeError as error:

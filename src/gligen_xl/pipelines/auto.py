@@ -12,10 +12,11 @@ from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
-from ..files import naming, read_json
+from ..files import first_line, naming
 from ..hub import local_folder, model_files, reaching
 from .grounding import GroundingMixin
-from .loading import INDEX_NAME, pipeline_folder
+from .loading import pipeline_folder
+from .parts import read_index
 from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
 from .sdxl import (
     StableDiffusionXLGLIGENControlNetImg2ImgPipeline,
@@ -78,7 +79,7 @@ def load_pipeline(
             with reaching("the settings of its base", f"{model} needs the settings of its base (--config FOLDER)"):
                 return CLASSES[kind].from_single_file(str(folder), torch_dtype=dtype, **settings, **parts, **loading)  # type: ignore[attr-defined]
         except SingleFileComponentError as error:
-            raise ValueError(f"{model} is no whole checkpoint: {str(error).strip().splitlines()[0]}") from error
+            raise ValueError(f"{model} is no whole checkpoint: {first_line(error)}") from error
     return CLASSES[kind].from_pretrained(folder, dtype=dtype, **parts, **loading)
 
 
@@ -91,8 +92,8 @@ def _load_controlnet(name: str, dtype: torch.dtype) -> ControlNetModel:
 def _is_xl(model: Path) -> bool:
     """SDXL has two text encoders; in a checkpoint in one file they are called conditioner."""
     if model.is_dir():
-        index = read_json(model / INDEX_NAME)
-        return (index.get("text_encoder_2") or [None])[0] is not None
+        kind = read_index(model).get("text_encoder_2")
+        return isinstance(kind, list) and bool(kind) and kind[0] is not None
     try:
         if model.suffix == ".safetensors":
             with safe_open(model, "pt") as opened:
@@ -101,5 +102,5 @@ def _is_xl(model: Path) -> bool:
             loaded = torch.load(model, map_location="meta", weights_only=True)
             names = list(loaded.get("state_dict", loaded))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise ValueError(f"{model} is damaged or not a checkpoint: {str(error).splitlines()[0]:.100}") from error
+        raise ValueError(f"{model} is damaged or not a checkpoint: {first_line(error):.100}") from error
     return any(name.startswith("conditioner.") for name in names)

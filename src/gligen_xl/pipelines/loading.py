@@ -30,6 +30,7 @@ from ..adapter.store import CONFIG_NAME, weights_name
 from ..files import read_json, write_json
 from ..hub import INDEX_NAME, OPTIONS, local_folder, pipeline_files, upload
 from ..phrases import phrase_width
+from .parts import check_parts, check_tokenizers, naming_part, read_index
 
 ADAPTER_SUBFOLDER = "gligen_adapter"
 _parts_stay: ContextVar[bool] = ContextVar("parts_stay", default=False)  # while from_pipe makes a pipeline of them
@@ -158,17 +159,21 @@ class AdapterLoaderMixin(DiffusionPipeline):
         # One type for all parts: left to itself, transformers keeps the files' type and diffusers does not.
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or torch.float32)
         folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
-        index = read_json(folder / INDEX_NAME)
+        index = read_index(folder)
+        check_parts(folder, index, kwargs)
         if "Inpaint" in cls.__name__ and "unet" not in kwargs and _is_gligen_inpainting(folder, index):
             raise ValueError(
                 f"the nine channels of {folder}'s U-Net are GLIGEN's own, not those of {cls.__name__}; load it with "
                 "StableDiffusionGLIGENPipeline and give gligen_inpaint_image"
             )
         try:
-            pipeline = super().from_pretrained(str(folder), **kwargs)
+            with naming_part(folder):
+                pipeline = super().from_pretrained(str(folder), **kwargs)
         except SafetensorError as error:  # transformers does not say of which file
             damaged = ", ".join(map(str, filter(_is_damaged, sorted(folder.rglob("*.safetensors"))))) or folder
             raise ValueError(f"{damaged}: damaged or not a safetensors file: {error}") from error
+        names = ("tokenizer", "tokenizer_2")
+        check_tokenizers(folder, {name: getattr(pipeline, name, None) for name in names if name not in kwargs})
         adapter = folder / ADAPTER_SUBFOLDER
         if pipeline.unet is None:
             return pipeline

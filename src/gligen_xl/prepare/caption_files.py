@@ -153,7 +153,7 @@ def _read_json(path: Path, folder: Path) -> Iterator[Pair]:
     """The only kind of file that is read whole."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(

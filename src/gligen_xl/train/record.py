@@ -154,7 +154,7 @@ def _parsed(line: str) -> Row | None:
     """A line of metrics.jsonl without what is null; None where it is broken."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not _is_number(row.get("samples")):
         return None
