@@ -6,6 +6,7 @@ Wrong input ends with exit code 2, an interrupt with 130, a reader that is gone 
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -152,17 +153,15 @@ def _complain(text: str) -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether it is the standard output or error that cannot be written; nothing more is written there then."""
+    """Whether nobody reads the standard output or error any more; nothing more is written there then."""
     gone = False
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            gone = True
-            with suppress(OSError, ValueError):  # the interpreter flushes once more when it ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError):
-            continue
+        with suppress(AttributeError, OSError, ValueError):  # a stream without a file behind it
+            waiting = select.poll()
+            waiting.register(stream.fileno(), select.POLLOUT)
+            if any(event & select.POLLERR for _, event in waiting.poll(0)):
+                gone = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter flushes when it ends
     return gone
 
 

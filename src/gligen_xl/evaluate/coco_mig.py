@@ -96,7 +96,7 @@ def _yaml_entry(prompt: str, entry: Mapping[str, Any]) -> _Entry:
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also numbers and dates that cannot be
         raise ValueError(f"{path} is not YAML: {error}") from error
 
 

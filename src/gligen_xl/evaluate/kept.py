@@ -57,7 +57,7 @@ class Kept:
         kept = path.read_bytes() if path.is_file() else b""
         self._cut = kept[-1:] not in (b"", b"\n")
         for line in kept.splitlines():
-            with suppress(ValueError, TypeError, KeyError, AttributeError):
+            with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 entry = json.loads(line)
                 read(entry["found"])
                 self._found[entry["picture"], entry["asked"]] = entry["found"]

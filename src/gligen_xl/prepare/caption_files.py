@@ -119,7 +119,7 @@ def _read_jsonl(path: Path, folder: Path) -> Iterator[Pair]:
             where = f"{path}, line {number}"
             try:
                 entry = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             if not isinstance(entry, dict):
                 raise ValueError(f"{where} is {str(entry)[:80]!r}; expected an object with an id and a caption")

@@ -240,7 +240,7 @@ def truncate_metrics(path: Path, position: int) -> None:
         try:
             if json.loads(line)["samples"] <= position:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     with whole_file(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
