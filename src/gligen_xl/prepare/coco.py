@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ..files import read_text
 from .item import Item, Skipped
 from .json_members import members
 from .pictures import picture_size
@@ -199,8 +200,9 @@ def _read(instances: Path) -> _Content:
         "images": content.add_image,
         "annotations": content.add_annotation,
     }
+    text = read_text(instances)
     try:
-        for key, entry in members(instances.read_text(encoding="utf-8-sig")):
+        for key, entry in members(text):
             if key in add:
                 add[key](_object(key, entry))
     except KeyError as error:
@@ -223,8 +225,8 @@ def _phrases(categories: Mapping[int, str], classes: Path | None) -> dict[int, s
     mapping: Any = {}
     if classes is not None:
         try:
-            mapping = yaml.safe_load(classes.read_text(encoding="utf-8"))  # JSON is YAML
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mapping = yaml.safe_load(read_text(classes))  # JSON is YAML
+        except yaml.YAMLError as error:
             raise ValueError(f"{classes} is neither JSON nor YAML: {error}") from error
         if not isinstance(mapping, dict) or not all(
             isinstance(name, str) and (phrase is None or (isinstance(phrase, str) and phrase.strip()))
