@@ -23,7 +23,7 @@ from .rows import (
     stated_size,
     unique,
 )
-from .tars import DOTS, Reading, TarSample, read_samples
+from .tars import DOTS, Reading, TarSample, count_unread, read_samples
 
 TARS = (".tar", ".tar.gz", ".tgz")
 
@@ -108,15 +108,12 @@ class Archive:
             yield sample
 
     def _items(self) -> Iterator[Item | Skipped]:
-        seen = False
         for sample in self._samples():
-            seen = True
             where = f"{self.path}, sample {sample.key}"
+            if sample.picture is not None:  # what else looks like one is a mask, or a map of depths
+                count_unread(sample.unread, {f".{ending}": 1 for ending, why in sample.refused.items() if why == DOTS})
             for k, result in enumerate(self._results(sample, where)):
                 yield replace(result, done=sample.done, where=where, unread={} if k else dict(sample.unread))
-        if not seen and self.reading.unread:
-            found = ", ".join(f"{ending}: {number}" for ending, number in self.reading.unread.most_common(5))
-            raise ValueError(f"{self.path} holds no pictures ({found}); expected .{', .'.join(ENDINGS)}")
 
     def _results(self, sample: TarSample, where: str) -> Iterator[Item | Skipped]:
         ending = sample.picture

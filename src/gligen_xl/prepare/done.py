@@ -76,7 +76,7 @@ class Done:
                 another source that is called the same.
         """
         if self._shared.is_file():
-            self._agree("shards", self._read_shared(), self._now_shared())
+            self._agree("shards", read_json(self._shared), self._now_shared())
         by_name = {unit.name: unit for unit in units}
         for name, mark in self._read_all():
             if name in by_name:
@@ -111,23 +111,18 @@ class Done:
                     rest.unlink()
                 write_json(self._shared, self._now_shared())
             former = read_json(self._shared)
-            if former != (whole := self._read_shared()):
-                write_json(self._shared, whole)
-        self._agree("shards", whole, self._now_shared())
+            if self._now_shared().keys() - former.keys() == {"vae_weights"}:  # written before weights were noted
+                write_json(self._shared, former | self._now_shared())
+        self._agree("shards", former, self._now_shared())
 
     def _now_shared(self) -> dict[str, Any]:
         vae = {"vae_weights": self.weights["vae"]} if "vae" in self.weights else {}
         return self.settings.shared() | vae
 
-    def _read_shared(self) -> dict[str, Any]:
-        """What stands in the folder; where it was written before weights were noted, with those of now."""
-        now = self._now_shared()
-        return {name: now[name] for name in _LATER & now.keys()} | read_json(self._shared)
-
     def _agree(self, what: str, former: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         for name in sorted(former.keys() | current):
             was, now = former.get(name), current.get(name)
-            if was != now:
+            if was != now and not (name in _LATER and None in (was, now)):
                 raise ValueError(
                     f"{self.out} holds {what} prepared with {name} {was!r}, now it is {now!r}; "
                     "go on with the same settings, or choose another folder"
@@ -160,8 +155,8 @@ class Done:
         was, now = mark["identity"], self.identity(unit)
         names = [
             name
-            for name in sorted(was.keys() | now.keys())
-            if was.get(name) != now.get(name) and name != _SHA256_OF_ARCHIVE and (name in was or name not in _LATER)
+            for name in sorted((was.keys() | now.keys()) - {_SHA256_OF_ARCHIVE})
+            if was.get(name) != now.get(name) and (name not in _LATER or (name in was and name in now))
         ]
         if names == ["mtime_ns"] and isinstance(unit, Archive) and was.get(_SHA256_OF_ARCHIVE) == unit.sha256():
             names = []

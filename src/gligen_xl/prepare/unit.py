@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..data.shard_writer import ShardWriter
 from ..data.shards import Row, read_header
 from .ahead import Decoders
+from .archives import Archive
 from .captions import CaptionTable
 from .detect import Detector
 from .encode import Encoder, load_vae
@@ -141,6 +142,8 @@ class UnitMaker:
                 for reason, number in item.dropped.items():
                     report.drop(reason, number, _told(item.place, item.dropped_examples.get(reason, "")))
                 yield item, framed
+        if isinstance(unit, Archive):
+            count_unread(report.unread, unit.reading.unread)
         progress(unit.weight - behind, 0)
 
     def _read(self, unit: Unit, report: UnitReport) -> Iterator[Item | Skipped]:
