@@ -16,7 +16,7 @@ from .settings import Settings
 def files_identity(folder: Path, names: Iterable[str]) -> str:
     """Of names, sizes and times of change (nanoseconds) of files, in their order; links are followed.
 
-    A file that is not there, or cannot be looked at, counts as such. Measured: 10,000 files in 0.05 s on a local disk.
+    A file that is not there, or cannot be looked at, counts as such. Measured: 10,000 files in 0.1 s on a local disk.
 
     Args:
         names: paths below `folder`, each with what stands in its row.
