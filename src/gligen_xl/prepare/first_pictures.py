@@ -45,7 +45,9 @@ def _tried(units: Iterable[Unit], settings: Settings, captions: CaptionTable | N
         if settings.detector is None and not any(
             list(views(item, frame, pixels, settings, report)) for frame, pixels in pairs
         ):
-            example = next(iter(report.dropped_examples.values()), f"it has {len(item.boxes)} boxes")
-            yield Skipped(image_id=item.image_id, reason=TOO_FEW, detail=example, where=item.place)
+            dropped = next(iter(report.dropped_examples.items()), None)
+            told = f"{dropped[0]}: {dropped[1].removeprefix(f'{item.place}: ')}" if dropped else "no more"
+            detail = f"it has {len(item.boxes)} boxes, {told}; expected {settings.min_boxes}"
+            yield Skipped(image_id=item.image_id, reason=TOO_FEW, detail=detail, where=item.place)
             continue
         yield item
