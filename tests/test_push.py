@@ -16,7 +16,8 @@ from tiny import grounded, sd_pipeline, sdxl_pipeline
 from gligen_xl.adapter import AdapterConfig, adapter_state_dict, read_adapter, save_adapter, write_adapter
 from gligen_xl.files import write_json
 from gligen_xl.hub import upload
-from gligen_xl.train.publish import find_source, public, public_name, publish_adapter, stage_adapter
+from gligen_xl.public import public, public_name
+from gligen_xl.train.publish import find_source, publish_adapter, stage_adapter
 
 SECRETS = ("/home/mallory", "mallory", "hunter2", "bucket-of-ours")
 TRAINING = {

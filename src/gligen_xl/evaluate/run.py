@@ -351,9 +351,9 @@ def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) 
         def compare(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
             return [[score.clip, score.clip_objects] for score in clip.score(pictures, layouts)]
 
-        def similarities(found: Any) -> tuple[float, list[float]]:
+        def similarities(found: Any) -> tuple[float | None, list[float]]:
             whole, objects = found
-            return float(whole), [float(value) for value in objects]
+            return None if whole is None else float(whole), [float(value) for value in objects]  # no prompt, no score
 
         kept.append(Kept(folder / "clip.jsonl", clip.settings, compare, similarities))
     return kept

@@ -46,7 +46,7 @@ def survey(source: Path) -> tuple[Reader, str]:
     for reader in _READERS.values():
         if reader in sums:
             whole = (reader.__name__, sums[reader])
-            return reader, hashlib.sha256(repr(whole).encode()).hexdigest()[:24]
+            return reader, hashlib.sha256(repr(whole).encode()).hexdigest()
     raise ValueError(f"{source} holds no captions; expected files that end in {', '.join(_READERS)}")
 
 
