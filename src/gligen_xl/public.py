@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import read_json, write_json
+
 HIDDEN = "..."
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")  # of the Hugging Face Hub
@@ -26,6 +28,7 @@ _PLACES = _HUB_NAMES | {
 _CONTAINERS = ("abfs", "abfss", "az", "wasb", "wasbs")  # container@account, which is no secret
 _WORDS = frozenset({"prompt", "negative_prompt", "phrases", "caption", "text", "id"})  # never a place
 _ABSOLUTE = re.compile(r"(?:/[^/\n]+){2,}/?|~[\w.-]*[/\\].*|[A-Za-z]:[\\/].*|\\\\.*")
+_SNAPSHOT = re.compile(r"models--(.+?)--([^/\\]+)[/\\]snapshots[/\\]")  # in the cache of the Hub's library
 _PATH_IN_TEXT = re.compile(
     r"(?<![\w/.:~-])(?:~[\w.-]*)?/(?:[^\s/'\",;:()]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\'\",;:()]+\\)+"
 )
@@ -77,6 +80,8 @@ def public_name(text: str, *, hub: bool = False) -> str:
     """
     from .hub import names_repository  # it brings the Hub's library, which not all need
 
+    if snapshot := _SNAPSHOT.search(text):
+        return f"{snapshot[1]}/{snapshot[2]}"
     file = re.sub(r"=[-+.\deE]+$", "", text)  # a LoRA may have its scale behind it
     if text.startswith("hf://") or (hub and names_repository(text) and not Path(file).exists()):
         return redacted(text)
@@ -89,6 +94,24 @@ def public_name(text: str, *, hub: bool = False) -> str:
 def public_text(text: str) -> str:
     """A sentence, as an error's, in which absolute paths are their last names."""
     return _PATH_IN_TEXT.sub("", redacted(text))
+
+
+def clean_model_folder(folder: str | Path) -> None:
+    """Take the places that a model was loaded from out of the settings in its folder, where diffusers and transformers
+    write them."""
+    folder = Path(folder)
+    for file in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
+        settings = read_json(file)
+        if not isinstance(settings, dict):
+            continue
+        cleaned = {
+            name: public_name(value, hub=True)
+            if isinstance(value, str) and (name.endswith("name_or_path") or _is_place(value))
+            else value
+            for name, value in settings.items()
+        }
+        if cleaned != settings:
+            write_json(file, cleaned)
 
 
 def _is_place(text: str) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .links import leaves
 from .rows import clean
 from .tars import read_samples
 
@@ -72,13 +74,18 @@ def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
 def _files(source: Path) -> Iterator[Path]:
     """The file, or those of the folder and the folders in it, by name; texts as they come, since they may be millions
     and their order matters to none."""
-    if not source.is_dir():
-        yield source
-        return
+    yield from _files_below(source, source) if source.is_dir() else [source]
+
+
+def _files_below(folder: Path, source: Path) -> Iterator[Path]:
     later = []
-    with os.scandir(source) as entries:
+    with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and _reader(Path(entry.path)) and leaves(source, Path(entry.path)):
+                what = f"{entry.path} is a link to a file outside of {source}, and left out; copy that file there"
+                warnings.warn(what, stacklevel=2)
                 continue
             if entry.name.endswith(".txt"):
                 yield Path(entry.path)
@@ -86,9 +93,9 @@ def _files(source: Path) -> Iterator[Path]:
                 later.append((entry.name, entry.is_dir(follow_symlinks=False)))
     for name, is_folder in sorted(later):
         if is_folder:
-            yield from _files(source / name)
+            yield from _files_below(folder / name, source)
         else:
-            yield source / name
+            yield folder / name
 
 
 def _reader(file: Path) -> Reader | None:

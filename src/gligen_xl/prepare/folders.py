@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .item import Item, Skipped
+from .links import leaves
 from .pictures import ENDINGS
 from .rows import clean, item_or_why_not, unique
 
@@ -52,7 +54,7 @@ class PictureChunk:
             if inner.parts > end:
                 return
             image_id = clean(inner.with_suffix("").as_posix())
-            yield item_or_why_not(partial(_item, path, image_id, done), image_id, done)
+            yield item_or_why_not(partial(_item, self.folder, path, image_id, done), image_id, done)
 
 
 def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk]:
@@ -61,7 +63,7 @@ def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk
     paths = find_pictures(folder)
     while part := list(islice(paths, unit_size)):
         inner = [path.relative_to(folder).as_posix() for path in part]
-        lines = [json.dumps([where, *_facts(path)]) for where, path in zip(inner, part, strict=True)]
+        lines = [json.dumps([where, *_facts(folder, path)]) for where, path in zip(inner, part, strict=True)]
         chunk = PictureChunk(
             name=f"{name}-{len(chunks):05d}",
             folder=folder,
@@ -93,21 +95,26 @@ def find_pictures(folder: Path, begin: tuple[str, ...] = ()) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-def _item(picture: Path, image_id: str, done: int) -> Item:
-    return Item(image_id=image_id, picture=picture, caption=_caption(picture), done=done)
+def _item(folder: Path, picture: Path, image_id: str, done: int) -> Item:
+    return Item(image_id=image_id, picture=picture, caption=_caption(folder, picture), done=done)
 
 
-def _facts(picture: Path) -> tuple[int | str | None, ...]:
+def _facts(folder: Path, picture: Path) -> tuple[int | str | None, ...]:
     """Its size in bytes and its caption; of one that cannot be read, why."""
     try:
-        return picture.stat().st_size, _caption(picture)
+        return picture.stat().st_size, _caption(folder, picture)
     except OSError as error:
         return (error.errno,)
 
 
-def _caption(picture: Path) -> str:
+def _caption(folder: Path, picture: Path) -> str:
+    text = picture.with_suffix(".txt")
+    if leaves(folder, text):
+        what = f"{text} is a link to a file outside of {folder}, and no caption; copy that file there"
+        warnings.warn(what, stacklevel=2)
+        return ""
     try:
-        with picture.with_suffix(".txt").open("rb") as file:
+        with text.open("rb") as file:
             return clean(file.read(MAX_CAPTION).decode("utf-8-sig", "replace"))
     except (FileNotFoundError, IsADirectoryError):
         return ""
