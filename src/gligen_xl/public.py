@@ -6,6 +6,7 @@ machine: adapters, model cards, pictures, shards, reports.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,10 +84,12 @@ def public_name(text: str, *, hub: bool = False) -> str:
     if snapshot := _SNAPSHOT.search(text):
         return f"{snapshot[1]}/{snapshot[2]}"
     file = re.sub(r"=[-+.\deE]+$", "", text)  # a LoRA may have its scale behind it
-    if text.startswith("hf://") or (hub and names_repository(text) and not Path(file).exists()):
-        return redacted(text)
+    text = redacted(text)
+    exists = os.path.exists(file)  # noqa: PTH110 - it raises nothing, whatever the text holds
+    if text.startswith("hf://") or (hub and names_repository(text) and not exists):
+        return text
     if "://" in text:
-        text = redacted(text).rpartition("://")[2].split("?")[0].split("#")[0].removeprefix(f"{HIDDEN}@")
+        text = text.rpartition("://")[2].split("?")[0].split("#")[0].removeprefix(f"{HIDDEN}@")
     name = re.split(r"[/\\]", text.rstrip("/\\"))[-1]
     return Path(text).resolve().name if name in (".", "..", "~") else name
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -152,13 +153,15 @@ def find_source(source: str | Path) -> Source:
 
 
 def _write_pictures(run: RunRecord, folder: Path) -> dict[str, int]:
-    """The first and the last validation's pictures; file -> samples seen."""
+    """The pictures of the first and the last validation that can be read; file -> samples seen."""
+    readable = {}
+    for order in (sorted(run.pictures), sorted(run.pictures, reverse=True)):
+        for samples in order:
+            with suppress(OSError):  # half of a file: the next one is taken
+                readable[samples] = readable.get(samples) or picture_bytes(run.pictures[samples], **_PICTURE_SIZE)
+                break
     written = {}
-    for samples in sorted({min(run.pictures), max(run.pictures)}) if run.pictures else []:
-        try:
-            picture = picture_bytes(run.pictures[samples], **_PICTURE_SIZE)
-        except OSError:  # half of a file
-            continue
+    for samples, picture in sorted(readable.items()):
         file = f"images/validation-{samples:08d}.jpg"
         (folder / "images").mkdir(exist_ok=True)
         (folder / file).write_bytes(picture)
