@@ -145,6 +145,21 @@ def test_addresses_say_nothing_secret(text, shown):
 
 
 @pytest.mark.parametrize(
+    ("address", "error"),
+    [
+        ("s3://KEY:SECRET@bucket/a", "no KEY:SECRET@bucket/a"),
+        ("s3://KEY:SEC/RET@bucket/a", "no such bucket KEY with SEC/RET"),
+        ("https://h/x?sig=SECRET&revision=3", "GET /x SECRET 3"),
+        ("s3://KEY:SECRET@", "KEY:SECRET@"),
+    ],
+)
+def test_errors_that_hold_an_address_in_parts(address, error):
+    shown = redacted(error, of=address)
+    assert not any(word in shown for word in ("KEY", "SEC"))
+    assert redacted("a 3 b", of=address) == "a 3 b"
+
+
+@pytest.mark.parametrize(
     "text",
     ["hf://datasets/me/set@main/train", "http://localhost:8080/a@2", "s3://bucket/part-?.tar", "az://container@account/x",
      "/data/a@b:c", "shapes:50000", "me@example.org"],

@@ -35,11 +35,16 @@ _PATH_IN_TEXT = re.compile(
 )
 
 
-def redacted(text: str) -> str:
+def redacted(text: str, *, of: str = "") -> str:
     """Text whose addresses say nothing secret: s3://KEY:SECRET@bucket/a?token=X -> s3://...@bucket/a?token=...
 
     The same secret address always gives the same text, so redacted settings can be compared.
+
+    Args:
+        of: an address whose secrets may stand in the text in parts, as storages put it into their errors.
     """
+    for secret in _secrets(of):
+        text = text.replace(secret, HIDDEN)
     return _TOKEN.sub(HIDDEN, _ADDRESS.sub(lambda match: _redacted_address(match[0]), text))
 
 
@@ -149,6 +154,21 @@ def _redacted_address(address: str) -> str:
     parts = [_redacted_parameter(part, kind) for part in re.split("&(?:amp;)?", query)]
     fragment = HIDDEN if "=" in fragment else fragment
     return f"{kind}://{place}?{'&'.join(parts)}{fragment_mark}{fragment}"
+
+
+def _secrets(address: str) -> list[str]:
+    """The parts of an address that `redacted` leaves out, the longest first."""
+    shown, parts = redacted(address) if address else "", []
+    if f"//{HIDDEN}@" in shown:
+        end = shown.partition(f"//{HIDDEN}@")[2]
+        user = address.rpartition("://")[2]
+        user = user[: user.rfind("@" + end.split("?")[0].split("#")[0])] if end else user.rpartition("@")[0]
+        parts += [user, *user.split(":", 1)]
+    hidden = {part.partition("=")[0] for part in re.split("[?&#]", shown) if part.endswith(f"={HIDDEN}")}
+    for part in re.split("[?&#]", address)[1:]:
+        name, _, value = part.partition("=")
+        parts += [value] if name in hidden else []
+    return sorted({part for part in parts if len(part) > 2}, key=len, reverse=True)
 
 
 def _redacted_parameter(part: str, kind: str) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -139,23 +139,30 @@ class RemoteShard(Shard):
 
 def _list(url: str) -> dict[str, RemoteFile]:
     """The files of shards at a URL, by name."""
-    pauses = iter(PAUSES)
-    while True:
-        try:
-            system, path = _file_system(url)
-            entries = system.ls(path, detail=True)
-            break
-        except Exception as error:
-            _pause_or_raise(error, pauses, url)
-    files = {}
+    entries, files = _ask(url, lambda system, path: system.ls(path, detail=True)), {}
     for entry in entries:
         path = PurePosixPath(entry["name"])
         if entry["type"] == "file" and path.suffix in (".safetensors", ".parquet") and not path.name.startswith("."):
-            identity = next((str(entry[name]) for name in IDENTITY if entry.get(name)), "")
-            files[path.name] = RemoteFile(f"{url.rstrip('/')}/{path.name}", int(entry["size"]), identity)
+            file = f"{url.rstrip('/')}/{path.name}"
+            identity = _identity(entry) or _identity(_ask(file, lambda system, path: system.info(path)))
+            files[path.name] = RemoteFile(file, int(entry["size"]), identity)
     if not files:
         raise FileNotFoundError(f"{redacted(url)} holds no shards (NAME.safetensors with NAME.parquet)")
     return files
+
+
+def _identity(facts: Mapping[str, Any]) -> str:
+    return next((str(facts[name]) for name in IDENTITY if facts.get(name)), "")
+
+
+def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
+    """What the storage of a URL answers; asked again where the network fails."""
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            return question(*_file_system(url))
+        except Exception as error:  # each kind of storage has its own
+            _pause_or_raise(error, pauses, url)
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -168,19 +175,19 @@ def _file_system(url: str) -> tuple[Any, str]:
         advice = f"pip install {package}" if package else str(error)
         raise ValueError(f"{redacted(url)} cannot be read yet: {advice}") from error
     except ValueError as error:
-        reason = redacted(str(error))
+        reason = redacted(str(error), of=url)
         raise ValueError(f"{redacted(url)}: there is no storage of the kind {protocol}://: {reason}") from error
 
 
 def _pause_or_raise(error: Exception, pauses: Iterator[float], url: str) -> None:
     """Wait before the next try; or raise, if that will not help or was done often enough."""
     if isinstance(error, FileNotFoundError | PermissionError | ValueError):
-        if (said := redacted(str(error))) == str(error):
+        if (said := redacted(str(error), of=url)) == str(error):
             raise error
         kinds = (FileNotFoundError, PermissionError, ValueError)
         raise next(kind for kind in kinds if isinstance(error, kind))(said) from None
     if (pause := next(pauses, None)) is None:
-        reason = redacted(" ".join(str(error).split())) or type(error).__name__
+        reason = redacted(" ".join(str(error).split()), of=url) or type(error).__name__
         raise OSError(
             f"{redacted(url)} could not be fetched, tried {len(PAUSES) + 1} times: {reason}; the same command tries "
             "again"
