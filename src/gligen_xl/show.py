@@ -100,9 +100,12 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wi
     text = printable(text[:_LETTERS])
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + " ...") > width:
-        text = text[:-1]
-    return text + " ..."
+    fitting, too_many = 0, len(text)
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fits = font.getlength(text[:middle] + " ...") <= width
+        fitting, too_many = (middle, too_many) if fits else (fitting, middle)
+    return text[:fitting] + " ..."
 
 
 def png_metadata(about: Mapping[str, Any]) -> PngInfo:
