@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from ..public import redacted
-from ..text import visible
+from ..text import printable, visible
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -145,7 +145,7 @@ def quiet_imports() -> None:
 def watched(items: Iterable[Any], name: str, total: int) -> tqdm[Any]:
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, total=total, unit="picture")
+    return tqdm(items, desc=printable(name), total=total, unit="picture")
 
 
 def say(text: object) -> None:
