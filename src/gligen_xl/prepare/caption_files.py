@@ -22,6 +22,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..files import decode_text
+from .item import text_fault
 from .links import leaves
 from .rows import clean
 from .tars import read_samples
@@ -68,7 +70,7 @@ def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
                 image_id.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{file}: the caption of {image_id!r} is not Unicode text: {error}") from error
-            yield image_id, caption if length <= LONGEST else None
+            yield image_id, caption if length <= LONGEST and not text_fault(caption or "") else None
 
 
 def _files(source: Path) -> Iterator[Path]:
@@ -106,14 +108,16 @@ def _reader(file: Path) -> Reader | None:
 
 
 def _read_parquet(path: Path, folder: Path) -> Iterator[Pair]:
+    row = 0
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # else it holds whole row groups
             chosen = _choose(path, file.schema_arrow.names)
-            row = 0
             for batch in file.iter_batches(batch_size=4096, columns=list(chosen)):
                 for values in zip(*(batch[name].to_pylist() for name in chosen), strict=True):
                     yield _pair(f"{path}, row {row}", chosen, values)
                     row += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} has a text that is not UTF-8, behind row {row}: {error.object[:40]!r}") from error
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged, or no parquet file: {error}") from error
 
@@ -125,8 +129,8 @@ def _read_jsonl(path: Path, folder: Path) -> Iterator[Pair]:
                 continue
             where = f"{path}, line {number}"
             try:
-                entry = json.loads(line)
-            except ValueError as error:
+                entry = json.loads(decode_text(line))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             if not isinstance(entry, dict):
                 raise ValueError(f"{where} is {str(entry)[:80]!r}; expected an object with an id and a caption")
@@ -159,8 +163,8 @@ def _pair(where: str, names: tuple[str, str], values: Iterable[Any]) -> Pair:
 def _read_json(path: Path, folder: Path) -> Iterator[Pair]:
     """The only kind of file that is read whole."""
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(decode_text(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(
@@ -196,8 +200,8 @@ def _decode(where: str | Path, text: bytes) -> str | None:
     if len(text) > LONGEST:
         return None
     try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        return decode_text(text)
+    except ValueError as error:
         raise ValueError(f"{where} is not UTF-8 text: {error}") from error
 
 

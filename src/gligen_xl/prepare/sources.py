@@ -16,7 +16,7 @@ from .folders import find_pictures, picture_chunks
 from .item import Unit
 from .links import leaves
 from .row_chunks import METADATA, check_rows, row_chunks
-from .rows import BOX_FORMATS
+from .rows import BOX_FORMATS, check_not_all_alike, items_of
 
 KINDS = ("sa1b", "webdataset", "imagefolder", "layouts", "coco")
 UNIT_SIZE = 10_000  # pictures
@@ -71,6 +71,7 @@ def open_source(
         check_rows(units)
     else:
         units = _imagefolder(path, box_format, unit_size)
+    check_not_all_alike(items_of(units))
     return list(units)
 
 
