@@ -14,31 +14,35 @@ from ..data.remote import is_remote
 from ..data.shards import Shard, shard_stems
 from ..files import read_json
 from ..hub import names_repository
+from ..manifest import check_listed
 from ..phrases import phrase_width
 from .agreement import check_form, check_same_run
 from .base import check_fit
-from .checkpoint import list_checkpoints
+from .checkpoint import list_checkpoints, read_state
 from .config import TrainConfig
 from .known_bases import PUBLISHED, BaseParts
+from .reached import check_state
 
 _PUBLISHED_ADAPTERS = ("jiuntian/gligen-xl-1024",)  # of the recipes; of the published form
 _PUBLISHED_FORM = AdapterConfig(cross_attention_dim=2048, phrase_dim=2048)  # the widths are not looked at
 
 
 def reached_position(config: TrainConfig) -> int | None:
-    """Samples that the run in `config.out` has seen, by its last checkpoint; None where no run stands.
+    """Samples that the run in `config.out` has seen, by its last whole checkpoint; None where no run stands.
+
+    Of the large files only the sizes are looked at.
 
     Raises:
         ValueError: the run there was begun with other settings.
     """
     for checkpoint in reversed(list_checkpoints(config.out)):
         try:
-            state = read_json(checkpoint / "state.json")
-            former, position = state["config"], int(state["position"])
-        except (OSError, ValueError, KeyError, TypeError):  # damaged: the run goes on from the one before
+            state = read_state(checkpoint)
+            check_state(checkpoint, state)
+        except (OSError, ValueError):  # damaged: the run goes on from the one before
             continue
-        check_same_run(former, config)
-        return position
+        check_same_run(state["config"], config)
+        return state["position"]
     return None
 
 
@@ -127,7 +131,12 @@ def _form(path: Path) -> AdapterConfig | None:
         if (folder / CONFIG_NAME).is_file():
             if not any(folder.glob("gligen_adapter*.safetensors")):
                 raise FileNotFoundError(f"{folder} is not an adapter folder: it has no weights")
-            return AdapterConfig.from_dict(read_json(folder / CONFIG_NAME).get("config", {}))
+            check_listed(folder, [CONFIG_NAME])
+            check_listed(folder, sizes_only=True)
+            description = read_json(folder / CONFIG_NAME)
+            if not isinstance(description, dict):
+                raise ValueError(f"{folder / CONFIG_NAME} does not describe an adapter")
+            return AdapterConfig.from_dict(description.get("config", {}))
     if not any(file.name.endswith(ENDINGS) for folder in (path, path / "unet") for file in folder.glob("*")):
         raise FileNotFoundError(f"init_adapter {path} holds no weights; expected an adapter in any of its forms")
     return None

@@ -19,7 +19,7 @@ from ..adapter.store import CONFIG_NAME, only_weights
 from ..files import read_json, whole_folder
 from ..hub import names_repository, upload
 from .card import CardFacts, model_card
-from .checkpoint import list_checkpoints
+from .checkpoint import last_whole_adapter, list_checkpoints
 from .record import RunRecord, is_run, picture_bytes, read_run
 
 CARD_NAME = "README.md"
@@ -131,14 +131,15 @@ def find_source(source: str | Path) -> Source:
         if not is_run(folder):
             raise FileNotFoundError(f"{folder} is neither the folder of a run nor an adapter (it has no {CONFIG_NAME})")
         finished = folder / "adapter"
-        whole = [finished] if (finished / CONFIG_NAME).is_file() else list_checkpoints(folder)
-        if not whole:
+        whole = finished if (finished / CONFIG_NAME).is_file() else last_whole_adapter(folder)
+        if whole is None:
             raise FileNotFoundError(f"the run in {folder} has no finished adapter and no checkpoint yet")
-        folder = whole[-1]
+        folder = whole
     of_run = folder.resolve().name == "adapter" or folder.resolve() in list_checkpoints(folder.resolve().parent)
     if not of_run or not is_run(folder.resolve().parent):
         return Source(folder, None)
-    samples = read_json(folder / CONFIG_NAME).get("samples")
+    description = read_json(folder / CONFIG_NAME)
+    samples = description.get("samples") if isinstance(description, dict) else None
     run = read_run(folder.resolve().parent)
     return Source(folder, run if not isinstance(samples, int) else run.until(samples))
 
