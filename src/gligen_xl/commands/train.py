@@ -77,11 +77,11 @@ def run(config: Any, dry_run: int | None) -> int:
     from ..train.precheck import check_before, reached_position
 
     check_before(config)  # what it refuses is not to be looked for under the settings
-    if main:
-        reached = reached_position(config) or 0
-        over = reached >= config.samples // config.batch_size * config.batch_size
-        print(f"the run in {config.out} is finished, {reached:,} samples seen" if over else settings.rstrip())
+    reached = reached_position(config) or 0
+    over = reached >= config.samples // config.batch_size * config.batch_size
+    if main and not over:
+        print(settings.rstrip())
     folder = train(config)
     if main:
-        print(f"\n{folder}")
+        print(f"the run in {config.out} is finished, {reached:,} samples seen\n\n{folder}" if over else f"\n{folder}")
     return 0 if folder == Path(config.out) / FINISHED else STOPPED

@@ -9,13 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..data.shards import Row
+from ..data.shards import MIRRORED, Row
 from .frame import Frame, move_boxes
 from .item import Item
 from .report import UnitReport
 from .settings import Settings
 
-MIRRORED = "-mirrored"  # after the image id
 _SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards|side)?\b", re.IGNORECASE)
 
 

@@ -47,7 +47,7 @@ def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) 
 
 def needs_vae(config: TrainConfig) -> bool:
     """Whether the VAE has work to do: pictures of the validation, or those of the shapes world."""
-    pictures = config.validation.data is not None and config.validation.pictures > 0
+    pictures = config.validation.wanted and config.validation.pictures > 0
     return pictures or any(
         source.partition(":")[0] == "shapes" for source in [*config.sources, config.validation.data or ""]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from ..adapter import AdapterConfig
 from .agreement import check_same_run
 from .checkpoint import last_whole, load_checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, Validation
+from .data import is_drawn
 from .processes import Processes
 
 
@@ -70,6 +71,49 @@ class Reached:
                 f"the run in {self.config.out} was begun on another base than what {self.config.model} is now"
             )
 
+    @property
+    def held_out_share(self) -> float:
+        """Of the images of the training's data, the share that is kept out of the training since the run began."""
+        options = self.config.validation
+        if not self.checkpoint:
+            drawn = all(map(is_drawn, self.config.sources))
+            return options.held_out if options.data is None and not drawn else 0.0
+        return (self.state.get("held_out") or {"share": 0.0})["share"]
+
+    def settled(self) -> TrainConfig:
+        """The settings with the validation that the run was begun with, where they leave it open.
+
+        A run that was begun without images that are held out cannot do without them later.
+
+        Raises:
+            ValueError: another share is to be held out than the run was begun with.
+        """
+        options, share = self.config.validation, self.held_out_share
+        if not self.checkpoint or options.data is not None or not options.held_out:
+            return self.config
+        if all(map(is_drawn, self.config.sources)):
+            return self.config
+        if share and share != options.held_out:
+            raise ValueError(
+                f"the run in {self.config.out} was begun with validation.held_out {share:g}, now it is "
+                f"{options.held_out:g}; continue it with its own settings, or choose another folder"
+            )
+        if share or not isinstance(former := self.state["config"].get("validation"), dict):
+            return self.config
+        data = former.get("data")
+        settled = replace(options, held_out=0.0, data=data if isinstance(data, str) else None) if data else Validation()
+        return replace(self.config, validation=settled)
+
+    def check_held_out(self, digest: str) -> None:
+        """Whether the same images are held out as since the run began."""
+        former = self.state.get("held_out") if self.checkpoint else None
+        if former and former["digest"] != digest:
+            raise ValueError(
+                f"the run in {self.config.out} was begun with other images held out for validation: {self.config.data} "
+                "has changed; give back the former data, or begin another run with init_adapter "
+                f"{self.checkpoint}"
+            )
+
     def check_data(self, groups: list[int], weights: list[float]) -> None:
         """Whether it is the data, by numbers of samples and weights, that the run was begun with."""
         if not self.checkpoint:
@@ -102,7 +146,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, list) and _are_counts([n or 0 for n in value]),
     ),
     "log": ("numbers of skipped steps", lambda value: _are_numbers(value)),
-    "held_out": ("what is held out", lambda value: value is None or isinstance(value, dict)),
+    "held_out": ("what is held out", lambda value: value is None or _is_held_out(value)),
 }
 
 
@@ -132,6 +176,11 @@ def _check(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, A
         raise ValueError(f"{path} is damaged: its weights and their average have other names")
     if "log" in tensors and not {"losses", "quarters", "norms"} <= tensors["log"].keys():
         raise ValueError(f"{path} is damaged: log.safetensors is not that of a run")
+
+
+def _is_held_out(value: Any) -> bool:
+    """Whether this is {"share", "digest"}."""
+    return isinstance(value, dict) and _are_numbers({"": value.get("share")}) and isinstance(value.get("digest"), str)
 
 
 def _is_scaler(value: Any) -> bool:
