@@ -19,7 +19,7 @@ from ..hub import names_repository
 from ..manifest import check_listed
 from ..phrases import phrase_width
 from .agreement import check_form, check_same_run
-from .base import check_fit
+from .base import check_base_files, check_fit
 from .checkpoint import list_checkpoints, read_state
 from .config import TrainConfig
 from .data import boxes_in_words, check_boxes, held_out_in_words, is_drawn, shares_held_out, validation_data
@@ -63,6 +63,7 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
         FileNotFoundError: the validation's data or the adapter to begin from is not there.
     """
     notes = []
+    check_base_files(config)
     if reached_position(config) is None and config.init_adapter:
         notes += _check_init_adapter(config.init_adapter, config, base)
     held_out = validation_data(config)
