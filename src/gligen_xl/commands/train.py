@@ -63,7 +63,7 @@ def _common_first(parser: Parser) -> None:
     """Show the settings that most runs set before the others, by what they are of."""
     common = parser.add_argument_group("the settings that most runs set")
     rest = parser.add_argument_group("further settings of the run")
-    groups = parser._action_groups
+    groups: Any = parser._action_groups
     by_name = {action.dest: (group, action) for group in groups for action in group._group_actions}
     for name in COMMON:
         group, action = by_name[name]

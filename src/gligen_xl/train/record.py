@@ -70,7 +70,8 @@ class RunRecord:
         checkpoints are not in it."""
         total, before = 0.0, 0
         for row in self.training:
-            if _is_number(speed := row.get("samples_per_s")) and speed > 0:
+            speed = row.get("samples_per_s", 0)
+            if _is_number(speed) and speed > 0:
                 total += (row["samples"] - before) / speed
             before = row["samples"]
         return total

@@ -22,6 +22,7 @@ from ..data.batch import Augmentation, Batch, ShardDataset
 from ..evaluate.detectors import find_detector
 from ..evaluate.metrics import point_metrics
 from ..evaluate.scores import score_picture
+from ..evaluate.wanted import Detector
 from ..generate import generate
 from ..layout import Layout
 from ..pipelines import GroundingMixin
@@ -73,23 +74,23 @@ class Validator:
         self.notes: list[str] = []  # for the log
         self.detector = self._choose_detector(shapes)
 
-    def _choose_detector(self, shapes: bool) -> Any:
+    def _choose_detector(self, shapes: bool) -> Detector | None:
         """The one that is asked for, which has to know all phrases; or the one of the shapes world, if it does."""
         name = self.options.detector
         if name == "none" or not self.layouts or (name is None and not shapes):
             return None
         detector = find_detector(name or "shapes", device=self.pipeline.unet.device)
-        try:
-            for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
+        for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
+            try:
                 detector.wanted(phrase)  # complains now, not after hours
-        except ValueError:
-            if name is not None:
-                raise
-            self.notes.append(
-                f"validation: grounding gain and pictures alone, as the detector of the shapes world does not know "
-                f"{phrase!r} (validation.detector names another one)"
-            )
-            return None
+            except ValueError:
+                if name is not None:
+                    raise
+                self.notes.append(
+                    f"validation: grounding gain and pictures alone, as the detector of the shapes world does not know "
+                    f"{phrase!r} (validation.detector names another one)"
+                )
+                return None
         return detector
 
     def _layout(self, number: int) -> Layout:
