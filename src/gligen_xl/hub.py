@@ -92,33 +92,6 @@ def pipeline_files(files: list[str], variant: str | None) -> list[str]:
     return chosen
 
 
-def check_variant(files: list[str], variant: str | None, source: str) -> None:
-    """Whether a pipeline made of these files can be loaded with `variant`.
-
-    Args:
-        files: of the folder or repository, as "unet/diffusion_pytorch_model.fp16.safetensors".
-        variant: None for the plain files.
-
-    Raises:
-        ValueError: no part has files of this variant; or a part has only files of other ones.
-    """
-    variants: dict[str, set[str | None]] = {}
-    for path in map(PurePosixPath, files):
-        if len(path.parts) == 2 and _is_weights(path):
-            variants.setdefault(path.parts[0], set()).add(_variant(path))
-    there = sorted({name for names in variants.values() for name in names if name})
-    if variant is not None and variants and variant not in there:
-        hint = f"there are {', '.join(there)}" if there else "there are plain ones alone, so leave variant out"
-        raise ValueError(f"{source} has no files of the variant {variant!r}: {hint}")
-    for part, names in sorted(variants.items()):
-        if not names & {variant, None}:
-            others = ", ".join(sorted(filter(None, names)))
-            raise ValueError(
-                f"{source} has of its {part} only files of the variant {others}; load it with variant {others} "
-                f"(--variant {others})"
-            )
-
-
 def _is_weights(path: PurePosixPath) -> bool:
     """Also the index of sharded weights, `x.safetensors.index.json`."""
     if path.name.startswith("openvino_"):  # .bin too, but another program's
