@@ -146,7 +146,7 @@ class GroundingMixin(AdapterLoaderMixin):
         if reads != given:
             raise ValueError(
                 f"this U-Net reads {reads} channels, and {type(self).__name__} gives it {given}; an inpainting model "
-                "of GLIGEN needs its adapter (load_gligen_adapter), another one a pipeline class with Inpaint in its name"
+                "of GLIGEN needs its adapter (load_gligen_adapter), another a pipeline of the Inpaint kind"
             )
 
     # Layouts ----------------------------------------------------------------------------------------------------
