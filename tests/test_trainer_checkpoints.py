@@ -121,6 +121,7 @@ def test_as_lightning_writes_them(tmp_path, state, monkeypatch):
     class AttributeDict(dict):
         pass
 
+    module("pytorch_lightning")
     module("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint)
     module("pytorch_lightning.utilities.parsing", AttributeDict)
     prefixed = {f"model.diffusion_model.{name}": value for name, value in original(state).items()}
@@ -135,7 +136,7 @@ def test_as_lightning_writes_them(tmp_path, state, monkeypatch):
         },
         tmp_path / "last.ckpt",
     )
-    for name in ("pytorch_lightning.callbacks.model_checkpoint", "pytorch_lightning.utilities.parsing"):
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
         monkeypatch.delitem(sys.modules, name)
     read(tmp_path / "last.ckpt", state)
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import read_json
-from ..hub import INDEX_NAME, local_folder, pipeline_files
+from ..hub import INDEX_NAME, check_variant, local_folder, pipeline_files
 from .config import AdapterConfig
 from .layers import Fuser, InpaintConv, PositionNet
 from .pickles import read_checkpoint
@@ -54,7 +54,13 @@ def read_published(
     """
     path = Path(source)
     if not path.is_file():
-        path = local_folder(source, "adapter", lambda files, _: _files_to_fetch(files, variant), **hub)
+        path = local_folder(
+            source,
+            "adapter",
+            lambda files, _: _files_to_fetch(files, variant),
+            check=lambda files: _check_variant(files, variant, source),
+            **hub,
+        )
         for folder in (path, path / "gligen_adapter", path / "adapter"):  # itself, of a pipeline, of a training run
             if (folder / CONFIG_NAME).is_file():
                 config, state, about = read_adapter(folder, weights_name(variant) if variant else only_weights(folder))
@@ -82,6 +88,13 @@ def _files_to_fetch(files: list[str], variant: str | None) -> list[str]:
     return [INDEX_NAME, *(adapter or unet or alone)]
 
 
+def _check_variant(files: list[str], variant: str | None, source: str | Path) -> None:
+    """Refuse a variant that neither the adapter nor the U-Net has. Without one, any that stands alone will do."""
+    if variant is None or any(PurePosixPath(name).name == weights_name(variant) for name in files):
+        return
+    check_variant(files, variant, source, ["unet"])
+
+
 def _index(path: Path) -> dict[str, Any]:
     """The pipeline's index, of its folder or of one in it."""
     for folder in (path, path.parent):
@@ -94,6 +107,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The files of a U-Net folder that hold its weights; safetensors rather than pickles, one variant."""
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     files = [f"unet/{path.name}" for path in folder.iterdir()]
+    _check_variant(files, variant, folder)
     chosen = [name.removeprefix("unet/") for name in pipeline_files(files, variant)]
     chosen = [name for name in chosen if name.endswith(ENDINGS)]
     if not chosen:  # no plain one: a variant will do, or a file of torch by another name
