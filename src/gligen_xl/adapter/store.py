@@ -6,6 +6,7 @@ load_adapter(other_unet, "mine")
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,5 +183,15 @@ def adapter_folder(
             f"gligen-xl convert {source} --out FOLDER"
         )
     prefix = f"{subfolder}/" if subfolder else ""
-    root = local_folder(source, "adapter", [prefix + CONFIG_NAME, prefix + weights], **hub)
+
+    def check(files: list[str]) -> None:
+        there = sorted(name for name in files if name.startswith(f"{prefix}gligen_adapter") and "." in name)
+        if there and prefix + weights not in files:
+            variants = [
+                match[1] for name in there if (match := re.search(r"gligen_adapter\.(\w+)\.safetensors$", name))
+            ]
+            hint = f"; load it with variant={variants[0]!r}" if variants else ""
+            raise FileNotFoundError(f"{source} has no {prefix + weights}; there are {', '.join(there[:8])}{hint}")
+
+    root = local_folder(source, "adapter", [prefix + CONFIG_NAME, prefix + weights], check=check, **hub)
     return root / subfolder if subfolder else root
