@@ -5,6 +5,8 @@ from tiny import sdxl_pipeline
 from tiny_run import write_data
 
 from gligen_xl.cli import main
+from gligen_xl.commands.common import Parser
+from gligen_xl.commands.train import parse
 from gligen_xl.train.config import Optimization, TrainConfig
 from gligen_xl.train.estimate import estimate
 from gligen_xl.train.loop import train
@@ -30,7 +32,9 @@ def config(folders, base, tmp_path, **settings):
 
 def test_a_base_of_fp16_files_alone_says_so_and_trains_with_them(folders, tmp_path):
     for look in (check_before, estimate, train):
-        with pytest.raises(ValueError, match=r"half has of its .* only files of the variant fp16.*--variant fp16"):
+        with pytest.raises(
+            ValueError, match=r"half holds the weights of .* as fp16 only; load it with .*--variant fp16"
+        ):
             look(config(folders, "half", tmp_path))
     assert not (tmp_path / "run" / "adapter").exists()
     asked = config(folders, "half", tmp_path, variant="fp16")
@@ -41,8 +45,8 @@ def test_a_base_of_fp16_files_alone_says_so_and_trains_with_them(folders, tmp_pa
 def test_a_variant_that_is_not_there_is_refused_before_anything_is_loaded(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("gligen_xl.train.base.load_pipeline", None)
     for base, variant, says in (
-        ("plain", "fp16", "has no files of the variant 'fp16': there are plain ones alone, so leave variant out"),
-        ("half", "bf16", "has no files of the variant 'bf16': there are fp16"),
+        ("plain", "fp16", "has no files of the variant 'fp16'; its files are of no variant, so name none"),
+        ("half", "bf16", "has no files of the variant 'bf16'; there are fp16"),
     ):
         for look in (check_before, estimate, train):
             with pytest.raises(ValueError, match=says):
@@ -66,7 +70,7 @@ def test_help_shows_what_most_runs_set_first(capsys):
     assert text.count("--optimization.learning_rate") == 1
 
 
-def test_a_switch_may_be_named_alone(folders, tmp_path, capsys):
+def test_a_switch_may_be_named_alone(folders, tmp_path):
     settings = tmp_path / "recipe.yaml"
     settings.write_text(f"model: {folders / 'plain'}\ndata: {folders / 'data'}\nout: {tmp_path / 'run'}\n")
     for words in (

@@ -156,6 +156,8 @@ def test_train_and_its_dry_run(tmp_path, recipe, capsys):
         assert err.count("\n") == 1
         assert main([*words, "--data", low]) == 2
         assert "its 4 boxes have scores of 0.25 or less (augmentation.min_score)" in capsys.readouterr().err
+        assert main([*words, "--data", some, "--validation.data", none]) == 2
+        assert f"none of the 2 images of validation.data {none}" in capsys.readouterr().err
         mixture = json.dumps({some: 0.5, none: 0.5})
         assert main([*words, "--data", mixture]) == 2
         assert f"of {none} has a usable box" in capsys.readouterr().err

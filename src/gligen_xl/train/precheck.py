@@ -80,6 +80,9 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
             scored = of_shards(shards, min_score)
             check_boxes(config, source, of_shards(shards), scored)
             notes.append(boxes_in_words(source, scored, min_score))
+    if held_out and not config.without_boxes and (shards := local_shards(held_out)):
+        where = f"validation.data {held_out}"
+        of_shards(shards, config.augmentation.min_score).check(where, "grounding gain and pictures are taken of boxes")
     if base is not None:
         for source in config.sources:
             _check_data(source, config.model, base, config.resolution)
