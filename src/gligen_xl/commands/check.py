@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import WITHOUT_BOXES, Parser
+from .common import WITHOUT_BOXES, Parser, say
 
 HELP = "Whether shards can be trained on: every latent and every row looked at."
 
@@ -25,6 +25,6 @@ def run(arguments: Namespace) -> None:
         without_boxes=arguments.without_boxes,
         progress=lambda stems: tqdm(stems, desc="check", unit="shard"),
     )
-    print(report)
+    say(report)
     if report.problems:
         raise ValueError(f"{len(report.problems)} problems in {arguments.folder}")
