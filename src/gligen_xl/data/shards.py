@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FORMAT, VERSION = "gligen-xl-shard", "1"
+MIRRORED = "-mirrored"  # after the id of an image, where the row shows its mirror image
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
 METADATA_NUMBERS = {"resolution": int, "downsampling": int, "scaling_factor": float, "shift_factor": float}
 

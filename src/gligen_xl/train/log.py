@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -35,6 +36,7 @@ from .report import refresh_report
 from .steps import Skipped, Steps
 from .validate import describe
 
+_LOGGER = logging.getLogger(__name__)
 CLOCKED = ("samples_per_s", "waiting", "peak_memory_gb")  # what depends on the machine's day, not on the run
 
 _T = TypeVar("_T")
@@ -234,15 +236,21 @@ def _finite(value: Any) -> Any:
 
 
 def truncate_metrics(path: Path, position: int) -> None:
-    """Leave out the lines after `position`, which a continued run will write again, and a half-written last one."""
+    """Leave out the lines after `position`, which a continued run will write again, and those that are broken.
+
+    Half of a last line is what a kill leaves; of other broken ones a warning tells.
+    """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept, broken = [], 0
+    for line in lines:
         try:
             if json.loads(line)["samples"] <= position:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken += bool(line.strip()) and line is not lines[-1]
+    if broken:
+        _LOGGER.warning("%s: %s lines are broken and were left out", path, broken)
     with whole_file(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")

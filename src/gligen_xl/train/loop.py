@@ -46,7 +46,7 @@ from .base import check_fit, fresh_adapter, load_base
 from .checkpoint import save_checkpoint
 from .conditioning import Conditioner
 from .config import Objective, TrainConfig
-from .data import held_out_folder, open_data
+from .data import held_out_folder, held_out_in_words, is_drawn, open_data, source_statistics
 from .ema import EMA
 from .log import RunLog
 from .objective import denoising_loss, timesteps_of
@@ -91,7 +91,7 @@ def _go_on(
     config: TrainConfig, accelerator: Accelerator, processes: Processes, reached: Reached, request: StopRequest
 ) -> Path:
     """From what is reached to the end, or until it is asked to stop."""
-    out = Path(config.out)
+    out, config = Path(config.out), reached.settled()
 
     # The frozen base, and the adapter on it
     pipeline = load_base(config, accelerator.device, draws=processes.is_main)
@@ -105,21 +105,27 @@ def _go_on(
 
     # The data, and its order
     with processes.main_first():  # what it draws, the others find
-        dataset = open_data(config, pipeline)
-        held_out = held_out_folder(config, pipeline)
+        dataset = open_data(config, pipeline, reached.held_out_share)
+        validation = held_out_folder(config, pipeline)
+    share, digest = reached.held_out_share, dataset.held_out_digest()
+    told = [*source_statistics(config, dataset), *held_out_in_words(config, share, dataset.held_out)]
+    validates = config.validation.wanted
     check_fit(dataset, pipeline, config.resolution)
     weights = list(config.sources.values())
     reached.check_data(dataset.groups, weights)
+    reached.check_held_out(digest)
     windows = reached.state.get("windows") or dataset.windows(config.window)
     order = dataset.order(config.batch_size, config.seed, weights=weights, windows=windows)
     stop = config.samples // config.batch_size * config.batch_size
     validator = None
-    if held_out and processes.is_main:
+    if validates and processes.is_main:
         validator = Validator(
-            config.validation, held_out, pipeline, conditioner, scheduler,
+            config.validation, validation or dataset, pipeline, conditioner, scheduler,
             config.augmentation, config.batch_size, config.seed, int(config.cache_gb * 1e9),
+            shapes=config.model == "shapes" or any(map(is_drawn, config.sources)),
         )  # fmt: skip
         check_fit(validator.dataset, pipeline)
+        told += validator.notes
 
     # What changes in a run
     if not reached.checkpoint and not config.init_adapter:
@@ -188,6 +194,7 @@ def _go_on(
             "base": base,
             "ema_steps": ema.steps,
             "groups": dataset.groups,
+            "held_out": {"share": share, "digest": digest} if share else None,
             "weights": weights,
             "windows": windows,
             "log": steps.state(),
@@ -207,6 +214,8 @@ def _go_on(
     with RunLog(accelerator, config, position, steps, image_ids) as log:
         if 0 < position < stop:
             log.say(f"continues from {reached.checkpoint}, {position:,} of {stop:,} samples")
+        for line in told:
+            log.say(line)
         if processes.any(request.came):
             log.say("stopped before the first step; the same command begins again")
             return out
@@ -226,7 +235,7 @@ def _go_on(
             if log.step(position, losses, quarters, norm):
                 log.write(position, factor, gate_values(unet))
             whole = due(config.validation.every) or position == stop
-            if held_out and (whole or due(config.validation.gain_every)):
+            if validates and (whole or due(config.validation.gain_every)):
                 log.look()
                 with log.paused():
                     with ema.applied():
