@@ -24,6 +24,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from .config import TrainConfig
 from .peers import Peers, ended, meet
@@ -50,6 +51,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook),
         ],
     )
+    if config.precision == "fp16" and accelerator.device.type == "cpu":  # for which accelerate does neither
+        accelerator.scaler, accelerator.native_amp = GradScaler("cpu"), True
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"accelerate is set up for {accelerator.distributed_type.value}, which training does not know. Launch it "
