@@ -330,6 +330,7 @@ def test_a_request_to_stop_wherever_the_run_is(server, recipe, data, tmp_path, m
     log = tmp_path / "log"
     words = ["train", str(recipe), "--samples", "8" if name == "save_adapter" else "40"]
     words += ["--validation.data", str(data), "--validation.every", "8", "--validation.pictures", "0"]
+    words += ["--validation.loss_samples", "4"]
     words += ["--dry_run"] if name == "estimate" else []
     pid = server.begin(words, log, ASK.format(module=module, name=name))
     assert endings(server, [pid], log) == [code], text(log)
@@ -372,19 +373,20 @@ def test_a_full_disk_under_the_log_is_named(server, recipe, tmp_path):
     assert error_of(log).endswith(f"No space left on device: '{lines}'")
 
 
-@pytest.mark.parametrize("name", ["config.json", "report.html"])
+@pytest.mark.parametrize("name", ["config.json", "validation/00000008.png"])
 def test_a_full_disk_under_what_is_written_once_is_named(server, recipe, data, tmp_path, name):
     log = tmp_path / "log"
     patch = f"""
 import gligen_xl.files as files
 real = files.settle
 def full(partial, path):
-    if path.name == {name!r}:
+    if path.name == {Path(name).name!r}:
         raise OSError(28, "No space left on device")
     real(partial, path)
 files.settle = full
 """
-    looks = ["--validation.data", str(data), "--validation.every", "8", "--validation.pictures", "0"]
+    looks = ["--validation.data", str(data), "--validation.every", "8", "--validation.pictures", "1"]
+    looks += ["--validation.steps", "1", "--validation.loss_samples", "4"]
     pid = server.begin(["train", str(recipe), *looks], log, patch)
     assert endings(server, [pid], log) == [2]
     assert error_of(log).endswith(f"No space left on device: '{tmp_path / 'out' / name}'")

@@ -46,7 +46,8 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self.steps_began, self.farewell = False, _nothing
+        self.steps_began = False
+        self.farewell: Callable[[], object] = _nothing
         self._parent = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
         self._requests, self._code, self._ends, self._closed = 0, None, float("inf"), False
         self._read, self._write = os.pipe()
