@@ -223,6 +223,17 @@ def test_one_that_fails_as_all_do_waits_for_nobody(server, recipe, data, tmp_pat
     assert all("a.parquet" in text(tmp_path / f"log.{rank}") for rank in (0, 1))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_is_killed_before_they_meet(server, recipe, tmp_path, rank):
+    """And so can say nothing. They are on one machine here."""
+    patch = "import gligen_xl.recipes as recipes\nreal = recipes.find_recipe\nrecipes.find_recipe = lambda *a, **k: "
+    patch += f"os.kill(os.getpid(), 9) if os.environ['RANK'] == '{rank}' else real(*a, **k)\n"
+    pids = server.begin_ranks(["train", str(recipe)], tmp_path / "log", patch=patch)
+    codes = endings(server, pids, tmp_path / f"log.{1 - rank}")
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 2)
+    assert f"process {rank} of this run ended before it met the others" in error_of(tmp_path / f"log.{1 - rank}")
+
+
 def test_a_process_that_never_comes(server, recipe, tmp_path):
     log = tmp_path / "log"
     alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713"}

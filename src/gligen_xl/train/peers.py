@@ -15,13 +15,14 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from . import presence
 from .signals import STOPPED, before_the_end
 
 MEETING = 300  # seconds for all processes to come: they begin together, but some machines import slowly
@@ -163,7 +164,7 @@ def _receive(connection: Any, received: bytearray) -> dict[str, Any] | None:
 
 
 _store: Any = None  # of this process; the first one's is the others' too, and has to stay
-_met = False
+_waited = _met = False  # for the others; they are there
 
 
 def meet(timeout: float) -> None:
@@ -172,9 +173,10 @@ def meet(timeout: float) -> None:
     Raises:
         RuntimeError: one does not come, or cannot go on.
     """
-    global _met
+    global _waited, _met
     if (place := _place()) is None or _met or dist.is_initialized():
         return
+    _waited = True
     rank, count = place
     end = time.monotonic() + min(timeout, MEETING)
     store = _open_store(end)
@@ -192,6 +194,7 @@ def meet(timeout: float) -> None:
                 raise RuntimeError(f"another process of this run could not begin, {text}")
             missing = [other for other in missing if not store.check([f"here/{other}"])]
             if missing:
+                _check_presence(missing)
                 time.sleep(_POLL)
     if missing:
         others = ", ".join(str(other) for other in missing if other != rank)
@@ -200,6 +203,12 @@ def meet(timeout: float) -> None:
             f"of {count}) at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
         )
     _met = True
+    presence.withdraw()
+
+
+def _check_presence(ranks: Iterable[int]) -> None:
+    if (rank := presence.gone(ranks)) is not None:
+        raise RuntimeError(f"process {rank} of this run ended before it met the others; its own log says more")
 
 
 def tell_failure(reason: str, code: int) -> None:
@@ -218,8 +227,11 @@ def tell_failure(reason: str, code: int) -> None:
             store.set("failed", f"{code} process {rank}: {reason}")
         store.set(f"heard/{rank}", "")
         if rank == 0:  # the word goes with this process
-            others = [f"heard/{other}" for other in range(count)]
-            while time.monotonic() < end and not all(store.check([other]) for other in others):
+            others = [other for other in range(count) if not _waited or store.check([f"here/{other}"])]
+            while time.monotonic() < end and presence.gone(others) is None:
+                others = [other for other in others if not store.check([f"heard/{other}"])]
+                if not others:
+                    return
                 time.sleep(_POLL)
 
 
@@ -240,6 +252,7 @@ def _open_store(end: float) -> Any:
         while not hosts and not _answers(host, port):
             if time.monotonic() > end:
                 return None
+            _check_presence([0])
             time.sleep(_POLL)
         # Later ones of this process at the same port share the server.
         store = dist.TCPStore(

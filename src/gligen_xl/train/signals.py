@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import wraps
 from types import FrameType
 
+from .presence import announce
+
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130
 REQUESTS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
@@ -115,6 +117,7 @@ def answer_signals(words: Sequence[str]) -> bool:
     if threading.current_thread() is not threading.main_thread():
         return False
     _watch = _Watch()
+    announce()
     return True
 
 
