@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from ..data.workers import Stuck
 from ..files import naming, whole_file, write_json
+from ..public import redacted
+from ..text import printable
 from ..versions import versions
 from .config import TrainConfig
 from .report import refresh_report
@@ -104,7 +106,7 @@ class RunLog:
     def say(self, text: str) -> None:
         if self.main:
             with suppress(OSError):  # a terminal that is gone ends no run
-                self.bar.write(text)
+                self.bar.write(printable(redacted(text)))
 
     def waiting_for(self, batches: Iterable[_T], *, alone: bool = True) -> Iterator[_T]:
         """The batches; the time until each comes is the time waited for data.

@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from ..public import redacted
+from ..text import printable
 from . import presence
 from .signals import STOPPED, before_the_end
 
@@ -127,17 +129,27 @@ class Peers:
         for connection in self._connections.values():
             _send(connection, {"code": code, "reason": reason})
         if code == STOPPED:
-            os.write(2, f"\nstopped: {reason}; the same command begins again\n".encode(errors="replace"))
-            os._exit(code)
+            _end_stopped(reason)
         time.sleep(_GRACE)
         if not self._left:
-            os.write(2, f"\nerror: {ended(reason)}\n".encode(errors="replace"))
+            _write(f"error: {ended(reason)}")
             os._exit(code)
 
 
 def ended(reason: str) -> str:
     """What a process says when another one has ended the run."""
     return f"another process of this run is gone, {reason}. The last checkpoint stands; the same command continues"
+
+
+def _end_stopped(reason: str) -> NoReturn:
+    """The end of a process when another one was asked to stop before the first step."""
+    _write(f"stopped: {reason}; the same command begins again")
+    os._exit(STOPPED)
+
+
+def _write(text: str) -> None:
+    with suppress(OSError):
+        os.write(2, f"\n{printable(redacted(text))}\n".encode(errors="replace"))
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
@@ -189,8 +201,7 @@ def meet(timeout: float) -> None:
                 store.set(f"heard/{rank}", "")
                 code, _, text = reason.partition(" ")
                 if int(code) == STOPPED:
-                    os.write(2, f"\nstopped: {text}; the same command begins again\n".encode(errors="replace"))
-                    os._exit(STOPPED)
+                    _end_stopped(text)
                 raise RuntimeError(f"another process of this run could not begin, {text}")
             missing = [other for other in missing if not store.check([f"here/{other}"])]
             if missing:
