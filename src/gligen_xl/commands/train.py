@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..train.signals import STOPPED, before_the_end
 from .common import Parser, UsageError, quiet_imports, say
 
 HELP = "Train an adapter, or continue the run that stands in its folder."
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 
 ENDINGS = f"""The same command continues a run that did not end. Exit codes: 0 finished; {STOPPED} stopped by SIGTERM or
 Ctrl-C, after a step with a checkpoint or before the first one; 130 at once, by a second Ctrl-C; 2 an error: wrong
@@ -19,6 +20,11 @@ input, a full disk, losses that are not finite, another process that is gone. Th
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
+    with _telling_others(begins="--dry-run" not in words and "--dry_run" not in words):
+        return _parse(parser, words)
+
+
+def _parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
     parser.epilog = ENDINGS
     parser.usage = "gligen-xl train RECIPE [--data DATA] [--out OUT] [--SETTING VALUE ...]"
     quiet_imports()
@@ -113,15 +119,37 @@ def run(config: Any, dry_run: int | None) -> int:
             say(f"{settings}\n{described}")
         return 0
 
-    from ..train.loop import FINISHED, train
-    from ..train.precheck import check_before, reached_position
+    with _telling_others(begins=True):
+        from ..train.loop import FINISHED, train
+        from ..train.precheck import check_before, reached_position
 
-    check_before(config)  # what it refuses is not to be looked for under the settings
-    reached = reached_position(config) or 0
-    over = reached >= config.samples // config.batch_size * config.batch_size
-    if main and not over:
-        say(settings.rstrip())
-    folder = train(config)
+        check_before(config)  # what it refuses is not to be looked for under the settings
+        reached = reached_position(config) or 0
+        over = reached >= config.samples // config.batch_size * config.batch_size
+        if main and not over:
+            say(settings.rstrip())
+        folder = train(config)
     if main:
-        say(f"the run in {config.out} is finished, {reached:,} samples seen\n\n{folder}" if over else f"\n{folder}")
+        with suppress(OSError):  # nobody reads it any more; the run is what it is
+            say(f"the run in {config.out} is finished, {reached:,} samples seen\n\n{folder}" if over else f"\n{folder}")
     return 0 if folder == Path(config.out) / FINISHED else STOPPED
+
+
+@contextmanager
+def _telling_others(*, begins: bool) -> Iterator[None]:
+    """An error in the block is told to the other processes of the run, which else would wait for this one."""
+    several = begins and int(os.environ.get("WORLD_SIZE") or 1) > 1
+    try:
+        if several:
+            before_the_end(lambda: _tell("it was asked to stop", STOPPED))
+        yield
+    except Exception as error:
+        if several:
+            _tell(" ".join(str(error).split()) or type(error).__name__, 2)
+        raise
+
+
+def _tell(reason: str, code: int) -> None:
+    from ..train.peers import tell_failure
+
+    tell_failure(reason, code)

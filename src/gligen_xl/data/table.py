@@ -144,7 +144,13 @@ class Table:
     def _read(self, begin: int, size: int) -> bytes:
         if self._file is None:
             return self._content[begin : begin + size]
-        return os.pread(self._file.fileno(), size, begin)  # a place of its own: forked processes share the file's
+        try:
+            content = os.pread(self._file.fileno(), size, begin)  # forked processes share the file's own place
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if len(content) != size:
+            raise OSError(f"{self._path} has become shorter since it was opened")
+        return content
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None if self._file is None else self._file.name}

@@ -276,8 +276,8 @@ class TrainConfig:
             same to the bit, and exchanged once more a step.
         offload_optimizer: moments, average and a copy of the weights are in main memory, and the CPU steps them: takes
             45 % less of a GPU's memory (SDXL, by the dry run), and longer. The rounding is another than a GPU's.
-        process_timeout: seconds that a process waits for the others before it ends with an error; more than a
-            validation and a checkpoint take.
+        process_timeout: seconds that a process waits for the others, or for a batch of a loading process, before it
+            ends with an error; more than a validation and a checkpoint take.
         skip_limit: steps of which loss or gradients are not finite are left out; so many in a row end the run.
         workers: data loading processes.
         window: samples are mixed within so many shards at a time; by default within all, or as many of a URL's as half

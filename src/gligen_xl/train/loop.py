@@ -17,7 +17,7 @@ stopped.
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ from .reached import Reached
 from .report import refresh_report
 from .run_lock import only_run_in
 from .shares import Shares
-from .signals import StopRequest, stop_requests
+from .signals import StopRequest, steps_begin, stop_requests
 from .start import start_adapter
 from .steps import Steps
 from .validate import Validator
@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     processes = Processes(accelerator, config.process_timeout)
     with (
+        processes,
         only_run_in(Path(config.out), is_main=processes.is_main),
         deterministic_algorithms(config.deterministic),
         stop_requests() as request,
@@ -155,7 +156,8 @@ def _go_on(
         model: Any = accelerator.prepare(unet)
     loader = batches(
         dataset, order, start=position, stop=stop, workers=config.workers,
-        rank=accelerator.process_index, ranks=accelerator.num_processes,
+        rank=accelerator.process_index, ranks=accelerator.num_processes, timeout=config.process_timeout,
+        asked=lambda: request.came,
     )  # fmt: skip
 
     def backward(batch: Batch, objective: Objective, weight: float) -> Tensor:
@@ -211,15 +213,20 @@ def _go_on(
         """Whether the step that ended at `position` passed a multiple of `every`."""
         return every is not None and position // every > (position - config.batch_size) // every
 
-    with RunLog(accelerator, config, position, steps, image_ids) as log:
+    def stopped_after(saved: Path) -> Path:
+        log.say(f"stopped at {position} of {stop} samples; the same command continues from {saved}")
+        return saved
+
+    with RunLog(accelerator, config, position, steps, image_ids) as log, closing(iter(loader)) as upcoming:
         if 0 < position < stop:
             log.say(f"continues from {reached.checkpoint}, {position:,} of {stop:,} samples")
         for line in told:
             log.say(line)
+        steps_begin()
         if processes.any(request.came):
             log.say("stopped before the first step; the same command begins again")
             return out
-        for batch in log.waiting_for(loader):
+        for batch in log.waiting_for(upcoming, alone=processes.count == 1):
             factor, objective = config.optimization.rate(position, stop), config.objective.at(position, stop)
             batch = batch.to(accelerator.device)
             losses = backward(batch, objective, config.optimization.attention(position, stop))
@@ -251,8 +258,10 @@ def _go_on(
                     saved = checkpoint()
                     processes.wait()
                 if stopped and position < stop:
-                    log.say(f"stopped at {position} of {stop} samples; the same command continues from {saved}")
-                    return saved
+                    return stopped_after(saved)
+        if position < stop:  # no batch came, and the run was asked to stop
+            log.settle()
+            return stopped_after(checkpoint() if position > reached.position else reached.checkpoint or out)
         average = shares.collect(ema.average)
 
     finished = out / FINISHED
