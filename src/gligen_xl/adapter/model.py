@@ -153,6 +153,11 @@ def _new_modules(unet: UNet2DConditionModel, config: AdapterConfig) -> dict[str,
     }
     made["position_net"] = PositionNet(config.phrase_dim, config.cross_attention_dim)
     if config.inpaint:
+        if hasattr(unet.conv_in, "base_layer"):  # wrapped by peft
+            raise ValueError(
+                "a LoRA lies on the U-Net's first convolution, whose place an inpainting adapter takes; load the "
+                "adapter without it"
+            )
         made["conv_in"] = InpaintConv(unet.conv_in)
     return made
 

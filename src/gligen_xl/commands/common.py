@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..pipelines import GroundingMixin
 
+WITHOUT_BOXES = "it is meant that no picture has a box; else that is an error"
 DTYPES = ("float32", "float16", "bfloat16")
 
 

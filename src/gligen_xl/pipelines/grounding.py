@@ -24,7 +24,7 @@ from torch import Tensor
 from ..adapter import adapter_config, fade_adapter, inpaint_conv, is_attached
 from ..layout import Layout
 from ..phrases import embed_phrases
-from .inpaint import KeptPicture, encode_pictures, fit_pictures, mask_outside
+from .inpaint import KeptPicture, encode_pictures, fit_pictures, mask_as_trained, mask_outside
 from .layouts import PictureLayout, numbers_of_pictures, one_a_picture, taken_apart
 from .loading import AdapterLoaderMixin
 from .schedule import GroundingSchedule, step_of
@@ -92,6 +92,7 @@ class GroundingMixin(AdapterLoaderMixin):
             prompts, gligen_phrases, gligen_boxes = taken_apart(gligen_layouts)
             if call.get("prompt") is None and call.get("prompt_embeds") is None:
                 call["prompt"] = prompts
+        self._check_channels()
         layouts = self._layouts(call, gligen_phrases, gligen_boxes, strict)
         grounded = any(phrases for phrases, _ in layouts)
         if grounded and call.get("padding_mask_crop") is not None:
@@ -118,8 +119,6 @@ class GroundingMixin(AdapterLoaderMixin):
             return own
         step, steps = (step_of(self.scheduler, k) for k in (grounding.evaluation, evaluations - 1))
         scale = grounding.schedule.scale(step, steps + 1)
-        if (conv := inpaint_conv(self.unet)) is not None and grounding.kept is not None:
-            conv.kept = grounding.kept.channels() if scale or conv.plain is None else None
         if not scale:
             return own
         if grounding.schedule.decay:
@@ -138,6 +137,17 @@ class GroundingMixin(AdapterLoaderMixin):
             cutoff = round(whole - end * whole)
             number = min(number, int((self.scheduler.timesteps >= cutoff).sum()))
         return number
+
+    def _check_channels(self) -> None:
+        """A U-Net that reads more than noisy latents belongs into another pipeline, or lacks its adapter."""
+        if self.vae is None or "Inpaint" in type(self).__name__:
+            return
+        reads, given = self.unet.config["in_channels"], self.vae.config["latent_channels"]
+        if reads != given:
+            raise ValueError(
+                f"this U-Net reads {reads} channels, and {type(self).__name__} gives it {given}; an inpainting model "
+                "of GLIGEN needs its adapter (load_gligen_adapter), another a pipeline of the Inpaint kind"
+            )
 
     # Layouts ----------------------------------------------------------------------------------------------------
 
@@ -233,22 +243,26 @@ class GroundingMixin(AdapterLoaderMixin):
         if (noise := call.get("latents")) is None:
             shape = (len(layouts), *latents.shape[1:])
             noise = randn_tensor(shape, generator=call.get("generator"), device=device, dtype=self.unet.dtype)
-        mask = mask_outside([boxes for _, boxes in layouts], *latents.shape[2:]).to(latents)
-        return KeptPicture(latents, noise.to(device), mask)
+        boxes = [boxes for _, boxes in layouts]
+        mask, seen = (make(boxes, *latents.shape[2:]).to(latents) for make in (mask_outside, mask_as_trained))
+        return KeptPicture(latents, noise.to(device), mask, seen)
 
     # The schedule -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def _grounded(self, grounding: _Grounding) -> Iterator[None]:
         self._grounding = grounding
+        conv = inpaint_conv(self.unet)
+        if conv is not None:  # for the whole call, as in GLIGEN: the schedule ends the fusers alone
+            conv.active, conv.kept = True, grounding.kept.channels() if grounding.kept is not None else None
         try:
             yield
         finally:
             self._grounding = None
             if grounding.schedule.decay:
                 fade_adapter(self.unet, 1.0)
-            if (conv := inpaint_conv(self.unet)) is not None:
-                conv.kept = None
+            if conv is not None:
+                conv.active, conv.kept = False, None
 
     def _counting(self, call: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments with a callback that counts steps, keeps what is kept, and then runs the user's."""

@@ -28,7 +28,7 @@ from ..adapter import (
 )
 from ..adapter.store import CONFIG_NAME, weights_name
 from ..files import read_json, write_json
-from ..hub import INDEX_NAME, OPTIONS, local_folder, pipeline_files, upload
+from ..hub import INDEX_NAME, OPTIONS, check_variant, local_folder, pipeline_files, upload
 from ..phrases import phrase_width
 from ..public import clean_model_folder
 
@@ -263,11 +263,26 @@ def pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
         index = read_json(root / INDEX_NAME) if (root / INDEX_NAME).is_file() else {}
         parts = {ADAPTER_SUBFOLDER, *index} - set(kwargs)
         own = [file for file in files if file == INDEX_NAME or file.split("/")[0] in parts]
-        return pipeline_files(own, kwargs.get("variant"))
+        check_variant(own, variant, name, parts - {ADAPTER_SUBFOLDER})
+        chosen, adapter = pipeline_files(own, variant), f"{ADAPTER_SUBFOLDER}/gligen_adapter"
+        if not any(file.startswith(adapter) and file.endswith(".safetensors") for file in chosen):
+            chosen += [file for file in own if file.startswith(adapter)]  # of one variant alone
+        return chosen
 
-    folder = local_folder(name, "pipeline", choose, **hub)
+    def refuse_early(files: list[str]) -> None:
+        given = {file for file in files if file.split("/")[0] in kwargs}
+        if variant is not None:
+            check_variant([file for file in files if file not in given], variant, name)
+
+    variant = kwargs.get("variant")
+    folder = local_folder(name, "pipeline", choose, check=refuse_early, **hub)
     if not (folder / INDEX_NAME).is_file():
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_NAME}")
+    index = read_json(folder / INDEX_NAME)
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder / INDEX_NAME} holds a {type(index).__name__}; expected the parts of a pipeline")
+    there = [f"{part}/{path.name}" for part in index if (folder / part).is_dir() for path in (folder / part).iterdir()]
+    check_variant(there, variant, name, set(index) - set(kwargs) - {ADAPTER_SUBFOLDER})
     return folder
 
 

@@ -209,6 +209,7 @@ class UnitMaker:
             writers.add(place, size, latents[finite], rows)
         report.written += len(rows)
         report.boxes += sum(len(row.boxes) for row in rows)
+        report.rows_without_boxes += sum(not row.boxes for row in rows)
         report.bytes += latents[finite].nbytes
         return finite
 
