@@ -121,12 +121,12 @@ class AdapterLoaderMixin(DiffusionPipeline):
         set_adapter_scale(self.unet, scale)
 
     def _text_parts(self) -> tuple[list[Any], list[Any]]:
-        """The tokenizers and text encoders that are there."""
+        """The tokenizers and text encoders that are there in pairs."""
         pairs = [
             (getattr(self, f"tokenizer{number}", None), getattr(self, f"text_encoder{number}", None))
             for number in ("", "_2")
         ]
-        there = [pair for pair in pairs if pair[1] is not None]
+        there = [pair for pair in pairs if None not in pair]
         return [tokenizer for tokenizer, _ in there], [encoder for _, encoder in there]
 
     def _expected_encoders(self) -> list[str]:
