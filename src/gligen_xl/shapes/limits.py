@@ -74,4 +74,4 @@ def _texts(value: Any) -> list[str]:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+    warnings.warn(message, stacklevel=6)  # the line of the pipeline's caller
