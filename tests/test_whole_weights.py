@@ -1,13 +1,16 @@
-"""Weights that lack a tensor, hold one of another shape, or values that are no numbers: refused, by name, in every part."""
+"""Weights that lack a tensor, do not fit, or hold values that are no numbers: refused, by name, in every part."""
 
+import argparse
 import json
 import shutil
 
 import pytest
 import torch
 from diffusers import ControlNetModel
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_convert import original_name
+from test_hub import original_checkpoint, unet_name
 from tiny import grounded, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 
 from gligen_xl import StableDiffusionGLIGENPipeline, StableDiffusionXLGLIGENPipeline
@@ -24,7 +27,6 @@ def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     grounded(sdxl_pipeline()).save_pretrained(root / "xl")
     grounded(sdxl_pipeline()).save_pretrained(root / "half", variant="fp16")
-    grounded(sdxl_pipeline()).save_pretrained(root / "pickled", safe_serialization=False)
     grounded(sd_pipeline()).save_pretrained(root / "sd")
     grounded(sdxl_pipeline()).save_pretrained(root / "sharded", max_shard_size="30KB")
     return root
@@ -88,15 +90,17 @@ def test_with_a_variant(whole, tmp_path):
 
 
 def test_in_pickled_weights(whole, tmp_path):
-    shutil.copytree(whole / "pickled", tmp_path / "model")
-    assert StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / "model").unet is not None
     for part in ("vae", "text_encoder_2"):
-        shutil.copytree(whole / "pickled", tmp_path / part)
-        file = next((tmp_path / part / part).glob("*.bin"))
-        tensors = torch.load(file, weights_only=True)
+        shutil.copytree(whole / "xl", tmp_path / part)
+        file = next((tmp_path / part / part).glob("*.safetensors"))
+        tensors = load_file(file)
+        file.unlink()
+        pickled = {"vae": "diffusion_pytorch_model.bin"}.get(part, "pytorch_model.bin")
+        torch.save(tensors, file.with_name(pickled))
+        assert StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / part).unet is not None
         name = sorted(tensors)[5]
         del tensors[name]
-        torch.save(tensors, file)
+        torch.save(tensors, file.with_name(pickled))
         with pytest.raises(ValueError, match=f"{part} is not whole: it lacks {name}"):
             StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / part)
 
@@ -220,3 +224,64 @@ def test_which_files_hold_an_adapter(tmp_path):
         torch.save({"state_dict": tensors, "step": 3}, tmp_path / "x.ckpt")
         assert holds_adapter(tmp_path / "x.safetensors") is holds
         assert holds_adapter(tmp_path / "x.ckpt") is holds
+
+
+@pytest.fixture
+def one_file(tmp_path):
+    """Of an SDXL model with an adapter in its U-Net: tensors by the original names, and a folder with the settings."""
+    pipeline = sdxl_pipeline()
+    pipeline.unet = sdxl_unet(layers_per_block=2)
+    tensors = original_checkpoint(pipeline, layers=2)
+    pipeline.save_pretrained(tmp_path / "settings")
+    for weights in (tmp_path / "settings").rglob("*.safetensors"):
+        weights.unlink()
+    grounded(pipeline, slots=30)
+    adapter = adapter_state_dict(pipeline.unet)
+    return pipeline, tensors, {unet_name(name, 2): value for name, value in adapter.items()}, str(tmp_path / "settings")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_a_checkpoint_in_one_file_is_loaded_with_the_adapter_in_it(one_file, tmp_path, ending):
+    pipeline, tensors, adapter, settings = one_file
+    file = tmp_path / f"model.{ending}"
+    if ending == "safetensors":
+        save_file(tensors | adapter, file)
+    else:
+        content = {"state_dict": tensors | adapter, "args": argparse.Namespace(lr=1), "step": 7}
+        torch.save(content | {"config": vars(OmegaConf.create({"a": [1]}))}, file)
+    for load in (
+        lambda: StableDiffusionXLGLIGENPipeline.from_single_file(file, config=settings, add_watermarker=False),
+        lambda: load_pipeline(file, config=settings, add_watermarker=False),
+    ):
+        loaded = load()
+        got, expected = adapter_state_dict(loaded.unet), adapter_state_dict(pipeline.unet)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in got.items())
+        pictures = [
+            one(
+                "grass", num_inference_steps=2, output_type="latent", height=16, width=16,
+                generator=torch.Generator().manual_seed(0), **LAYOUT,
+            ).images
+            for one in (loaded, pipeline)
+        ]  # fmt: skip
+        assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        ("model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight"),
+        ("first_stage_model.decoder.conv_out.bias", "decoder.conv_out.bias"),
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", "final_layer_norm.weight"),
+        ("conditioner.embedders.1.model.ln_final.bias", "final_layer_norm.bias"),
+    ],
+)
+def test_a_checkpoint_in_one_file_that_lacks_a_tensor(one_file, tmp_path, lost, says):
+    _, tensors, _, settings = one_file
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model.safetensors is not whole: .*{says}") as error:
+        StableDiffusionXLGLIGENPipeline.from_single_file(
+            tmp_path / "model.safetensors", config=settings, add_watermarker=False
+        )
+    assert "\n" not in str(error.value)

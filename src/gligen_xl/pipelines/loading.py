@@ -33,7 +33,7 @@ from ..adapter.store import CONFIG_NAME, weights_name
 from ..files import read_json, write_json
 from ..hub import INDEX_NAME, OPTIONS, check_variant, local_folder, pipeline_files, upload
 from ..phrases import phrase_width
-from .weights import check_loaded, check_shards, check_values, misfit
+from .weights import check_loaded, check_shards, check_values, lacks, misfit, without_values
 
 ADAPTER_SUBFOLDER = "gligen_adapter"
 _parts_stay: ContextVar[bool] = ContextVar("parts_stay", default=False)  # while from_pipe makes a pipeline of them
@@ -203,8 +203,13 @@ class AdapterLoaderMixin(DiffusionPipeline):
         file = Path(pretrained_model_link_or_path)
         if not file.is_file():
             return super().from_single_file(str(pretrained_model_link_or_path), **kwargs)  # type: ignore[misc]
-        with settings_ignored(file):
-            pipeline = super().from_single_file(str(file), **kwargs)  # type: ignore[misc]
+        try:
+            with settings_ignored(file):
+                pipeline = super().from_single_file(str(file), **kwargs)  # type: ignore[misc]
+        except NotImplementedError as error:
+            if missing := without_values(error):
+                raise ValueError(lacks(file, missing)) from error
+            raise
         check_values(pipeline, file)
         if "unet" not in kwargs and not is_attached(pipeline.unet) and holds_adapter(file):
             config, state, about = read_published(file)

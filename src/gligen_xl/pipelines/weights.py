@@ -52,7 +52,7 @@ def check_loaded(pipeline: Any, folder: Path, parts: Iterable[str], variant: str
         if not isinstance(part, nn.Module) or getattr(part, "hf_quantizer", None) is not None:
             continue
         if missing := _missing(part, folder / name, shapes_in_files(folder, name, variant), variant):
-            raise ValueError(_lacks(folder / name, missing))
+            raise ValueError(lacks(folder / name, missing))
         check_finite(part, folder / name)
 
 
@@ -70,8 +70,21 @@ def check_values(pipeline: Any, source: Any) -> None:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and not hasattr(part, "hf_device_map"):
             if missing := [key for key, value in part.named_parameters() if value.is_meta]:
-                raise ValueError(_lacks(source, missing, f" of the {name}"))
+                raise ValueError(lacks(source, missing, f" of the {name}"))
             check_finite(part, source)
+
+
+def without_values(error: BaseException) -> list[str]:
+    """Tensors without values of the model that could not be moved: torch's error names none, but the model is in the
+    frames that it came through."""
+    trace = error.__traceback__
+    while trace is not None:
+        for value in list(trace.tb_frame.f_locals.values()):
+            if isinstance(value, diffusers.ModelMixin | transformers.PreTrainedModel):
+                if missing := [name for name, tensor in value.named_parameters() if tensor.is_meta]:
+                    return missing
+        trace = trace.tb_next
+    return []
 
 
 def misfit(folder: Path, index: dict[str, Any], parts: Iterable[str], variant: str | None) -> str | None:
@@ -100,7 +113,7 @@ def _missing(part: nn.Module, folder: Path, there: dict[str, Shape], variant: st
     return sorted(report["missing_keys"])
 
 
-def _lacks(source: Any, missing: list[str], where: str = "") -> str:
+def lacks(source: Any, missing: list[str], where: str = "") -> str:
     number = f"{len(missing)} tensors, as {missing[0]}" if len(missing) > 1 else missing[0]
     return f"{source} is not whole: it lacks {number}{where}; fetch or make it again"
 
