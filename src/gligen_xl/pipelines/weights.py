@@ -80,9 +80,9 @@ def without_values(error: BaseException) -> list[str]:
     trace = error.__traceback__
     while trace is not None:
         for value in list(trace.tb_frame.f_locals.values()):
-            if isinstance(value, diffusers.ModelMixin | transformers.PreTrainedModel):
-                if missing := [name for name, tensor in value.named_parameters() if tensor.is_meta]:
-                    return missing
+            model = value if isinstance(value, diffusers.ModelMixin | transformers.PreTrainedModel) else nn.Module()
+            if missing := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+                return missing
         trace = trace.tb_next
     return []
 
