@@ -8,6 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from .train.signals import answering_signals, begin_program
+
+if __name__ == "__main__" or Path(sys.argv[0]).stem == "gligen-xl":
+    begin_program(sys.argv[1:])  # before whatever takes its time
 
 from . import __version__
 from .commands import (
@@ -27,6 +33,8 @@ from .commands import (
     version,
 )
 from .commands.common import Parser, UsageError
+from .public import redacted
+from .text import printable
 
 TRACEBACK = "GLIGEN_XL_TRACEBACK"  # environment variable: set, errors come with where they arose
 
@@ -48,6 +56,7 @@ COMMANDS = {
 }
 
 
+@answering_signals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 or what the command says, 2 for wrong input, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -64,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:  # the last is torch's, as for memory
         if os.environ.get(TRACEBACK):
             raise
-        text = " ".join(str(error).split())
-        print(f"gligen-xl {name}: error: {text or type(error).__name__}", file=sys.stderr)
+        text = printable(redacted(str(error)))
+        print(f"gligen-xl {printable(name)}: error: {text or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from ..files import read_json, whole_file, write_json
 from ..hub import local_folder
+from ..manifest import check_listed
+from ..public import public
 from .config import AdapterConfig
 from .model import adapter_about, adapter_config, adapter_state_dict, attach, is_quantised, kind_of
 
@@ -97,8 +99,8 @@ def weights_name(variant: str | None = None) -> str:
 
 
 def describe_adapter(config: AdapterConfig, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What `gligen_adapter.json` holds."""
-    return {**about, "format": FORMAT, "version": VERSION, "config": config.to_dict()}
+    """What `gligen_adapter.json` holds. Adapters are shared: of paths on this machine their last names stay."""
+    return {**public(about), "format": FORMAT, "version": VERSION, "config": config.to_dict()}
 
 
 def read_adapter(
@@ -116,6 +118,7 @@ def read_adapter(
             there = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
             hint = f"; there are {', '.join(there[:8])}" if there else ""
             raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {name}{hint}")
+    check_listed(folder, [CONFIG_NAME, weights])  # of a checkpoint
     description = read_json(folder / CONFIG_NAME)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG_NAME} does not describe an adapter (its format is not {FORMAT!r})")

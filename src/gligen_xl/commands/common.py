@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..public import redacted
+from ..text import printable, visible
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from ..pipelines import GroundingMixin
 
+WITHOUT_BOXES = "it is meant that no picture has a box; else that is an error"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -142,4 +146,9 @@ def quiet_imports() -> None:
 def watched(items: Iterable[Any], name: str, total: int) -> tqdm[Any]:
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, total=total, unit="picture")
+    return tqdm(items, desc=printable(name), total=total, unit="picture")
+
+
+def say(text: object) -> None:
+    """Print a report of several lines: controls that a terminal would obey are escaped, keys in addresses left out."""
+    print(visible(redacted(str(text))), flush=True)

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FORMAT, VERSION = "gligen-xl-shard", "1"
+MIRRORED = "-mirrored"  # after the id of an image, where the row shows its mirror image
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
 METADATA_NUMBERS = {"resolution": int, "downsampling": int, "scaling_factor": float, "shift_factor": float}
 
@@ -100,10 +101,13 @@ class Shard:
         """Latents of one row into `out`, (C, h, w) float16: what is read this way is no memory of the process."""
         file = self.open_latents()
         try:
-            if os.preadv(file, [out.data], self._offset + index * out.nbytes) != out.nbytes:
-                raise OSError(f"{self._file} has become shorter since it was opened")
+            size = os.preadv(file, [out.data], self._offset + index * out.nbytes)
+        except OSError as error:  # of the disk, which does not say of what file
+            raise OSError(error.errno, error.strerror, str(self._file)) from error
         finally:
             os.close(file)
+        if size != out.nbytes:
+            raise OSError(f"{self._file} has become shorter since it was opened")
 
     def open_latents(self) -> int:
         """A descriptor of the file of latents, for the caller to close."""

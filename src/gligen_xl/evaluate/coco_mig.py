@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ..files import read_json
+from ..files import read_json, read_text
 from ..layout import Layout
 from ..shapes.world import generator
 from .coco_layouts import HOST, CocoPicture
@@ -95,8 +95,8 @@ def _yaml_entry(prompt: str, entry: Mapping[str, Any]) -> _Entry:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from ..files import read_text
+
 _FOLDER = Path(__file__).parent
 
 
@@ -52,8 +54,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe file {path}")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _NothingTwice)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = yaml.load(read_text(path), _NothingTwice)
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except _Twice as error:
         raise ValueError(f"{path} has {error} twice; leave one of them out") from error
