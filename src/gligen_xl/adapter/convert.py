@@ -77,6 +77,17 @@ def read_published(
     return config, found, about
 
 
+def holds_adapter(file: Path) -> bool:
+    """Whether a checkpoint in one file holds fusers; of a safetensors file only the header is read."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt") as opened:
+                return any(".fuser." in name for name in opened.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+    return any(".fuser." in str(name) for name in _weights_in(read_checkpoint(file, map_location="meta")))
+
+
 # Which files --------------------------------------------------------------------------------------------------------
 
 

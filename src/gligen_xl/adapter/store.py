@@ -134,6 +134,9 @@ def read_adapter(
         state = load_file(folder / weights)
     except SafetensorError as error:
         raise ValueError(f"{folder / weights} is damaged or not a safetensors file: {error}") from error
+    for name, value in state.items():
+        if not (value.float() if value.itemsize == 1 else value).isfinite().all():
+            raise ValueError(f"{folder / weights} holds values in {name} that are no finite numbers")
     about = {name: value for name, value in description.items() if name not in ("format", "version", "config")}
     return config, state, about
 
