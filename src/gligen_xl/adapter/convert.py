@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..files import read_json
 from ..hub import INDEX_NAME, local_folder, pipeline_files
+from ..limits import check_safetensors, check_torch_file
 from .config import AdapterConfig
 from .layers import Fuser, InpaintConv, PositionNet
 from .store import CONFIG_NAME, only_weights, read_adapter, weights_name
@@ -120,6 +121,7 @@ def _read(path: Path, variant: str | None) -> dict[str, Tensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    check_safetensors(file)
     try:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys() if WANTED.match(name)}  # noqa: SIM118
@@ -128,6 +130,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
+    check_torch_file(file)
     try:
         with torch.serialization.safe_globals(_settings_in(file)):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

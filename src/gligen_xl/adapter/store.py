@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files import read_json, whole_file, write_json
 from ..hub import local_folder
+from ..limits import check_safetensors
 from .config import AdapterConfig
 from .model import adapter_about, adapter_config, adapter_state_dict, attach, is_quantised, kind_of
 
@@ -127,6 +128,7 @@ def read_adapter(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     try:
+        check_safetensors(folder / weights)
         state = load_file(folder / weights)
     except SafetensorError as error:
         raise ValueError(f"{folder / weights} is damaged or not a safetensors file: {error}") from error

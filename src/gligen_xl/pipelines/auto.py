@@ -13,6 +13,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from ..files import read_json
+from ..limits import check_safetensors, check_torch_file
 from .grounding import GroundingMixin
 from .loading import INDEX_NAME, pipeline_folder
 from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
@@ -87,9 +88,11 @@ def _is_xl(model: Path) -> bool:
         return (index.get("text_encoder_2") or [None])[0] is not None
     try:
         if model.suffix == ".safetensors":
+            check_safetensors(model)
             with safe_open(model, "pt") as opened:
                 names = list(opened.keys())
         else:
+            check_torch_file(model)
             loaded = torch.load(model, map_location="meta", weights_only=True)
             names = list(loaded.get("state_dict", loaded))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from ..yaml_files import read_yaml
 from .item import Item, Skipped
 from .json_members import members
 from .pictures import picture_size
@@ -222,10 +222,7 @@ def _phrases(categories: Mapping[int, str], classes: Path | None) -> dict[int, s
     """The phrase of each category; None for those left out."""
     mapping: Any = {}
     if classes is not None:
-        try:
-            mapping = yaml.safe_load(classes.read_text(encoding="utf-8"))  # JSON is YAML
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{classes} is neither JSON nor YAML: {error}") from error
+        mapping = read_yaml(classes)
         if not isinstance(mapping, dict) or not all(
             isinstance(name, str) and (phrase is None or (isinstance(phrase, str) and phrase.strip()))
             for name, phrase in mapping.items()
