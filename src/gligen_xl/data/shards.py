@@ -156,9 +156,11 @@ def read_table(path: Path) -> pa.Table:
         ValueError: not such a table; it names the column or the row.
     """
     try:
-        file = pq.ParquetFile(path, memory_map=True, read_dictionary=["image_id", "caption"])
-        if missing := set(TABLE.names) - set(file.schema_arrow.names):
+        schema = pq.read_schema(path)
+        if missing := set(TABLE.names) - set(schema.names):
             raise ValueError(f"{path} lacks the columns {sorted(missing)}")
+        texts = [name for name in ("image_id", "caption") if pa.types.is_string(schema.field(name).type)]
+        file = pq.ParquetFile(path, memory_map=True, read_dictionary=texts)
         table = _read_within(file, path, memory_limit(path.stat().st_size))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
