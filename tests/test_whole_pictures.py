@@ -602,3 +602,24 @@ def _converted(image, mode):
         profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
     return image.convert(mode)
+
+
+def test_every_way_in_reads_pictures_alike(tmp_path):
+    """`generate --image`, pictures to inpaint, and the real pictures of an evaluation."""
+    from gligen_xl.commands.generate import _open
+    from gligen_xl.evaluate.photographs import photographs_of
+    from gligen_xl.layout import Layout
+    from gligen_xl.pipelines.inpaint import fit_pictures
+
+    for name, block, shape in (("junk", b"junk" * 9, SIZE), ("loop", exif_block(following=8), SIZE[::-1])):
+        path = tmp_path / f"{name}.png"
+        path.write_bytes(with_exif("PNG", block))
+        size = shape[::-1]
+        assert _open(str(path)).size == size
+        layout = Layout(id=name, phrases=["a"], boxes=[[0, 0, 1, 1]])
+        assert photographs_of(tmp_path, [layout])(layout).size == size
+        with Image.open(path) as opened:
+            assert fit_pictures(opened, 1, size[1], size[0])[0].tobytes() == decode(path).tobytes()
+    (tmp_path / "half.png").write_bytes(png_of(photo(), 0.5))
+    with pytest.raises(ValueError, match=r"half\.png: truncated or damaged: it ends before"):
+        _open(str(tmp_path / "half.png"))

@@ -44,7 +44,7 @@ def _fill_before(image: ImageFile.ImageFile, colour: tuple[int, ...]) -> None:
         prepare()
         box = (0, 0, *image.im.size)
         if isinstance(image, GifImagePlugin.GifImageFile):  # a frame need not fill the picture
-            x0, y0, x1, y1 = tiles[0][1]
+            x0, y0, x1, y1 = tiles[0][1] or box
             box = (x0, y0, min(x1, box[2]), min(y1, box[3]))
         image.im.paste(_ink(colour, image.im.mode), box)
 

@@ -146,5 +146,5 @@ def strips(image: TiffImagePlugin.TiffImageFile, encoded: bytes) -> list[bytes]:
     tables = tags.get(347, b"")
     offsets, counts = (tags.get(273), tags.get(279)) if 273 in tags else (tags.get(324), tags.get(325))
     tables = tables[2:-2] if isinstance(tables, bytes) and tables[:2] == b"\xff\xd8" else b""
-    pieces = [encoded[begin : begin + count] for begin, count in zip(offsets, counts, strict=False)]
+    pieces = [encoded[begin : begin + count] for begin, count in zip(offsets or (), counts or (), strict=False)]
     return [piece[:2] + tables + piece[2:] for piece in pieces if piece[:2] == b"\xff\xd8"]

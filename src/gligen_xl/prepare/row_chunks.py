@@ -174,7 +174,7 @@ def _parquet_rows(chunk: RowChunk) -> _Rows:
         rows = table.metadata.row_group(group).num_rows
         if behind + rows > chunk.first and behind < end:
             number = behind
-            for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
+            for batch in table.iter_batches(batch_size=128, row_groups=[group]):
                 low, high = max(chunk.first - number, 0), min(end - number, len(batch))
                 if low < high:
                     part = batch.slice(low, high - low).to_pylist()
