@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from gligen_xl.orientation import is_readable, upright
+from gligen_xl.orientation import upright
 from gligen_xl.prepare.framing import Framing, frame_picture
 from gligen_xl.prepare.pictures import DAMAGED, PictureError, decode, picture_size
 
@@ -111,7 +111,6 @@ def test_orientation_is_read_from_blocks_that_are_damaged_elsewhere(kind, order)
     }
     for what, block in blocks.items():
         assert turned(with_exif(kind, block)), what
-    assert is_readable(exif_block(order))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +128,6 @@ def test_a_picture_with_an_unreadable_block_is_whole(kind):
     ):
         source = with_exif(kind, block)
         assert lies(source), block
-        assert not is_readable(block) or block == b"\xff"
         assert not isinstance(frame_picture(source, None, Framing(resolutions=(32,))), str)
 
 
@@ -558,8 +556,7 @@ OPTIONS = {
     ],
     "PNG": [{}, {"optimize": True}, {"compress_level": 0}, {"compress_level": 9}],
     "GIF": [{}, {"interlace": 0}, {"interlace": 1}, {"optimize": True}],
-    "TIFF": [{"compression": c} for c in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd", "lzma")]
-    + [{"compression": None, "strip_size": 200}, {"compression": "tiff_lzw", "strip_size": 200}],
+    "TIFF": [{"compression": c} for c in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd", "lzma")],
     "WEBP": [{}, {"lossless": True}, {"method": 6, "quality": 10}],
     "BMP": [{}],
     "PPM": [{}],
@@ -585,7 +582,7 @@ def test_no_whole_picture_is_taken_for_one_that_ends_early(kind):
             options = {name: value for name, value in options.items() if value is not None}
             converted = _converted(image, mode)
             try:
-                source = encoded(converted, kind, **{k: v for k, v in options.items() if k != "strip_size"})
+                source = encoded(converted, kind, **options)
             except (OSError, ValueError, KeyError):  # not a kind that Pillow writes
                 continue
             assert decode(source).size == image.size, (mode, options, image.size)

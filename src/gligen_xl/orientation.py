@@ -55,15 +55,6 @@ def stated_orientation(exif: bytes | None, xmp: bytes | str | None = None) -> in
     return orientation or UPRIGHT
 
 
-def is_readable(exif: bytes) -> bool:
-    """Whether the first directory of an EXIF block is where the block says, with all of its entries."""
-    tiff = _tiff(exif)
-    if (directory := _directory(tiff)) is None:
-        return False
-    _, begin, count = directory
-    return begin + 12 * count <= len(tiff)
-
-
 def _tiff(exif: bytes) -> bytes:
     while exif.startswith(_PREFIX):  # JPEG's prefix, which some programs also write elsewhere, even twice
         exif = exif[len(_PREFIX) :]
