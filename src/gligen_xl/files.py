@@ -1,7 +1,9 @@
-"""Files that appear whole or not at all: written under a temporary name beside their place, then renamed."""
+"""Files that appear whole or not at all: written under a temporary name beside their place, then renamed. And texts,
+which are UTF-8, with or without a byte order mark."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -80,9 +82,44 @@ def read_json(path: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes; expected a JSON file of at most {limit}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file; one that is not UTF-8 is a ValueError that names it."""
+    path = Path(path)
+    try:
+        return decode_text(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
+
+
+def decode_text(contents: bytes) -> str:
+    """UTF-8, without the byte order mark that may stand before it. Line ends stay as they are.
+
+    Raises:
+        ValueError: it is of another encoding, or no text; the error says which bytes tell.
+    """
+    for name, marks in _OTHER_MARKS.items():
+        if contents.startswith(marks):
+            raise ValueError(f"it begins with the byte order mark of {name}; save it as UTF-8")
+    if (place := contents.find(0)) >= 0:
+        raise ValueError(f"byte {place} is NUL, as in UTF-16 or in a file that is no text; save it as UTF-8")
+    try:
+        return contents.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = contents[error.start : error.start + 1].hex()
+        raise ValueError(
+            f"byte {error.start} is 0x{byte}, of another encoding (as Latin-1); save it as UTF-8"
+        ) from error
+
+
+_OTHER_MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # the first begins as UTF-16's
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 
 
 def _flush(path: Path) -> None:

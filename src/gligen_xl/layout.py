@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import whole_file
+from .files import read_text, whole_file
 from .limits import MAX_BOXES, MAX_NAME, MAX_PHRASE, MAX_PROMPT, MAX_SIDE, MAX_UNPACKED
 
 Box = tuple[float, float, float, float]
@@ -198,16 +198,14 @@ def read_layouts(path: str | Path) -> list[Layout]:
         raise FileNotFoundError(f"no layout file {path}")
     if (size := path.stat().st_size) > MAX_UNPACKED:
         raise ValueError(f"{path} has {size} bytes; expected layouts of at most {MAX_UNPACKED}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file: {error}") from error
+    text = read_text(path)
     try:
         whole = json.loads(text)
         entries = [(f"item {k}", item) for k, item in enumerate(whole)] if isinstance(whole, list) else [("", whole)]
     except json.JSONDecodeError as whole_error:
         entries = []
         for number, line in enumerate(text.split("\n"), start=1):  # prompts may hold other line ends
+            line = line.removeprefix("\ufeff")  # of a file that was put behind another
             if line.strip():
                 try:
                     entries.append((f"line {number}", json.loads(line)))

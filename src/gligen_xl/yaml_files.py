@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from .files import read_text
 from .limits import MAX_SETTINGS
 
 MAX_VALUES = 200_000  # of a file, each alias counted as what it stands for
@@ -23,7 +24,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     if size > MAX_SETTINGS:
         raise ValueError(f"{path} has {size} bytes; expected at most {MAX_SETTINGS} of YAML")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         node = yaml.compose(text, loader)
         _Count(path).values(node)
         return yaml.load(text, loader)

@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from ..files import whole_file
-from .common import Parser, UsageError, quiet_imports
+from .common import Parser, UsageError, quiet_imports, say
 
 MAX_GRID = 1024  # samples that one picture can show; 1024 of 1024 pixels are 3 GiB
 
@@ -40,4 +40,4 @@ def run(arguments: Namespace) -> None:
     )
     with whole_file(Path(arguments.out)) as partial:
         picture.save(partial, format="PNG")
-    print("\n".join([*lines, f"in {arguments.out}"]))
+    say("\n".join([*lines, f"in {arguments.out}"]))

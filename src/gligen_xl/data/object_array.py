@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .plain_pickle import Names, Placeholder, Refused, read_pickle
 
@@ -131,6 +130,8 @@ def _no_hooks() -> None:
 
 def _storage(data: bytes) -> np.ndarray:
     """A tensor's numbers, from pickles within the pickle: tried here first, then read by torch's restricted reader."""
+    import torch  # takes seconds, and few files need it
+
     stream = io.BytesIO(data)
     # magic number, version, system, storage, keys; then the numbers
     _, _, _, described, _ = (read_pickle(stream, len(data), _STORAGES) for _ in range(5))

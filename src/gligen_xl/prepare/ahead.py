@@ -12,11 +12,11 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from .framing import Framed, Framing, begin_process, frame_picture
+from .framing import Framed, Framing, Reason, begin_process, frame_picture
 from .item import Item, Skipped
 from .report import UnitReport
 
-Taken = tuple[Item | Skipped, Framed | str | None]  # a picture, and itself in its frames, or why not
+Taken = tuple[Item | Skipped, Framed | Reason | None]  # a picture, and itself in its frames, or why not
 
 
 class Decoders:

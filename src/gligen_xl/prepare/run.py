@@ -18,6 +18,8 @@ from typing import Literal
 from ..files import whole_file, write_json
 from .caption_files import survey
 from .done import Done
+from .file_facts import weights_of
+from .first_pictures import check_first_pictures
 from .item import Unit
 from .report import ALREADY, ELSEWHERE, HELD, WAITING, WRITTEN, PrepareReport
 from .settings import Settings
@@ -25,6 +27,14 @@ from .unit import Progress, UnitMaker
 
 REPORT_NAME = "prepare"  # .json and .txt, beside the shards
 
+_CHANGES = {  # parts of an identity, in words
+    "images": "its pictures' files",
+    "mtime_ns": "the archive",
+    "bytes": "the source's size",
+    "sha256": "rows, paths or captions",
+    "joined_captions": "the joined captions",
+    "detector_weights": "the detector's weights",
+}
 ENDS = (WRITTEN, ALREADY, HELD)  # what becomes of a unit that does not fail
 
 Execute = Callable[[Sequence[Unit]], Iterator[tuple[Unit, str]]]
@@ -86,12 +96,16 @@ def prepare(
         OSError: the disk is full. What is done stays.
     """
     captions = survey(Path(settings.captions).expanduser())[1] if settings.captions is not None else ""
-    done = Done(Path(out), settings, source, captions)
+    done = Done(Path(out), settings, source, captions, weights_of(settings))
     done.check(units)
     mine = list(units[part[0] - 1 :: part[1]])
     report = PrepareReport({unit.name: ELSEWHERE for unit in units}, folders=[str(path) for path in done.folders])
     report.removed, report.stay = done.remove_orphans(units)
-    waiting = [unit for unit in mine if not done.is_done(unit)]
+    older = [unit.name for unit in mine if done.is_older(unit)]
+    waiting = [unit for unit in mine if _waits(unit, done, report)]
+    report.older = [name for name in older if name not in {unit.name for unit in waiting}]
+    if len(waiting) == len(units):  # nothing stands there yet
+        check_first_pictures(units, settings, done.out)
     report.units |= {unit.name: ALREADY for unit in mine} | {unit.name: WAITING for unit in waiting}
     progress(sum(unit.weight for unit in mine) - sum(unit.weight for unit in waiting), 0)
     with _executor(done, machine, progress) if waiting else nullcontext(_nothing) as execute:
@@ -104,6 +118,16 @@ def prepare(
             raise
         _finish(units, done, report)
     return report
+
+
+def _waits(unit: Unit, done: Done, report: PrepareReport) -> bool:
+    """Whether a unit is still to be done; what has changed of one that was done goes into the report."""
+    if not done.is_marked(unit):
+        return True
+    changes = done.changes(unit)
+    if changes:
+        report.again[unit.name] = ", ".join(dict.fromkeys(_CHANGES.get(name, name) for name in changes))
+    return bool(changes)
 
 
 def _pass(execute: Execute, units: list[Unit], report: PrepareReport) -> list[Unit]:
@@ -123,7 +147,9 @@ def _nothing(units: Sequence[Unit]) -> Iterator[tuple[Unit, str]]:
 def _finish(units: Sequence[Unit], done: Done, report: PrepareReport) -> None:
     """The report of all that is done, also where other processes did it."""
     for unit in units:
-        if report.units[unit.name] in (WRITTEN, ALREADY) or done.is_done(unit):
+        state = report.units[unit.name]
+        elsewhere = state in (ELSEWHERE, HELD) and done.is_marked(unit)  # whose part looks at what it is made of
+        if state in (WRITTEN, ALREADY) or elsewhere or (state == WAITING and done.is_done(unit)):
             report.total.add(done.report(unit))
             if (source := done.source_of(unit)) not in ("", done.source):
                 report.moved[unit.name] = source
