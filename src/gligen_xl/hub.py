@@ -44,14 +44,18 @@ def local_folder(
     """
     if unknown := sorted(set(hub) - set(OPTIONS)):
         raise TypeError(f"unknown arguments {unknown}; a repository is fetched with {', '.join(OPTIONS)}")
-    folder = _local_folder(source, what, choose, **hub)
+    folder = _local_folder(source, what, choose, check, **hub)
     check_model_settings(folder)
     check_safetensors(*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
     return folder
 
 
 def _local_folder(
-    source: str | Path, what: str, choose: Callable[[list[str], Path], list[str]] | list[str], **hub: Any
+    source: str | Path,
+    what: str,
+    choose: Callable[[list[str], Path], list[str]] | list[str],
+    check: Callable[[list[str]], None] | None,
+    **hub: Any,
 ) -> Path:
     if (folder := Path(source).expanduser()).is_dir():
         return folder

@@ -71,6 +71,7 @@ def read_checkpoint(file: Path, map_location: str = "cpu") -> Mapping[Any, Any]:
     Raises:
         ValueError: it is damaged, no mapping, or asks for a class that is neither a tensor nor known to be settings.
     """
+    check_torch_file(file)
     wanted: dict[str, Any] = {}
     while True:
         try:
@@ -105,6 +106,7 @@ def settings_ignored(file: Path) -> Iterator[None]:
     """While diffusers reads a checkpoint by itself: what `read_checkpoint` would leave out is left out there too."""
     names: list[str] = []
     if zipfile.is_zipfile(file) and file.suffix != ".safetensors":
+        check_torch_file(file)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     known: list[Any] = [(stand_in, name) for name in names if (stand_in := _stand_in(name)) is not None]
     with torch.serialization.safe_globals(known):
