@@ -111,7 +111,7 @@ class Decoders:
             if thread.is_alive():
                 thread.join(LONGEST_READ)  # from a disk that hangs it may never come
 
-    def _result(self, item: Item, future: Future[Framed | str]) -> Framed | str:
+    def _result(self, item: Item, future: Future[Framed | Reason]) -> Framed | Reason:
         """The frames of a picture, or why there are none.
 
         Raises:
