@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files import read_json
 from ..hub import INDEX_NAME, check_variant, local_folder, pipeline_files
+from ..limits import check_safetensors
 from .config import AdapterConfig
 from .layers import Fuser, InpaintConv, PositionNet
 from .pickles import read_checkpoint
@@ -75,6 +76,17 @@ def read_published(
     about = {"converted_from": path.name if Path(source).exists() else str(source)}
     about["base_family"] = FAMILIES.get(config.cross_attention_dim, "unknown")
     return config, found, about
+
+
+def holds_adapter(file: Path) -> bool:
+    """Whether a checkpoint in one file holds fusers; of a safetensors file only the header is read."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt") as opened:
+                return any(".fuser." in name for name in opened.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+    return any(".fuser." in str(name) for name in _weights_in(read_checkpoint(file, map_location="meta")))
 
 
 # Which files --------------------------------------------------------------------------------------------------------
@@ -134,6 +146,7 @@ def _read(path: Path, variant: str | None) -> dict[str, Tensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    check_safetensors(file)
     try:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys() if WANTED.match(name)}  # noqa: SIM118

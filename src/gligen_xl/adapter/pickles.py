@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..limits import check_torch_file
+
 
 class _Ignored:
     """Stands where an object lay that is no tensor."""
@@ -55,7 +57,7 @@ _SETTINGS = re.compile(
 )
 
 
-def _stand_in(name: str) -> type | None:
+def _stand_in(name: str) -> Any:
     """What is read in place of a class of this name; None where it is not known to be harmless to leave out."""
     for names, stand_in in ((_DICTIONARIES, _IgnoredDict), (_LISTS, _IgnoredList), (_SETTINGS, _Ignored)):
         if names.fullmatch(name):
@@ -69,10 +71,11 @@ def read_checkpoint(file: Path, map_location: str = "cpu") -> Mapping[Any, Any]:
     Raises:
         ValueError: it is damaged, no mapping, or asks for a class that is neither a tensor nor known to be settings.
     """
-    wanted: dict[str, type] = {}
+    wanted: dict[str, Any] = {}
     while True:
         try:
-            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in wanted.items()]):
+            allowed: list[Any] = [(stand_in, name) for name, stand_in in wanted.items()]
+            with torch.serialization.safe_globals(allowed):
                 loaded = torch.load(
                     file, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(file) or None
                 )
@@ -103,7 +106,7 @@ def settings_ignored(file: Path) -> Iterator[None]:
     names: list[str] = []
     if zipfile.is_zipfile(file) and file.suffix != ".safetensors":
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    known = [(stand_in, name) for name in names if (stand_in := _stand_in(name)) is not None]
+    known: list[Any] = [(stand_in, name) for name in names if (stand_in := _stand_in(name)) is not None]
     with torch.serialization.safe_globals(known):
         yield
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..files import read_json, whole_file, write_json
 from ..hub import local_folder
+from ..limits import check_safetensors
 from ..manifest import check_listed
 from ..public import public
 from .config import AdapterConfig
@@ -131,9 +132,13 @@ def read_adapter(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     try:
+        check_safetensors(folder / weights)
         state = load_file(folder / weights)
     except SafetensorError as error:
         raise ValueError(f"{folder / weights} is damaged or not a safetensors file: {error}") from error
+    for name, value in state.items():
+        if not (value.float() if value.itemsize == 1 else value).isfinite().all():
+            raise ValueError(f"{folder / weights} holds values in {name} that are no finite numbers")
     about = {name: value for name, value in description.items() if name not in ("format", "version", "config")}
     return config, state, about
 
