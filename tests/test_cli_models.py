@@ -147,7 +147,7 @@ def test_wrong_input_is_one_line(capsys, model, picture, lora, controlnet, tmp_p
         ((*generate, "--image", picture, "--inpaint_image", picture), "give one of the two"),
         ((*generate, "--image", picture, "--strength", 2), "--strength is 2"),
         ((*generate, "--image", tmp_path / "no.png"), "no picture"),
-        ((*generate, "--image", tmp_path / "text.png"), "is not a picture"),
+        ((*generate, "--image", tmp_path / "text.png"), "not a picture"),
         ((*generate, "--controlnet", controlnet), "1 --controlnet, 0 --control_image"),
         ((*generate, "--scheduler", "Magic"), "this model takes "),
         ((*generate, "--lora", f"{lora}=much"), "the scale of --lora"),

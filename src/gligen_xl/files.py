@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .limits import MAX_SETTINGS
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -87,9 +89,11 @@ def write_json(path: str | Path, value: Any) -> None:
         partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
 
-def read_json(path: str | Path) -> Any:
-    """Parsed JSON; a broken file is a ValueError that names it."""
+def read_json(path: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
+    """Parsed JSON; a broken file, or one of more than `limit` bytes, is a ValueError that names it."""
     path = Path(path)
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"{path} has {size} bytes; expected a JSON file of at most {limit}")
     try:
         return json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, create_repo, snapshot_download, upload_folder
 
+from .limits import check_model_settings, check_safetensors
+
 INDEX_NAME = "model_index.json"  # of a pipeline: names its parts
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 TEXTS = (".json", ".txt", ".model")
@@ -38,9 +40,19 @@ def local_folder(
 
     Raises:
         FileNotFoundError: there is neither.
+        ValueError: the settings of a model in it are absurd, or a file of weights is.
     """
     if unknown := sorted(set(hub) - set(OPTIONS)):
         raise TypeError(f"unknown arguments {unknown}; a repository is fetched with {', '.join(OPTIONS)}")
+    folder = _local_folder(source, what, choose, **hub)
+    check_model_settings(folder)
+    check_safetensors(*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
+    return folder
+
+
+def _local_folder(
+    source: str | Path, what: str, choose: Callable[[list[str], Path], list[str]] | list[str], **hub: Any
+) -> Path:
     if (folder := Path(source).expanduser()).is_dir():
         return folder
     if not names_repository(source):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files import read_json
 from ..hub import INDEX_NAME, check_variant, local_folder, pipeline_files
+from ..limits import check_safetensors
 from .config import AdapterConfig
 from .layers import Fuser, InpaintConv, PositionNet
 from .pickles import read_checkpoint
@@ -145,6 +146,7 @@ def _read(path: Path, variant: str | None) -> dict[str, Tensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    check_safetensors(file)
     try:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys() if WANTED.match(name)}  # noqa: SIM118

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..files import read_json, whole_file, write_json
 from ..hub import local_folder
+from ..limits import check_safetensors
 from ..manifest import check_listed
 from ..public import public
 from .config import AdapterConfig
@@ -131,6 +132,7 @@ def read_adapter(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     try:
+        check_safetensors(folder / weights)
         state = load_file(folder / weights)
     except SafetensorError as error:
         raise ValueError(f"{folder / weights} is damaged or not a safetensors file: {error}") from error

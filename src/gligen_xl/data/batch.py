@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..device import to_device
+from ..limits import MAX_SLOTS
 from .chance import noise_of, uniforms
 from .held_out import digest, hold_out
 from .mixture import MixtureOrder
@@ -48,8 +49,8 @@ class Augmentation:
         for name in ("drop_grounding", "drop_caption", "min_score"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
-        if self.slots < 1:
-            raise ValueError(f"slots is {self.slots}; expected at least 1")
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise ValueError(f"slots is {self.slots}; expected 1 to {MAX_SLOTS}")
 
     def choose(self, scores: Sequence[float]) -> list[int]:
         """Numbers of the boxes to keep: confident enough, best first, at most `slots`."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..adapter.pickles import read_checkpoint
 from ..files import read_json
+from ..limits import check_safetensors
 from .grounding import GroundingMixin
 from .loading import INDEX_NAME, pipeline_folder
 from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
@@ -105,6 +106,7 @@ def _is_xl(model: Path) -> bool:
         return (index.get("text_encoder_2") or [None])[0] is not None
     try:
         if model.suffix == ".safetensors":
+            check_safetensors(model)
             with safe_open(model, "pt") as opened:
                 names = list(opened.keys())
         else:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..layout import Box
+from ..orientation import upright
 from .schedule import step_of
 
 
@@ -89,8 +90,7 @@ def fit_pictures(image: Any, number: int, height: int, width: int) -> list[Image
             raise ValueError(
                 f"gligen_inpaint_image is a {type(picture).__name__}; expected a PIL picture, or a list of them"
             )
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-        fitted.append(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
+        fitted.append(ImageOps.fit(upright(picture).convert("RGB"), (width, height), Image.Resampling.LANCZOS))
     return fitted
 
 

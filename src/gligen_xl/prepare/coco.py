@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..files import read_text
+from ..yaml_files import read_yaml
 from .file_facts import files_identity
 from .item import Item, Skipped
 from .json_members import members
@@ -230,10 +230,7 @@ def _phrases(categories: Mapping[int, str], classes: Path | None) -> dict[int, s
     """The phrase of each category; None for those left out."""
     mapping: Any = {}
     if classes is not None:
-        try:
-            mapping = yaml.safe_load(read_text(classes))  # JSON is YAML
-        except yaml.YAMLError as error:
-            raise ValueError(f"{classes} is neither JSON nor YAML: {error}") from error
+        mapping = read_yaml(classes)
         if not isinstance(mapping, dict) or not all(
             isinstance(name, str) and (phrase is None or (isinstance(phrase, str) and phrase.strip()))
             for name, phrase in mapping.items()

@@ -20,6 +20,7 @@ from ..data.published import SCALING_FACTOR, VAE, PublishedRow, read_boxes, read
 from ..data.shard_writer import ShardWriter
 from ..data.shards import DOWNSAMPLING, Row, Shard, read_header
 from ..files import write_json
+from ..limits import MAX_PHRASE
 from .frame import square_frame
 
 REPORT_NAME = "import.json"
@@ -240,14 +241,16 @@ def _row(row: PublishedRow, size: tuple[int, int], resolution: int, dropped: Cou
     finite = np.isfinite(row.boxes).all(axis=-1) & np.isfinite(row.scores)
     solid = ((clipped[:, 2:] - clipped[:, :2]) > 0).all(axis=-1)
     named = np.array([bool(phrase.strip()) for phrase in row.phrases], bool)
+    short = np.array([len(phrase) <= MAX_PHRASE for phrase in row.phrases], bool)
     for reason, bad in (
         ("not finite", ~finite),
         ("nothing within the picture", finite & ~solid),
         ("no phrase", finite & solid & ~named),
+        (f"phrase of more than {MAX_PHRASE} characters", finite & solid & named & ~short),
     ):
         if count := int(bad.sum()):
             dropped[reason] += count
-    chosen = np.flatnonzero(finite & solid & named)
+    chosen = np.flatnonzero(finite & solid & named & short)
     return Row(
         image_id=f"sa_{row.index}",
         caption=row.caption,

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..data.batch import Augmentation
 from ..data.mixture import turns_of
+from ..limits import MAX_BATCH, MAX_PICTURES, MAX_SIDE, MAX_STEPS, MAX_WORKERS
 from ..public import redacted_values
 
 
@@ -28,6 +29,10 @@ SHARE_OF_RUN = Expected("a share of the run, above 0 and up to 1", lambda value:
 DECAY = Expected("0 or more, and less than 1", lambda value: 0 <= value < 1)
 COUNT = Expected("0 or more", lambda value: value >= 0)
 AT_LEAST_1 = Expected("at least 1", lambda value: value >= 1)
+
+
+def up_to(limit: int, *, least: int = 1) -> Expected:
+    return Expected(f"{least} to {limit}", lambda value: least <= value <= limit)
 
 
 def _check(options: Any, group: str = "", **expected: Expected) -> None:
@@ -224,9 +229,9 @@ class Validation:
             held_out=Expected("a share, 0 or more and at most 0.5", lambda value: 0 <= value <= 0.5),
             every=AT_LEAST_1,
             gain_every=AT_LEAST_1,
-            loss_samples=AT_LEAST_1,
-            pictures=COUNT,
-            steps=AT_LEAST_1,
+            loss_samples=up_to(MAX_PICTURES),
+            pictures=up_to(MAX_PICTURES, least=0),
+            steps=up_to(MAX_STEPS),
             guidance_scale=FINITE,
         )
         for name in ("gain_every", "detector"):
@@ -328,14 +333,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(
             self,
-            resolution=Expected("a positive multiple of 8 pixels", lambda value: value > 0 and value % 8 == 0),
-            samples=AT_LEAST_1,
-            batch_size=AT_LEAST_1,
-            micro_batch=AT_LEAST_1,
+            resolution=Expected(
+                f"a positive multiple of 8 pixels, up to {MAX_SIDE}",
+                lambda value: 0 < value <= MAX_SIDE and value % 8 == 0,
+            ),
+            samples=up_to(2**62),  # a position is a number of 64 bits
+            batch_size=up_to(MAX_BATCH),
+            micro_batch=up_to(MAX_BATCH),
             seed=Expected("0 to 2**31 - 1", lambda value: 0 <= value < 2**31),
             process_timeout=AT_LEAST_1,
             skip_limit=AT_LEAST_1,
-            workers=COUNT,
+            workers=up_to(MAX_WORKERS, least=0),
             window=AT_LEAST_1,
             cache_gb=POSITIVE,
             log_every=AT_LEAST_1,
@@ -358,7 +366,7 @@ class TrainConfig:
             raise ValueError(f"samples is {self.samples}, less than one batch of {self.batch_size}")
         for name, source in [*(("data", source) for source in self.sources), ("validation.data", self.validation.data)]:
             kind, _, count = (source or "").partition(":")
-            if kind == "shapes" and not (count.isdecimal() and int(count)):
+            if kind == "shapes" and not (count.isdecimal() and len(count) < 9 and 0 < int(count) <= 100 * MAX_PICTURES):
                 raise ValueError(f"{name} is {source!r}; expected a folder of shards, or shapes:COUNT as shapes:50000")
         if not self.sources:
             raise ValueError("data names no folder; expected one, or several as {FOLDER: WEIGHT}")
