@@ -89,9 +89,10 @@ def _controlnet(source: str, dtype: torch.dtype) -> ControlNetModel:
         ValueError: its files lack a tensor, or are of another model than its settings.
     """
     try:
-        net, report = ControlNetModel.from_pretrained(source, torch_dtype=dtype, output_loading_info=True)
+        loaded: Any = ControlNetModel.from_pretrained(source, torch_dtype=dtype, output_loading_info=True)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"the ControlNet {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    net, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the ControlNet {source} is not whole: it lacks {len(missing)} tensors, as {missing[0]}")
     check_finite(net, f"the ControlNet {source}")
