@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..limits import check_torch_file
+
 
 class _Ignored:
     """Stands where an object lay that is no tensor."""
