@@ -198,7 +198,7 @@ def test_shards_say_how_they_were_made(tmp_path, units, how, vae):
         for shard in find_shards(tmp_path / f"{resolution}"):
             assert shard.metadata["resolution"] == f"{resolution}"
             assert shard.latent_shape == (4, resolution // 2, resolution // 2)
-            assert (shard.metadata["vae"], shard.downsampling) == (vae, 2)
+            assert (shard.metadata["vae"], shard.downsampling) == (Path(vae).name, 2)  # its folder is nobody's affair
             assert (shard.metadata["latents"], shard.metadata["seed"]) == ("sample", "0")
     first, mirrored = (Shard(tmp_path / "64" / "a").row(k) for k in range(2))
     given = scene_item("a", 0, (64, 80))

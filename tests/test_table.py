@@ -82,6 +82,22 @@ def test_the_file_is_made_once_and_again_when_a_table_changes(tmp_path, cache):
     assert not file.exists()  # unused for long
 
 
+def test_a_copy_of_the_same_size_and_time_is_another_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", 0)
+    cache = tmp_path / "cache"
+    captions = ("a cat", "a dog")
+    for name, caption in zip(("a", "b"), captions, strict=True):
+        write_shard(tmp_path / name / "s", latents(4, 8), [row(1, caption=caption)] * 4, METADATA)
+    assert Table([Shard(tmp_path / "a" / "s")], cache).row(0).caption == "a cat"
+    old, new = (tmp_path / name / "s.parquet" for name in ("a", "b"))
+    status = old.stat()
+    assert new.stat().st_size == status.st_size
+    old.write_bytes(new.read_bytes())
+    os.utime(old, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert Table([Shard(tmp_path / "a" / "s")], cache).row(0).caption == "a dog"
+    assert all(len(file.stem) == 64 for file in cache.glob("*.rows"))
+
+
 def test_a_table_travels_without_its_rows(tmp_path):
     shards = made(tmp_path, [row(3, caption="long " * 1000)] * 40)
     table = Table(shards)

@@ -131,7 +131,9 @@ def test_a_byte_order_mark_is_read_in_every_source(tmp_path):
 def test_files_of_other_encodings_are_named(tmp_path, read):
     for form in ("utf-16", "utf-32", "latin-1"):
         path = put(tmp_path / f"{form}.json", '{"prompt": "café"}'.encode(form))
-        with pytest.raises(ValueError, match=rf"{form}\.json is not (UTF-8 text|valid JSON): .*save it as UTF-8"):
+        with pytest.raises(
+            ValueError, match=rf"{form}\.json is not (a text file in UTF-8|valid JSON): .*save it as UTF-8"
+        ):
             read(path)
 
 

@@ -100,8 +100,21 @@ def test_members_that_are_not_adjacent_fail_the_unit_and_say_how_to_sort(tmp_pat
     again = order.split()[1]
     with pytest.raises(ValueError, match=rf"a\.tar: sample 0 comes back with \.{again}; .*tar --sort=name"):
         results(tmp_path / "a.tar")
+    if mode == "-cf":  # of the first archive it is told before anything is begun
+        with pytest.raises(ValueError, match=r"sample 0 comes back"):
+            open_source(tmp_path / "a.tar")
     run_tar("--sort=name", mode, "../b.tar", ".", cwd=tmp_path / "set")
     assert [len(item.boxes) for item in results(tmp_path / "b.tar")] == [1, 1, 1]
+
+
+def test_a_later_archive_that_is_not_adjacent_fails_alone(tmp_path):
+    files(tmp_path / "in", **{f"{k}_jpg": jpeg() for k in range(2)}, **{f"{k}_json": json.dumps(BOX) for k in range(2)})
+    run_tar("--sort=name", "-cf", "../set/a.tar", ".", cwd=files(tmp_path / "set") and tmp_path / "in")
+    run_tar("-cf", "../set/b.tar", "0.jpg", "1.jpg", "0.json", "1.json", cwd=tmp_path / "in")
+    good, bad = open_source(tmp_path / "set")
+    assert [len(item.boxes) for item in good.items()] == [1, 1]
+    with pytest.raises(ValueError, match=r"b\.tar: sample 0 comes back with \.json"):
+        list(bad.items())
 
 
 def test_an_archive_that_was_appended_to_is_not_read_twice(tmp_path):

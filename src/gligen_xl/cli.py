@@ -27,6 +27,8 @@ from .commands import (
     version,
 )
 from .commands.common import Parser, UsageError
+from .public import redacted
+from .text import printable
 
 TRACEBACK = "GLIGEN_XL_TRACEBACK"  # environment variable: set, errors come with where they arose
 
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:  # the last is torch's, as for memory
         if os.environ.get(TRACEBACK):
             raise
-        text = " ".join(str(error).split())
-        print(f"gligen-xl {name}: error: {text or type(error).__name__}", file=sys.stderr)
+        text = printable(redacted(str(error)))
+        print(f"gligen-xl {printable(name)}: error: {text or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -89,7 +89,7 @@ def read_text(path: str | Path) -> str:
     try:
         return decode_text(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
 
 
 def decode_text(contents: bytes) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files import read_json, whole_file, write_json
 from ..hub import local_folder
+from ..public import public
 from .config import AdapterConfig
 from .model import adapter_about, adapter_config, adapter_state_dict, attach, is_quantised, kind_of
 
@@ -96,8 +97,8 @@ def weights_name(variant: str | None = None) -> str:
 
 
 def describe_adapter(config: AdapterConfig, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What `gligen_adapter.json` holds."""
-    return {**about, "format": FORMAT, "version": VERSION, "config": config.to_dict()}
+    """What `gligen_adapter.json` holds. Adapters are shared: of paths on this machine their last names stay."""
+    return {**public(about), "format": FORMAT, "version": VERSION, "config": config.to_dict()}
 
 
 def read_adapter(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import Parser
+from .common import Parser, say
 
 HELP = "Whether shards can be trained on: every latent and every row looked at."
 
@@ -20,6 +20,6 @@ def run(arguments: Namespace) -> None:
     from ..data.check import check_shards
 
     report = check_shards(arguments.folder, progress=lambda stems: tqdm(stems, desc="check", unit="shard"))
-    print(report)
+    say(report)
     if report.problems:
         raise ValueError(f"{len(report.problems)} problems in {arguments.folder}")

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..public import redacted
+from ..text import printable, visible
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -142,4 +145,9 @@ def quiet_imports() -> None:
 def watched(items: Iterable[Any], name: str, total: int) -> tqdm[Any]:
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, total=total, unit="picture")
+    return tqdm(items, desc=printable(name), total=total, unit="picture")
+
+
+def say(text: object) -> None:
+    """Print a report of several lines: controls that a terminal would obey are escaped, keys in addresses left out."""
+    print(visible(redacted(str(text))), flush=True)

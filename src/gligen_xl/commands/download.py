@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import Parser
+from .common import Parser, say
 
 HELP = "The published sets of SA-1B latents and boxes, whole or in part, checked."
 
@@ -29,4 +29,4 @@ def run(arguments: Namespace) -> None:
         revision=arguments.revision,
         progress=lambda files: tqdm(files, desc="download", unit="file"),
     )
-    print(f"{len(paths)} files in {arguments.out}")
+    say(f"{len(paths)} files in {arguments.out}")

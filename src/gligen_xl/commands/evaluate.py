@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from ..public import redacted
+from ..text import printable
 from .common import (
     Parser,
     UsageError,
@@ -20,6 +22,7 @@ from .common import (
     model_arguments,
     parse_part,
     quiet_imports,
+    say,
     usable_device,
     watched,
 )
@@ -291,12 +294,12 @@ def _score(
         failed.append(error)
     report = Report(protocol=protocol, detector=detector, conditions=conditions, settings=settings, compared=compared)
     write_report(report, out, versions=versions())
-    print(f"\n{report.table()}\nwritten to {out}")
+    say(f"\n{report.table()}\nwritten to {out}")
     if failed:
         raise failed[0]
     unread = [(condition.name, *item) for condition in conditions for item in condition.unread.items()]
     for name, key, why in unread[:10]:
-        print(f"not scored: {name} {key}: {why}", file=sys.stderr)
+        print(printable(redacted(f"not scored: {name} {key}: {why}")), file=sys.stderr)
     if len(unread) > 10:
         print(f"not scored: {len(unread) - 10} more", file=sys.stderr)
     return UNREAD if unread else 0

@@ -10,7 +10,8 @@ from jsonargparse import Namespace
 
 from ..files import whole_file
 from ..layout import Layout, read_layouts
-from .common import Parser, UsageError, load, model_arguments, watched
+from ..text import file_name, printable
+from .common import Parser, UsageError, load, model_arguments, say, watched
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,15 +141,15 @@ def run(arguments: Namespace, layouts: list[Layout], beta: float | list[float]) 
     for k, picture in enumerate(bar):
         layout, seed = layouts[k], picture_seed(layouts[k], arguments.seed, k)
         about = {"layout": layout.to_dict(), "seed": seed, "beta": beta, **used}
-        name = f"{first + k:04d}" + (f"-{_file_name(layout.id)}" if layout.id else "")
+        name = f"{first + k:04d}" + (f"-{file_name(layout.id)}" if layout.id else "")
         versions = [("", picture)] + ([("-boxes", draw_boxes(picture, layout))] if arguments.draw else [])
         for suffix, version in versions:
             with whole_file(out / f"{name}{suffix}.png") as partial:
                 version.save(partial, format="PNG", pnginfo=png_metadata(about))
         now = time.perf_counter()
-        bar.write(f"{out / name}.png  seed {seed}  {now - since:.2f} s")
+        bar.write(f"{printable(out / name)}.png  seed {seed}  {now - since:.2f} s")
         since = now
-    print(f"{len(layouts)} pictures in {out}")
+    say(f"{len(layouts)} pictures in {out}")
 
 
 def _pictures(arguments: Namespace) -> dict[str, Any]:
@@ -224,7 +225,3 @@ def _first_free_number(folder: Path) -> int:
     """Pictures of an earlier command stay; numbering goes on after them."""
     numbers = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*.png")]
     return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
-
-
-def _file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)[:80].lstrip(".")

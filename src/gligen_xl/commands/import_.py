@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import Parser
+from .common import Parser, say
 
 HELP = "The published sets of SA-1B latents and boxes (.npy) to shards; nothing in them is run."
 
@@ -29,6 +29,6 @@ def run(arguments: Namespace) -> None:
         sizes=arguments.sizes,
         progress=lambda names: tqdm(names, desc="import", unit="archive"),
     )
-    print(f"{report}\nin {arguments.out}")
+    say(f"{report}\nin {arguments.out}")
     if any(what not in ("written", "already there") for what in report.archives.values()):
         raise ValueError("not every archive became a shard; the same command tries those again")

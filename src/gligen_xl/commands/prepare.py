@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from .common import DTYPES, Parser, UsageError, best_device, parse_part, quiet_imports
+from .common import DTYPES, Parser, UsageError, best_device, parse_part, quiet_imports, say
 
 HELP = "Pictures to shards, for training: SA-1B archives, COCO, webdatasets, or a folder of your own."
 
@@ -109,7 +109,7 @@ def run(arguments: Namespace) -> None:
             units, arguments.out, settings, machine,
             source=_name(arguments), part=part, progress=_Shown(bar, check),
         )  # fmt: skip
-    print(report)
+    say(report)
     if report.failed:
         raise ValueError(f"{len(report.failed)} of {len(units)} units failed; the same command tries those again")
     if report.in_work or report.total.used:

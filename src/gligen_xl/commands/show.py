@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from ..files import whole_file
-from .common import Parser, UsageError, quiet_imports
+from .common import Parser, UsageError, quiet_imports, say
 
 HELP = "Pictures of shards, decoded, with boxes, phrases and captions: whether boxes are right is seen at once."
 
@@ -38,4 +38,4 @@ def run(arguments: Namespace) -> None:
     )
     with whole_file(Path(arguments.out)) as partial:
         picture.save(partial, format="PNG")
-    print("\n".join([*lines, f"in {arguments.out}"]))
+    say("\n".join([*lines, f"in {arguments.out}"]))

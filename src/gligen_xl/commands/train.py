@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .common import Parser, UsageError, quiet_imports
+from .common import Parser, UsageError, quiet_imports, say
 
 HELP = "Train an adapter, or continue the run that stands in its folder."
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
@@ -70,7 +70,7 @@ def run(config: Any, dry_run: int | None) -> int:
 
         described = describe(estimate(config, dry_run))
         if main:
-            print(f"{settings}\n{described}")
+            say(f"{settings}\n{described}")
         return 0
 
     from ..train.loop import FINISHED, train
@@ -80,8 +80,8 @@ def run(config: Any, dry_run: int | None) -> int:
     if main:
         reached = reached_position(config) or 0
         over = reached >= config.samples // config.batch_size * config.batch_size
-        print(f"the run in {config.out} is finished, {reached:,} samples seen" if over else settings.rstrip())
+        say(f"the run in {config.out} is finished, {reached:,} samples seen" if over else settings.rstrip())
     folder = train(config)
     if main:
-        print(f"\n{folder}")
+        say(f"\n{folder}")
     return 0 if folder == Path(config.out) / FINISHED else STOPPED

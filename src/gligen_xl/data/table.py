@@ -37,6 +37,7 @@ FORM = "1"
 HEAD = struct.Struct("<5i")
 PLACE = struct.Struct("<2q")
 BETWEEN = b"\xff"  # no byte of UTF-8
+FOOTER = 2**14  # bytes at the end of a table that are looked at, to tell it from others
 SMALL = 2_000_000  # bytes of parquet that stay in memory
 MANY = 20  # shards, whose tables take long enough for a progress bar
 UNUSED = 30  # days, after which a file of the cache goes
@@ -90,8 +91,11 @@ class Table:
             self._content = _in_memory(shards)
         else:
             names = [(str(shard.table_file.absolute()), len(shard)) for shard in shards]
-            parts = [(*name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
-            key = hashlib.sha256(json.dumps([FORM, parts]).encode()).hexdigest()[:24]
+            parts = [
+                (*name, stat.st_size, stat.st_mtime_ns, _footer(shard.table_file))
+                for name, stat, shard in zip(names, stats, shards, strict=True)
+            ]
+            key = hashlib.sha256(json.dumps([FORM, parts]).encode()).hexdigest()
             self._path = (cache or cache_folder("tables")) / f"{key}.rows"
             try:
                 _make(self._path, shards)
@@ -132,6 +136,14 @@ class Table:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._file = None if state["_file"] is None else io.FileIO(state["_file"])
+
+
+def _footer(file: Path) -> str:
+    """A checksum of the end of a parquet file, where the places and the least and largest values of its columns are: a
+    copy may have the size and the time of what it took the place of."""
+    with file.open("rb") as opened:
+        opened.seek(max(file.stat().st_size - FOOTER, 0))
+        return hashlib.sha256(opened.read()).hexdigest()
 
 
 def _make(path: Path, shards: Sequence[Shard]) -> None:

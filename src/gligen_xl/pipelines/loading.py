@@ -30,6 +30,7 @@ from ..adapter.store import CONFIG_NAME, weights_name
 from ..files import read_json, write_json
 from ..hub import INDEX_NAME, OPTIONS, local_folder, pipeline_files, upload
 from ..phrases import phrase_width
+from ..public import clean_model_folder
 
 ADAPTER_SUBFOLDER = "gligen_adapter"
 _parts_stay: ContextVar[bool] = ContextVar("parts_stay", default=False)  # while from_pipe makes a pipeline of them
@@ -226,6 +227,7 @@ class AdapterLoaderMixin(DiffusionPipeline):
         index = Path(save_directory) / INDEX_NAME
         plain = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
         write_json(index, {**read_json(index), "_class_name": plain.__name__})
+        clean_model_folder(save_directory)
         adapter = Path(save_directory) / ADAPTER_SUBFOLDER
         if is_attached(self.unet):
             save_adapter(self.unet, adapter, variant=kwargs.get("variant"))

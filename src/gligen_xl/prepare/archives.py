@@ -23,7 +23,7 @@ from .rows import (
     stated_size,
     unique,
 )
-from .tars import DOTS, Reading, TarSample, count_unread, read_samples
+from .tars import DOTS, Reading, TarSample, count_unread, read_samples, returning_member
 
 TARS = (".tar", ".tar.gz", ".tgz")
 
@@ -73,11 +73,14 @@ class Archive:
         return unique(self._items())
 
     def check(self) -> None:
-        """Raises ValueError where its first samples have a fault that all have, see `check_first`.
+        """Raises ValueError where its first samples have a fault that all have, see `check_first`, or where one of its
+        samples comes back: most likely, those of the other archives do.
 
         An archive that cannot be read is another matter.
         """
         if self.kind == "webdataset":
+            if returning := returning_member(self.path, LIMITS):
+                raise self._comes_back(*returning)
             check_first(self._readers())
 
     def _readers(self) -> Iterator[tuple[str, Callable[[], Item]]]:
@@ -98,14 +101,15 @@ class Archive:
         seen: set[str] = set()
         for sample in samples:
             if sample.key in seen:
-                found = ", .".join([*sample.files, *sample.refused])
-                raise ValueError(
-                    f"{self.path}: sample {sample.key} comes back with .{found}; "
-                    "expected all files of a sample next to each other, once: make the archive anew with "
-                    "tar --sort=name (GNU tar)"
-                )
+                raise self._comes_back(sample.key, ", .".join([*sample.files, *sample.refused]))
             seen.add(sample.key)
             yield sample
+
+    def _comes_back(self, key: str, endings: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: sample {key} comes back with .{endings}; expected all files of a sample next to each other, "
+            "once: make the archive anew with tar --sort=name (GNU tar)"
+        )
 
     def _items(self) -> Iterator[Item | Skipped]:
         for sample in self._samples():

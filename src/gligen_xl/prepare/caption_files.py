@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 
 from ..files import decode_text
 from .item import text_fault
+from .links import leaves
 from .rows import clean
 from .tars import read_samples
 
@@ -48,7 +50,7 @@ def survey(source: Path) -> tuple[Reader, str]:
     for reader in _READERS.values():
         if reader in sums:
             whole = (reader.__name__, sums[reader])
-            return reader, hashlib.sha256(repr(whole).encode()).hexdigest()[:24]
+            return reader, hashlib.sha256(repr(whole).encode()).hexdigest()
     raise ValueError(f"{source} holds no captions; expected files that end in {', '.join(_READERS)}")
 
 
@@ -74,13 +76,18 @@ def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
 def _files(source: Path) -> Iterator[Path]:
     """The file, or those of the folder and the folders in it, by name; texts as they come, since they may be millions
     and their order matters to none."""
-    if not source.is_dir():
-        yield source
-        return
+    yield from _files_below(source, source) if source.is_dir() else [source]
+
+
+def _files_below(folder: Path, source: Path) -> Iterator[Path]:
     later = []
-    with os.scandir(source) as entries:
+    with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and _reader(Path(entry.path)) and leaves(source, Path(entry.path)):
+                what = f"{entry.path} is a link to a file outside of {source}, and left out; copy that file there"
+                warnings.warn(what, stacklevel=2)
                 continue
             if entry.name.endswith(".txt"):
                 yield Path(entry.path)
@@ -88,9 +95,9 @@ def _files(source: Path) -> Iterator[Path]:
                 later.append((entry.name, entry.is_dir(follow_symlinks=False)))
     for name, is_folder in sorted(later):
         if is_folder:
-            yield from _files(source / name)
+            yield from _files_below(folder / name, source)
         else:
-            yield source / name
+            yield folder / name
 
 
 def _reader(file: Path) -> Reader | None:

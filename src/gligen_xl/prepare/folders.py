@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 from ..files import decode_text
 from .file_facts import files_identity
 from .item import BAD_TEXT, Item, Skipped, text_fault
+from .links import leaves
 from .pictures import ENDINGS
 from .rows import CAPTION_NOT_UTF8, WRONG_CAPTION, RowError, clean, item_or_why_not, unique
 
@@ -56,7 +58,7 @@ class PictureChunk:
             if inner.parts > end:
                 return
             image_id = clean(inner.with_suffix("").as_posix())
-            yield item_or_why_not(partial(_item, path, image_id, done), image_id, done, str(path))
+            yield item_or_why_not(partial(_item, self.folder, path, image_id, done), image_id, done, str(path))
 
 
 def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk]:
@@ -65,7 +67,7 @@ def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk
     paths = find_pictures(folder)
     while part := list(islice(paths, unit_size)):
         inner = [path.relative_to(folder).as_posix() for path in part]
-        lines = [json.dumps([where, *_facts(path)]) for where, path in zip(inner, part, strict=True)]
+        lines = [json.dumps([where, *_facts(folder, path)]) for where, path in zip(inner, part, strict=True)]
         chunk = PictureChunk(
             name=f"{name}-{len(chunks):05d}",
             folder=folder,
@@ -98,14 +100,14 @@ def find_pictures(folder: Path, begin: tuple[str, ...] = ()) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-def _item(picture: Path, image_id: str, done: int) -> Item:
-    return Item(image_id=image_id, picture=picture, caption=_caption(picture), done=done)
+def _item(folder: Path, picture: Path, image_id: str, done: int) -> Item:
+    return Item(image_id=image_id, picture=picture, caption=_caption(folder, picture), done=done)
 
 
-def _facts(picture: Path) -> tuple[int | str | None, ...]:
+def _facts(folder: Path, picture: Path) -> tuple[int | str | None, ...]:
     """Its size in bytes and its caption; of one that cannot be read, why."""
     try:
-        contents = _read_caption(picture)
+        contents = _read_caption(folder, picture)
         try:
             return picture.stat().st_size, clean(decode_text(contents))
         except ValueError:  # not text: then its bytes
@@ -114,13 +116,13 @@ def _facts(picture: Path) -> tuple[int | str | None, ...]:
         return (error.errno,)
 
 
-def _caption(picture: Path) -> str:
+def _caption(folder: Path, picture: Path) -> str:
     """The text beside a picture; empty where there is none.
 
     Raises:
         RowError: it is not UTF-8, too long, or holds control characters.
     """
-    contents, path = _read_caption(picture), picture.with_suffix(".txt")
+    contents, path = _read_caption(folder, picture), picture.with_suffix(".txt")
     if len(contents) > MAX_CAPTION:
         raise RowError(WRONG_CAPTION, f"{path} has more than {MAX_CAPTION} bytes; expected a caption")
     try:
@@ -132,9 +134,14 @@ def _caption(picture: Path) -> str:
     return caption
 
 
-def _read_caption(picture: Path) -> bytes:
+def _read_caption(folder: Path, picture: Path) -> bytes:
+    text = picture.with_suffix(".txt")
+    if leaves(folder, text):
+        what = f"{text} is a link to a file outside of {folder}, and no caption; copy that file there"
+        warnings.warn(what, stacklevel=2)
+        return b""
     try:
-        with picture.with_suffix(".txt").open("rb") as file:
+        with text.open("rb") as file:
             return file.read(MAX_CAPTION + 1)
     except (FileNotFoundError, IsADirectoryError):
         return b""

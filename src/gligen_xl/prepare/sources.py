@@ -14,6 +14,7 @@ from .archives import Archive, archive_name, find_archives, is_archive
 from .coco import coco_chunks
 from .folders import find_pictures, picture_chunks
 from .item import Unit
+from .links import leaves
 from .row_chunks import METADATA, check_rows, row_chunks
 from .rows import BOX_FORMATS, check_not_all_alike, items_of
 
@@ -132,6 +133,10 @@ def _imagefolder(path: Path, box_format: str | None, unit_size: int) -> Sequence
     if len(files) > 1:
         raise ValueError(f"{path} has both {' and '.join(METADATA)}; keep one of them, or name it as the source")
     if files:
+        if path.is_dir() and leaves(path, files[0]):
+            raise ValueError(
+                f"{files[0]} is a link to a file outside of {path}; copy that file there, or give {files[0]} itself"
+            )
         chunks = row_chunks(files[0], files[0].absolute().parent.name, "imagefolder", box_format, unit_size)
         check_rows(chunks)
         return chunks

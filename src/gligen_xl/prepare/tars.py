@@ -24,6 +24,7 @@ from typing import IO, Any
 from .pictures import ENDINGS, TOO_LARGE
 
 BLOCK = 512
+GZIP = b"\x1f\x8b"  # how such a file begins
 MAX_HEADER = 2**20  # bytes of a long name or of a pax header; real ones have some hundred
 PIECE = 2**20  # how much is skipped at once
 MOST_ENDINGS = 30  # that are told apart
@@ -118,6 +119,31 @@ def read_samples(
         raise ValueError(f"{path} {_told(error)}, after {count} samples; fetch it again") from error
 
 
+def returning_member(path: Path, limits: Mapping[str, int]) -> tuple[str, str] | None:
+    """Key and ending of the first file that belongs to a sample before the last one, told by the headers alone.
+
+    None, too, of an archive that is packed or damaged: whoever reads it will see.
+    """
+    seen: set[str] = set()
+    last = ""
+    try:
+        with path.open("rb") as file:
+            if file.peek(2)[:2] == GZIP:
+                return None
+            for member in _members(file):
+                key, ending = _split(member.name, dotted=False)
+                file.seek(member.size + -member.size % BLOCK, 1)
+                if ending not in limits:
+                    continue
+                if key != last and key in seen:
+                    return key, ending
+                seen.add(key)
+                last = key
+    except (_Damaged, EOFError, OSError, ValueError):
+        pass
+    return None
+
+
 def count_unread(counts: Counter[str], more: Mapping[str, int]) -> None:
     """Add counts by ending; of a hostile archive, which has thousands of endings, the last ones together."""
     for ending, number in more.items():
@@ -202,7 +228,7 @@ class _Member:
         _skip(self.stream, self.size + -self.size % BLOCK)
 
 
-def _members(file: BufferedReader) -> Iterator[_Member]:
+def _members(file: BufferedReader[Any]) -> Iterator[_Member]:
     """Members with their contents still to be read. tarfile's own streams take a cut archive for a whole one.
 
     Raises:
@@ -211,7 +237,7 @@ def _members(file: BufferedReader) -> Iterator[_Member]:
     magic = file.peek(2)[:2]
     if not magic:
         raise _Damaged("is empty")
-    stream: IO[bytes] = gzip.GzipFile(fileobj=file) if magic == b"\x1f\x8b" else file  # type: ignore[assignment]
+    stream: IO[bytes] = gzip.GzipFile(fileobj=file) if magic == GZIP else file  # type: ignore[assignment]
     first, said = True, {}
     zeros = 0  # blocks of them in a row: two end an archive
     while True:

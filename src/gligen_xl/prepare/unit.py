@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
 from ..data.shards import Row, read_header
+from ..public import public_name
 from .ahead import Decoders
 from .archives import Archive
 from .captions import CaptionTable
@@ -237,7 +238,8 @@ class _Writers:
         path = f"{resolution}/{name}" if len(framing.resolutions) > 1 else name
         if path not in self.writers:
             self._check_place(self.out / path)
-            metadata = {"resolution": str(resolution), "vae": self.settings.vae, **self.encoder.metadata}
+            name = public_name(self.settings.vae, hub=True)  # shards are shared
+            metadata = {"resolution": str(resolution), "vae": name, **self.encoder.metadata}
             metadata["prepared"] = self.settings.fingerprint
             self.writers[path] = ShardWriter(self.out / path, latents.shape[1:], metadata)
         self.writers[path].add(latents, rows)

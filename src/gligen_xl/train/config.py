@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..data.batch import Augmentation
 from ..data.mixture import turns_of
+from ..public import redacted_values
 
 
 class Expected(NamedTuple):
@@ -357,7 +358,8 @@ class TrainConfig:
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The settings as they are written down, shown and compared: without passwords and keys of addresses."""
+        return redacted_values(asdict(self))
 
 
 # Names of settings ---------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import whole_file, write_json
+from ..public import redacted
+from ..text import printable
 from ..versions import versions
 from .config import TrainConfig
 from .report import refresh_report
@@ -94,7 +96,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self.main:
-            self.bar.write(text)
+            self.bar.write(printable(redacted(text)))
 
     def waiting_for(self, batches: Iterable[_T]) -> Iterator[_T]:
         """The batches; the time until each comes is the time waited for data."""

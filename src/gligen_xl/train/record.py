@@ -142,8 +142,11 @@ def picture_bytes(path: Path, *, width: int, height: int, quality: int = 85) -> 
     Raises:
         OSError: the file is no picture, or half of one.
     """
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of a damaged file, as Pillow has them
+        raise OSError(f"{path} is no picture that can be read: {error}") from error
     picture.thumbnail((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=quality, optimize=True)
