@@ -14,11 +14,10 @@ from typing import Any, Protocol
 from .file_facts import files_identity
 from .item import Annotation, Item, Skipped
 from .links import leaves
-from .rows import RowError, clean, item_or_why_not
+from .rows import MISSING, TWICE, RowError, clean, item_or_why_not
 
 WITHOUT_IMAGE = "annotations without their image"  # why an image is left out
 LABEL_IS_LINK, LABEL_TOO_LARGE = "its annotations are a link that leaves the folder", "its annotations are too large"
-SAME_ID = "image_id stands there twice"
 MAX_LABEL = 2**22  # bytes of a file of annotations: some ten thousand objects
 LOOKED_AT = 1000  # images in which a box that can be used is looked for before anything is begun
 
@@ -76,7 +75,7 @@ class LabelledChunk:
         return len(self.images)
 
     def identity(self) -> dict[str, Any]:
-        said = {"kind": self.kind, "file": self.root.absolute().name, "first": self.first, "count": self.weight}
+        said = {"kind": self.kind, "file": _name(self.root), "first": self.first, "count": self.weight}
         images = files_identity(self.root, (entry.image for entry in self.images))
         labels = files_identity(self.root, (entry.label for entry in self.images))
         return said | {"images": images, "labels": labels, **self.reader.identity()}
@@ -93,8 +92,10 @@ class LabelledChunk:
         if not entry.image:
             raise RowError(WITHOUT_IMAGE, f"there is no image {Path(entry.label).stem} for {self.root / entry.label}")
         if k in self.repeated:
-            raise RowError(SAME_ID, f"{self.root / entry.image}; expected images whose names differ by more than .jpg")
+            raise RowError(TWICE, f"{self.root / entry.image}; expected images whose names differ by more than .jpg")
         image = self.root / entry.image
+        if not image.is_file():
+            raise RowError(MISSING, f"{image}: there is no such file; expected the image that a list names")
         known = self.reader.read(self._contents(self.root / entry.label), image) if entry.label else Annotation()
         return Item(image_id=entry.image_id, picture=image, done=k + 1, where=str(self._path(entry)), **vars(known))
 
@@ -136,7 +137,7 @@ def labelled_chunks(
             elif entry.image:
                 seen.add(entry.image_id)
         chunk = LabelledChunk(
-            name=f"{root.absolute().name}-{len(chunks):05d}",
+            name=f"{_name(root)}-{len(chunks):05d}",
             kind=kind,
             root=root,
             reader=reader,
@@ -158,7 +159,7 @@ def check_boxes(chunks: Sequence[LabelledChunk]) -> None:
     for item in islice((item for chunk in chunks for item in chunk.items()), LOOKED_AT):
         if isinstance(item, Item) and item.boxes:
             return
-        if isinstance(item, Skipped) and item.reason not in (WITHOUT_IMAGE, SAME_ID):
+        if isinstance(item, Skipped) and item.reason not in (WITHOUT_IMAGE, TWICE):
             number += 1
             first = first or f"{item.place}: {item.reason}: {item.detail}"
         elif isinstance(item, Item) and item.dropped_examples:
@@ -167,6 +168,10 @@ def check_boxes(chunks: Sequence[LabelledChunk]) -> None:
             first = first or f"{item.place}: {reason}: {told}"
     if first:
         raise ValueError(f"{first}. None of the {number} annotations that were looked at can be used")
+
+
+def _name(root: Path) -> str:
+    return os.path.basename(os.path.abspath(root))  # noqa: PTH100, PTH119, links stay as they are called
 
 
 def relative(path: Path, root: Path) -> str:
