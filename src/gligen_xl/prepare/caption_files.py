@@ -27,6 +27,7 @@ from .item import text_fault
 from .links import leaves
 from .rows import clean
 from .tars import read_samples
+from .yolo_rows import looks_like_rows
 
 IDS = ("__key__", "image_id", "id", "key")
 TEXTS = ("txt", "caption", "text", "prompt")
@@ -70,7 +71,8 @@ def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
                 image_id.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{file}: the caption of {image_id!r} is not Unicode text: {error}") from error
-            yield image_id, caption if length <= LONGEST and not text_fault(caption or "") else None
+            no_caption = length > LONGEST or text_fault(caption or "") or looks_like_rows(caption or "")
+            yield image_id, None if no_caption else caption
 
 
 def _files(source: Path) -> Iterator[Path]:

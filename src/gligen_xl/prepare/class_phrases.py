@@ -14,10 +14,11 @@ from .item import text_fault
 LEFT_OUT = "class left out by the mapping"  # why a box is dropped
 
 
-def class_phrases(names: Collection[str], mapping_file: Path | None) -> dict[str, str | None]:
+def class_phrases(names: Collection[str] | None, mapping_file: Path | None) -> dict[str, str | None]:
     """The phrase of each class; None for those left out.
 
     Args:
+        names: of all classes; None where they are not known beforehand, for the mapping alone.
         mapping_file: JSON or YAML of `name: phrase`; a class of phrase null is left out, one that does not stand there
             keeps its name.
 
@@ -39,10 +40,10 @@ def class_phrases(names: Collection[str], mapping_file: Path | None) -> dict[str
             raise ValueError(
                 f"{mapping_file}: expected a mapping of category name to phrase or null, as person: a person"
             )
-        if strange := sorted(set(mapping) - set(names)):
+        if names is not None and (strange := sorted(set(mapping) - set(names))):
             known = ", ".join(sorted(names))
             raise ValueError(f"{mapping_file}: there is no category {', '.join(strange)}; there are {known}")
-    phrases = {name: mapping.get(name, name) for name in names}
+    phrases = {name: mapping.get(name, name) for name in (mapping if names is None else names)}
     for name, phrase in phrases.items():
         if phrase is not None and (fault := text_fault(phrase)):
             raise ValueError(f"the category {name!r:.40} cannot be a phrase: {fault}; give another by --classes")

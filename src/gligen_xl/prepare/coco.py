@@ -111,13 +111,14 @@ def coco_chunks(
     unit_size: int,
     *,
     name: str | None = None,
+    prefix: str = "",
     find_images: bool = False,
 ) -> list[CocoChunk]:
     """Units of `unit_size` images each.
 
     Args:
         classes: see `class_phrases`.
-        name: of the units, before their numbers; by default that of the file.
+        name: of the units, before their numbers; by default that of the file. prefix: of the ids of images.
         find_images: look in the folder for the images as `image_paths` says; else names are taken as they stand there.
 
     Raises:
@@ -146,7 +147,7 @@ def coco_chunks(
             folder=folder,
             instances=instances,
             first=first,
-            image_ids=tuple(clean(image_id) for image_id in content.ids[first:end]),
+            image_ids=tuple(clean(f"{prefix}{image_id}") for image_id in content.ids[first:end]),
             file_names=tuple(files[first:end]),
             sizes=np.array(content.sizes[first:end], np.int32),
             owners=(owners[kept] - first).astype(np.int32),

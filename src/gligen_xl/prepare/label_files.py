@@ -125,7 +125,7 @@ def labelled_chunks(
     if without:
         _LOGGER.warning(
             "%s: %d of %d images have no file of annotations, as %s; they are taken as images without objects",
-            root, len(without), len(images), clean(without[0]),
+            root, len(without), sum(bool(entry.image) for entry in images), clean(without[0]),
         )  # fmt: skip
     chunks, seen = [], set()
     for first in range(0, len(images), unit_size):

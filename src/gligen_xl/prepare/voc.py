@@ -1,9 +1,9 @@
 """Pascal VOC sets: `Annotations/*.xml` with `JPEGImages/`, or `a.xml` beside `a.jpg`; class names are phrases.
 
-Of VOC's boxes, pixels are counted from 1, and the last one is within: xmin 1 and xmax 80 are the whole width of an image
-of 80 (the development kit of VOC 2012; supervision writes so, and detectron2 reads so). Other programs, as LabelImg and
-CVAT, write places between pixels, counted from 0, and do not say which they mean. A file that has a 0 or a fraction can
-only be one of those, and is read so. What remains unknown is one pixel at the left and at the top.
+In VOC's boxes pixels are counted from 1, and the last one is within: xmin 1 and xmax 80 are the whole width of an
+image of 80 pixels (the development kit of VOC 2012; supervision writes so, and detectron2 reads so). Other programs, as
+LabelImg and CVAT, write places between pixels, counted from 0, and do not say which they mean. A file that has a 0 or a
+fraction can only be one of those, and is read so. What remains unknown is one pixel at the left and at the top.
 
 Objects that are difficult or truncated are taken; boxes of their parts are not.
 """
@@ -34,7 +34,7 @@ from .label_files import (
     tell_splits,
 )
 from .pictures import ENDINGS, picture_size
-from .rows import NO_PHRASE, RowError
+from .rows import NO_PHRASE, SHARES, RowError
 from .source_options import SourceOptions
 from .voc_xml import VocAnnotation, XmlError, is_voc, read_xml
 
@@ -67,7 +67,9 @@ class VocReader:
         dropped: Counter[str] = Counter()
         examples: dict[str, str] = {}
         corners = [_corners(entry) for entry in given.objects]
-        shift = 1.0 if _counts_from_one([box for box in corners if box is not None]) else 0.0
+        if (sound := [box for box in corners if box is not None]) and 0 < max(map(max, sound)) <= 1:
+            raise RowError(SHARES, f"no number is above {max(map(max, sound)):g}; Pascal VOC's boxes are in pixels")
+        shift = 1.0 if _counts_from_one(sound) else 0.0
         for number, (entry, box) in enumerate(zip(given.objects, corners, strict=True), start=1):
             name = entry.get("name", "")
             if fault := text_fault(name):
@@ -267,5 +269,3 @@ def _size(given: VocAnnotation) -> tuple[int, int] | None:
     except (ValueError, OverflowError):
         return None
     return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else None
-
-

@@ -1,10 +1,10 @@
 """One annotation of Pascal VOC: an XML file, read without entities and without anything but itself.
 
-    <annotation>
-      <filename>a.jpg</filename>
-      <size><width>80</width><height>40</height></size>
-      <object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>80</xmax><ymax>40</ymax></bndbox></object>
-    </annotation>
+<annotation>
+  <filename>a.jpg</filename>
+  <size><width>80</width><height>40</height></size>
+  <object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>80</xmax><ymax>40</ymax></bndbox></object>
+</annotation>
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def read_xml(contents: bytes) -> VocAnnotation:
     except (expat.ExpatError, LookupError, ValueError) as error:
         if isinstance(error, XmlError):
             raise
-        raise XmlError(f"it is no XML that can be read: {error}; expected UTF-8, or the encoding it declares") from error
+        told = f"it is no XML that can be read: {error}; expected UTF-8, or the encoding that it declares"
+        raise XmlError(told) from error
     return reader.annotation
 
 
@@ -66,8 +67,11 @@ def is_voc(head: bytes) -> bool:
 
     parser = expat.ParserCreate()
     parser.StartElementHandler = begin
+    parser.StartDoctypeDeclHandler = _refuse_doctype
     try:
         parser.Parse(head, False)
+    except XmlError:  # refused when it is read; what it is called is told by its text
+        return b"<annotation" in head
     except (expat.ExpatError, LookupError, ValueError):
         pass
     return first[:1] == ["annotation"]

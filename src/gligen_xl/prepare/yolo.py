@@ -198,7 +198,9 @@ class _Description:
         keypoints = 0
         if shape is not None:
             if not isinstance(shape, list) or not shape or not all(isinstance(n, str) and n.isdigit() for n in shape):
-                raise ValueError(f"{file}: kpt_shape is {shape!r:.40}; expected two numbers, as [17, 3]")
+                raise ValueError(
+                    f"{file}: kpt_shape is {shape[:40] if isinstance(shape, str) else type(shape).__name__}; expected two numbers, as [17, 3]"
+                )
             keypoints = int(shape[0]) * (int(shape[1]) if len(shape) > 1 else 3)
         said = content.get("path")
         base = _base(file.parent, said) if isinstance(said, str) and said.strip() else file.parent
@@ -207,11 +209,11 @@ class _Description:
 
     @classmethod
     def _of_darknet(cls, file: Path) -> _Description:
-        said = dict(
-            (key.strip(), value.strip())
+        said = {
+            key.strip(): value.strip()
             for key, equals, value in (line.partition("=") for line in read_text(file).splitlines())
             if equals
-        )
+        }
         names: Mapping[int, str] = {}
         if "names" in said:
             path = next((path for path in _candidates(file.parent, file.parent, said["names"]) if path.is_file()), None)
@@ -225,7 +227,7 @@ def _read_yaml(file: Path) -> Any:
     if file.stat().st_size > MAX_YAML:
         raise ValueError(f"{file} has more than {MAX_YAML} bytes; expected a description of a YOLO set")
     try:
-        return yaml.load(read_text(file), Loader=yaml.BaseLoader)  # noqa: S506, it makes texts, lists and mappings alone
+        return yaml.load(read_text(file), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
 
@@ -237,7 +239,8 @@ def _names(file: Path, said: Any) -> dict[int, str]:
     names = {}
     for number, name in pairs:
         if not str(number).isdigit() or not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{file}: names has {number!r:.40}: {name!r:.40}; expected a number and a name")
+            shown = repr(name)[:40] if isinstance(name, str) else f"a {type(name).__name__}"
+            raise ValueError(f"{file}: names has {str(number)[:40]!r}: {shown}; expected a number and a name")
         names[int(number)] = name.strip()
     if not names:
         raise ValueError(f"{file}: names is {said!r:.80}; expected a list of names, or a mapping of number to name")
@@ -263,7 +266,7 @@ def _names_beside(root: Path, images: Iterable[LabelledImage]) -> dict[int, str]
         for folder in (root / path).parents
         if folder == root or root in folder.parents
     )
-    for folder in (root, *folders):
+    for folder in dict.fromkeys((root, root / "labels", *folders)):
         for name in NAME_FILES:
             if (file := folder / name).is_file() and (names := _lines_of_names(file)):
                 return names
@@ -338,7 +341,9 @@ def _listed_images(description: _Description, options: SourceOptions) -> dict[st
     if lacking and (not splits or (options.split and _SPLITS.get(options.split, options.split) not in splits)):
         if description.file is not None and description.file.suffix == ".data":
             return {}  # CVAT writes lists of images, and leaves out both if it is told to
-        raise ValueError(f"{description.file} names {', '.join(lacking)}, which is not there; looked in {description.base}")
+        raise ValueError(
+            f"{description.file} names {', '.join(lacking)}, which is not there; looked in {description.base}"
+        )
     return splits
 
 

@@ -1,9 +1,9 @@
 """Rows of a YOLO label file: a class's number and where the object is, as shares of the image.
 
-    0 0.5 0.5 0.2 0.2              class, centre x, centre y, width, height
-    0 0.5 0.5 0.2 0.2 0.87         and a confidence, as predictions have
-    0 0.1 0.1 0.3 0.1 0.3 0.4      class, a polygon of three corners or more (segmentation, oriented boxes)
-    0 0.5 0.5 0.2 0.2 0.4 0.4 2    class, box, keypoints of two or three numbers each, where `kpt_shape` says so
+0 0.5 0.5 0.2 0.2              class, centre x, centre y, width, height
+0 0.5 0.5 0.2 0.2 0.87         and a confidence, as predictions have
+0 0.1 0.1 0.3 0.1 0.3 0.4      class, a polygon of three corners or more (segmentation, oriented boxes)
+0 0.5 0.5 0.2 0.2 0.4 0.4 2    class, box, keypoints of two or three numbers each, where `kpt_shape` says so
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OUTSIDE_SHARES, PIXELS = "it lies outside of the image", "its numbers look like 
 UNNAMED = "class left out by the mapping"
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_SHAPES = "class, centre x, centre y, width and height as shares of the image (and a confidence), or class and a polygon"
+_SHAPES = "class, centre x, centre y, width and height as shares of the image (and confidence), or class and polygon"
 
 
 @dataclass
@@ -66,6 +66,8 @@ def read_rows(text: str, names: Mapping[int, str | None], keypoints: int = 0) ->
 
 def looks_like_rows(text: str) -> bool:
     """Whether a text is rows of numbers as a label file of YOLO holds them, and so no caption."""
+    if not text.lstrip()[:1].isdigit():
+        return False
     lines = [line.split() for line in text.splitlines() if line.strip()]
     return bool(lines) and all(
         len(words) >= 5 and words[0].partition(".")[0].isdigit() and all(map(_NUMBER.fullmatch, words))
