@@ -87,7 +87,7 @@ def test_splits(tmp_path, images_first, with_lists):
     assert all(item.phrases == ("dog",) and in_pixels(item) == [[20, 10, 60, 30]] for item in everything.values())
     for split, stem in (("train", "a"), ("val", "b"), ("valid", "b"), ("test", "c")):
         assert [name[-1] for name in images(items(root, split=split))] == [stem]
-    with pytest.raises(ValueError, match="has no split dev; it has train, val, test|has no split dev; it has"):
+    with pytest.raises(ValueError, match="has no split dev; it has"):
         open_source(root, split="dev")
 
 
@@ -155,7 +155,7 @@ def test_a_yaml_of_aliases_of_aliases(tmp_path):
     laughs = "a: &a [x, x, x, x, x, x, x, x, x]\n"
     for k in range(1, 9):
         laughs += f"{chr(97 + k)}: &{chr(97 + k)} [{', '.join([f'*{chr(96 + k)}'] * 9)}]\n"
-    with pytest.raises(ValueError, match="names has .0.: a list"):
+    with pytest.raises(ValueError, match=r"names has '0': a list"):
         open_source(put(tmp_path / "data.yaml", f"{laughs}names: *i\n"), kind="yolo")
 
 
@@ -340,7 +340,7 @@ def test_rows_never_become_captions(tmp_path):
     with pytest.raises(ValueError, match=LABELS):
         open_source(tmp_path / "rows")
     put(tmp_path / "captions/a.txt", ROW)
-    with pytest.raises(ValueError, match="holds no captions: 0 empty, 1 over .* bytes, rows of YOLO labels"):
+    with pytest.raises(ValueError, match=r"holds no captions: 0 empty, 1 over .* bytes, rows of YOLO labels"):
         CaptionTable.open(tmp_path / "captions", tmp_path / "cache")
     put(tmp_path / "captions/b.txt", "a dog")
     with CaptionTable.open(tmp_path / "captions", tmp_path / "cache") as table:

@@ -198,9 +198,8 @@ class _Description:
         keypoints = 0
         if shape is not None:
             if not isinstance(shape, list) or not shape or not all(isinstance(n, str) and n.isdigit() for n in shape):
-                raise ValueError(
-                    f"{file}: kpt_shape is {shape[:40] if isinstance(shape, str) else type(shape).__name__}; expected two numbers, as [17, 3]"
-                )
+                shown = shape[:40] if isinstance(shape, str) else f"a {type(shape).__name__}"
+                raise ValueError(f"{file}: kpt_shape is {shown}; expected two numbers, as [17, 3]")
             keypoints = int(shape[0]) * (int(shape[1]) if len(shape) > 1 else 3)
         said = content.get("path")
         base = _base(file.parent, said) if isinstance(said, str) and said.strip() else file.parent
