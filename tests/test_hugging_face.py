@@ -236,7 +236,7 @@ def test_memory_is_that_of_some_rows(tmp_path, saved):
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, made.schema) as writer:
             writer.write_table(made)
     else:
-        pq.write_table(made, path, use_dictionary=False, compression="none")
+        pq.write_table(made, path, use_dictionary=False, compression="none", write_batch_size=1)  # a page each
     (unit,) = open_source(path)
     before = pa.total_allocated_bytes()
     tracemalloc.start()

@@ -43,7 +43,7 @@ def class_phrases(names: Collection[str] | None, mapping_file: Path | None) -> d
         if names is not None and (strange := sorted(set(mapping) - set(names))):
             known = ", ".join(sorted(names))
             raise ValueError(f"{mapping_file}: there is no category {', '.join(strange)}; there are {known}")
-    phrases = {name: mapping.get(name, name) for name in (mapping if names is None else names)}
+    phrases = {name: mapping.get(name, name) for name in (mapping if names is None else sorted(names))}
     for name, phrase in phrases.items():
         if phrase is not None and (fault := text_fault(phrase)):
             raise ValueError(f"the category {name!r:.40} cannot be a phrase: {fault}; give another by --classes")

@@ -193,7 +193,7 @@ def _orphans(content: CocoFile, owners: np.ndarray, instances: Path) -> tuple[tu
             continue
         some = ", ".join(dict.fromkeys(ids[k] for k in lacking[:5]))
         there = ", ".join(known[:5]) or "none"
-        told = f"{instances}: {len(lacking)} of {count} annotations have a {what} that the file lacks, as {some}"
+        told = f"{instances}: the {what} of {len(lacking)} of {count} annotations is not in the file, as {some}"
         if len(lacking) == count:
             raise ValueError(f"{told}; its ids are {there}: it is put together wrongly")
         _LOGGER.warning("%s; they are left out", told)

@@ -44,7 +44,7 @@ from .source_options import SourceOptions
 NO_NAME = "a category of its has no name"  # why an image is left out
 IMAGE_KEYS = ("image", "img", "picture", "photo", "pixel_values", *ENDINGS)
 ID_KEYS = ("image_id", "id", "__key__")
-BATCH = 16  # rows of parquet that are in memory at a time
+BATCH = 4  # rows of parquet that are in memory at a time
 _SAVED, _SPLIT_FOLDERS = "state.json", "dataset_dict.json"  # beside what `save_to_disk` writes
 
 

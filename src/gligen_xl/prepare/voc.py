@@ -246,7 +246,7 @@ def _phrases(root: Path, images: list[LabelledImage], classes: Path | None) -> d
             continue
     names.discard("")
     phrases = class_phrases(names, classes) if classes is not None else {}
-    check_words([phrases.get(name, name) for name in names], str(root))
+    check_words([phrases.get(name, name) for name in sorted(names)], str(root))
     return phrases
 
 
