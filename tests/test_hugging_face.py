@@ -97,7 +97,7 @@ def test_splits(tmp_path, caplog):
     for path in (tmp_path / "disk", tmp_path / "hub"):
         assert sorted(images(items(path))) == ["test/1", "test/2", "test/3", "train/1", "train/2", "train/3"]
         assert "all splits are taken" in caplog.text
-        assert list(images(items(path, split="test"))) == ["1", "2", "3"]
+        assert list(images(items(path, split="test"))) == ["test/1", "test/2", "test/3"]
         with pytest.raises(ValueError, match="has no split dev; it has "):
             open_source(path, split="dev")
 

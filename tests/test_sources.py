@@ -694,7 +694,7 @@ def test_coco_files_that_contradict_themselves(tmp_path):
         ({"images": []}, "has no images"),
         (
             broken(lambda c: c["categories"].clear()),
-            "6 of 6 annotations have a category_id that the file lacks, as 3, 1",
+            "category_id of 6 of 6 annotations is not in the file, as 3",
         ),
         (broken(lambda c: c["images"].append(c["images"][0])), "two images have the id 10"),
         (broken(lambda c: c["categories"].append(c["categories"][0])), "two categories have the id 1"),

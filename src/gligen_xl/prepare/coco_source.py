@@ -47,14 +47,15 @@ def open_coco(options: SourceOptions) -> list[CocoChunk]:
         raise ValueError(
             f"coco needs instances (--instances), as annotations/instances_train2017.json; {path} holds none"
         )
+    several = len(files) > 1
     splits = {file: _split_of(file, path) for file in files}
     if options.split is not None:
         files = [file for file in files if options.split in (splits[file], SPLITS.get(splits[file], splits[file]))]
         if not files:
             known = ", ".join(sorted({split for split in splits.values() if split})) or "none"
             raise ValueError(f"{path} has no split {options.split}; it has {known}")
-    if all(file.name == ROBOFLOW for file in files) and len(files) > 1:
-        chunks = {file.parent.name: _chunks(options, images or file.parent, file, name=True) for file in files}
+    if all(file.name == ROBOFLOW for file in files):
+        chunks = {file.parent.name: _chunks(options, images or file.parent, file, prefixed=several) for file in files}
         tell_splits(path, {name: sum(chunk.weight for chunk in part) for name, part in chunks.items()})
         return [chunk for part in chunks.values() for chunk in part]
     if len(files) > 1:
@@ -64,11 +65,22 @@ def open_coco(options: SourceOptions) -> list[CocoChunk]:
     return _chunks(options, images or folder, files[0])
 
 
-def _chunks(options: SourceOptions, folder: Path, instances: Path, *, name: bool = False) -> list[CocoChunk]:
-    """Units of one file; with a name, those of one of several splits, whose ids may be the same."""
-    split = instances.parent.name
-    named = {"name": split, "prefix": f"{split}/"} if name else {}
-    return coco_chunks(folder, instances, options.classes, options.unit_size, find_images=True, **named)
+def _chunks(options: SourceOptions, folder: Path, instances: Path, *, prefixed: bool = False) -> list[CocoChunk]:
+    """Units of one file; those of Roboflow's have the names of their folders.
+
+    Args:
+        prefixed: ids begin with that name, as those of another split may be the same.
+    """
+    split = instances.absolute().parent.name
+    return coco_chunks(
+        folder,
+        instances,
+        options.classes,
+        options.unit_size,
+        name=split if instances.name == ROBOFLOW else None,
+        prefix=f"{split}/" if prefixed else "",
+        find_images=True,
+    )
 
 
 def _split_of(file: Path, root: Path) -> str:

@@ -204,6 +204,7 @@ def open_hugging_face(options: SourceOptions) -> list[TableChunk]:
         ValueError: it has no images inside, no such split, or a file is damaged; or all rows have a fault.
     """
     files = _files_by_split(options.path)
+    several = len(files) > 1
     if options.split is not None:
         wanted = [name for name in files if options.split in (name, SPLITS.get(name, name))]
         if not wanted:
@@ -211,6 +212,7 @@ def open_hugging_face(options: SourceOptions) -> list[TableChunk]:
         files = {name: files[name] for name in wanted}
     root = options.path if options.path.is_dir() else options.path.parent
     name = Path(os.path.abspath(options.path)).stem  # noqa: PTH100, links stay as they are called
+    name = f"{name}-{options.split}" if options.split else name
     chunks: list[TableChunk] = []
     counts: dict[str, int] = {}
     for split, paths in files.items():
@@ -227,8 +229,8 @@ def open_hugging_face(options: SourceOptions) -> list[TableChunk]:
                     name=f"{name}-{len(chunks):05d}",
                     file=file,
                     columns=columns,
-                    prefix=f"{split}/" if len(files) > 1 else "",
-                    place=place.removeprefix(f"{split}/") if len(files) > 1 else place,
+                    prefix=f"{split}/" if several else "",
+                    place=place.removeprefix(f"{split}/") if several else place,
                     first=first,
                     count=min(options.unit_size, total - first),
                     box_format=options.box_format,

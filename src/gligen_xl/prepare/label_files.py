@@ -110,7 +110,12 @@ class LabelledChunk:
 
 
 def labelled_chunks(
-    kind: str, root: Path, images: Sequence[LabelledImage], reader: LabelReader, unit_size: int
+    kind: str,
+    root: Path,
+    images: Sequence[LabelledImage],
+    reader: LabelReader,
+    unit_size: int,
+    split: str | None = None,
 ) -> list[LabelledChunk]:
     """Units of `unit_size` images each; how many images have no annotations is told.
 
@@ -137,7 +142,7 @@ def labelled_chunks(
             elif entry.image:
                 seen.add(entry.image_id)
         chunk = LabelledChunk(
-            name=f"{_name(root)}-{len(chunks):05d}",
+            name=f"{_name(root)}-{f'{split}-' if split else ''}{len(chunks):05d}",
             kind=kind,
             root=root,
             reader=reader,

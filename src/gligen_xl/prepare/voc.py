@@ -124,7 +124,7 @@ def open_voc(options: SourceOptions) -> list[LabelledChunk]:
     if not any(entry.label for entry in images):
         raise ValueError(f"{root} holds no annotations of Pascal VOC (.xml)")
     phrases = _phrases(root, images, options.classes)
-    chunks = labelled_chunks("voc", root, images, VocReader(phrases=phrases), options.unit_size)
+    chunks = labelled_chunks("voc", root, images, VocReader(phrases=phrases), options.unit_size, options.split)
     check_boxes(chunks)
     return chunks
 

@@ -138,7 +138,7 @@ def open_yolo(options: SourceOptions) -> list[LabelledChunk]:
         )
     check_words(phrases.values(), str(description.file or root))
     reader = YoloReader(phrases={k: phrases[name] for k, name in names.items()}, keypoints=description.keypoints)
-    chunks = labelled_chunks("yolo", root, images, reader, options.unit_size)
+    chunks = labelled_chunks("yolo", root, images, reader, options.unit_size, options.split)
     check_boxes(chunks)
     return chunks
 
