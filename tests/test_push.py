@@ -17,6 +17,7 @@ from tiny import grounded, sd_pipeline, sdxl_pipeline
 from gligen_xl.adapter import AdapterConfig, adapter_state_dict, read_adapter, save_adapter, write_adapter
 from gligen_xl.files import write_json
 from gligen_xl.hub import upload
+from gligen_xl.manifest import write_manifest
 from gligen_xl.public import public, public_name
 from gligen_xl.train.publish import find_source, publish_adapter, stage_adapter
 
@@ -45,6 +46,7 @@ def finished(tmp_path):
     save_adapter(unet, folder / "adapter", metadata={**about, "samples": 1280})
     save_adapter(unet, folder / "checkpoint-00000640", metadata={**about, "samples": 640})
     write_json(folder / "checkpoint-00000640" / "state.json", {"position": 640})
+    write_manifest(folder / "checkpoint-00000640")
     write_json(folder / "config.json", {"config": TRAINING, "versions": about["versions"]})
     rows = [
         {"kind": "validation", "samples": 64 * k, "loss": 0.2, "loss_no_boxes": 0.3, "grounding_gain": 0.01 * k,

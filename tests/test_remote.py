@@ -122,6 +122,23 @@ def test_the_second_time_nothing_is_fetched(store, tmp_path):
     np.testing.assert_array_equal(dataset[40, 0].latents, latents(COUNT, SIDE)[0])
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "parquet", "header"])
+@pytest.mark.parametrize("how", ["flipped", "shorter", "empty"])
+def test_a_damaged_file_of_the_cache_is_fetched_again(store, tmp_path, ending, how):
+    """Not only its own bytes are looked at: nothing of it is trained on."""
+
+    def read():
+        dataset = ShardDataset(store, Augmentation(slots=3), 1, cache_bytes=ROOMY)
+        return [(dataset[k, k].latents.tobytes(), dataset.row(k)) for k in range(120)]
+
+    expected = read()
+    for file in (tmp_path / "cache" / "shards").rglob(f"*.{ending}"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes({"flipped": content, "shorter": content[:-9], "empty": b""}[how])
+    assert read() == expected
+
+
 class Nameless(Store):
     """A storage that says of its files no more than their size, as the listing of a web server does."""
 

@@ -678,7 +678,7 @@ def test_coco_classes(tmp_path):
         with pytest.raises(ValueError, match="expected a mapping of category name to phrase or null"):
             open_source(**where, classes=yaml)
     put(yaml, "a: b: c")
-    with pytest.raises(ValueError, match="is neither JSON nor YAML"):
+    with pytest.raises(ValueError, match="is neither YAML nor JSON"):
         open_source(**where, classes=yaml)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import sdxl_vae
 
 from gligen_xl.data.shards import Shard, find_shards
-from gligen_xl.prepare.file_facts import files_identity
+from gligen_xl.prepare.file_facts import files_identity, weights_of
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.run import Machine, prepare
 from gligen_xl.prepare.settings import Settings
@@ -232,6 +232,34 @@ def test_other_weights_under_the_name_of_the_vae_are_refused(tmp_path, how, vae)
         run(where, tmp_path / "out", mine)
     as_before(tmp_path / "out")  # what was not noted is taken to be so, and is noted
     run({"path": where["path"]}, tmp_path / "out", mine)
+
+
+def test_weights_of_files_and_folders_follow_their_contents(tmp_path, how):
+    file = tmp_path / "vae.safetensors"
+    detector = tmp_path / "detector"
+    detector.mkdir()
+    both = replace(how, vae=str(file), detector=str(detector))
+    told = []
+    for vae, network in (("1", "1"), ("2", "1"), ("2", "2"), ("2", "2")):
+        file.write_text(vae)
+        (detector / "model.safetensors").write_text(network)
+        (detector / "README.md").write_text(str(len(told)))
+        told.append(weights_of(both))
+    assert [told[k]["vae"] == told[k + 1]["vae"] for k in range(3)] == [False, True, True]
+    assert [told[k]["detector"] == told[k + 1]["detector"] for k in range(3)] == [True, False, True]
+    assert weights_of(replace(how, vae="owner/name")) == {}
+
+
+def test_other_weights_of_a_detector_do_its_units_again(tmp_path, how, monkeypatch):
+    where = plain(tmp_path)
+    run(where, tmp_path / "out", how)
+    monkeypatch.setattr("gligen_xl.prepare.run.weights_of", lambda settings: {"detector": "other"})
+    for expected in ("already there", "already there"):  # what was not noted is taken to be so, and is noted
+        assert states(run(where, tmp_path / "out", how)) == [expected] * 3
+    monkeypatch.setattr("gligen_xl.prepare.run.weights_of", lambda settings: {"detector": "third"})
+    report = run(where, tmp_path / "out", how)
+    assert states(report) == ["written"] * 3
+    assert set(report.again.values()) == {"the detector's weights"}
 
 
 def test_the_report_of_the_first_run_is_kept_whole(tmp_path, how):

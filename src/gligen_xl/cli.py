@@ -8,6 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from .train.signals import answering_signals, begin_program
+
+if __name__ == "__main__" or Path(sys.argv[0]).stem == "gligen-xl":
+    begin_program(sys.argv[1:])  # before whatever takes its time
 
 from . import __version__
 from .commands import (
@@ -50,6 +56,7 @@ COMMANDS = {
 }
 
 
+@answering_signals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 or what the command says, 2 for wrong input, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)

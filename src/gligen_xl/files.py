@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .limits import MAX_SETTINGS
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -23,10 +25,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:
-        yield partial
-        settle(partial, path)
+        with naming(path):
+            yield partial
+            settle(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system in the block that names no file, as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def partial_path(path: Path) -> Path:
@@ -52,7 +66,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with naming(path):
+            yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 _flush(file)
@@ -74,9 +89,11 @@ def write_json(path: str | Path, value: Any) -> None:
         partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
 
-def read_json(path: str | Path) -> Any:
-    """Parsed JSON; a broken file is a ValueError that names it."""
+def read_json(path: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
+    """Parsed JSON; a broken file, or one of more than `limit` bytes, is a ValueError that names it."""
     path = Path(path)
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"{path} has {size} bytes; expected a JSON file of at most {limit}")
     try:
         return json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
@@ -120,5 +137,5 @@ _OTHER_MARKS = {
 
 def _flush(path: Path) -> None:
     """Onto the disk itself, so that the rename cannot come before the contents."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())

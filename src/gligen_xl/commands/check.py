@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import Parser, say
+from .common import WITHOUT_BOXES, Parser, say
 
 HELP = "Whether shards can be trained on: every latent and every row looked at."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("folder", help="of shards: NAME.safetensors with NAME.parquet")
+    parser.add_argument("--without_boxes", action="store_true", help=WITHOUT_BOXES)
     return (parser.parse_args(words),)
 
 
@@ -19,7 +20,11 @@ def run(arguments: Namespace) -> None:
 
     from ..data.check import check_shards
 
-    report = check_shards(arguments.folder, progress=lambda stems: tqdm(stems, desc="check", unit="shard"))
+    report = check_shards(
+        arguments.folder,
+        without_boxes=arguments.without_boxes,
+        progress=lambda stems: tqdm(stems, desc="check", unit="shard"),
+    )
     say(report)
     if report.problems:
         raise ValueError(f"{len(report.problems)} problems in {arguments.folder}")

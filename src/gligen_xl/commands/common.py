@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from ..limits import MAX_BATCH, MAX_STEPS
 from ..public import redacted
 from ..text import printable, visible
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..pipelines import GroundingMixin
 
+WITHOUT_BOXES = "it is meant that no picture has a box; else that is an error"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -74,8 +76,9 @@ def load(arguments: Namespace, **kind: Any) -> GroundingMixin:
     if arguments.guidance_scale is None:
         arguments.guidance_scale = 2.0 if arguments.model == "shapes" else 5.0
     for name in ("steps", "batch_size"):
-        if arguments[name] < 1:
-            raise UsageError(f"--{name} is {arguments[name]}; expected at least 1")
+        limit = MAX_STEPS if name == "steps" else MAX_BATCH
+        if not 1 <= arguments[name] <= limit:
+            raise UsageError(f"--{name} is {arguments[name]}; expected 1 to {limit}")
     if not 0 <= arguments.seed < 2**62:
         raise UsageError(f"--seed is {arguments.seed}; expected 0 to 2**62 - 1")
     quiet_imports()

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from ..files import whole_file
 from ..layout import Layout, read_layouts
+from ..limits import MAX_PICTURES
 from ..text import file_name, printable
 from .common import Parser, UsageError, load, model_arguments, say, watched
 
@@ -79,8 +80,11 @@ def _requested_layouts(arguments: Namespace) -> list[Layout]:
     else:
         boxes = [_numbers(" ".join(box), "--box") for box in arguments.box]
         layouts = [Layout(prompt=arguments.prompt or "", phrases=arguments.phrase, boxes=boxes)]
-    if arguments.count < 1:
-        raise UsageError(f"--count is {arguments.count}; expected at least 1")
+    if not 1 <= arguments.count * len(layouts) <= MAX_PICTURES:
+        raise UsageError(
+            f"--count is {arguments.count}, of {len(layouts)} layouts; expected at least 1, and {MAX_PICTURES} "
+            "pictures at most"
+        )
     settings = ("width", "height", "negative_prompt")
     given = {name: arguments[name] for name in settings if arguments[name] is not None}
     layouts = [Layout.from_dict(layout.to_dict() | given) for layout in layouts]
@@ -171,13 +175,12 @@ def _pictures(arguments: Namespace) -> dict[str, Any]:
 
 
 def _open(name: str) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from ..prepare.pictures import PictureError, decode
 
     try:
-        with Image.open(name) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture") from None
+        return decode(Path(name))
+    except PictureError as error:
+        raise ValueError(f"{name}: {error}") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture {name}") from None
 

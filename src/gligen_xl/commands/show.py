@@ -9,6 +9,8 @@ from jsonargparse import Namespace
 from ..files import whole_file
 from .common import Parser, UsageError, quiet_imports, say
 
+MAX_GRID = 1024  # samples that one picture can show; 1024 of 1024 pixels are 3 GiB
+
 HELP = "Pictures of shards, decoded, with boxes, phrases and captions: whether boxes are right is seen at once."
 
 
@@ -20,8 +22,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--min_score", type=float, default=0.0, help="leave out boxes of lower confidence")
     parser.add_argument("--out", default="samples.png", help="the picture to write")
     arguments = parser.parse_args(words)
-    if arguments.grid < 1:
-        raise UsageError(f"--grid is {arguments.grid}; expected at least 1")
+    if not 1 <= arguments.grid <= MAX_GRID:
+        raise UsageError(f"--grid is {arguments.grid}; expected 1 to {MAX_GRID}")
     return (arguments,)
 
 

@@ -26,8 +26,9 @@ from fsspec.registry import known_implementations
 from tqdm import tqdm
 
 from ..files import whole_file
+from ..manifest import checksum
 from ..public import redacted
-from .cache import BoundedCache
+from .cache import BoundedCache, checksum_file, is_as_fetched
 from .shards import Shard, read_header
 from .table import cache_folder, mark_used, remove_unused
 
@@ -59,7 +60,7 @@ def open_remote(url: str, cache_bytes: int, folder: Path | None = None) -> list[
     shown = redacted(url)
     place = cache.folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', shown).strip('-')[-40:]}-{_hash(shown)}"
     place.mkdir(parents=True, exist_ok=True)
-    remove_unused(place, "*.parquet", "*.header")
+    remove_unused(place, "*.parquet", "*.header", "*.parquet.sha256", "*.header.sha256")
     names = sorted({name.rpartition(".")[0] for name in files})
     for name in names:
         for ending in ("safetensors", "parquet"):
@@ -200,7 +201,7 @@ def _open_shard(cache: BoundedCache, place: Path, latents: RemoteFile, table: Re
     name = PurePosixPath(latents.url).stem
     identity = _hash(json.dumps([(file.size, file.identity or _ends(file)) for file in (latents, table)]))
     stem = place / f"{name}.{identity}"
-    _keep(stem.with_name(stem.name + ".parquet"), table.chunks)
+    _keep(stem.with_name(stem.name + ".parquet"), table.chunks, table.size)
     _keep(stem.with_name(stem.name + ".header"), lambda: _header(latents))
     return RemoteShard(cache, stem, latents)
 
@@ -219,11 +220,14 @@ def _header(latents: RemoteFile) -> Iterator[bytes]:
         yield from latents.chunks(len(start), end)
 
 
-def _keep(path: Path, chunks: Callable[[], Iterable[bytes]]) -> None:
-    if not path.exists():
-        with whole_file(path) as partial, partial.open("wb") as file:
-            for chunk in chunks():
-                file.write(chunk)
+def _keep(path: Path, chunks: Callable[[], Iterable[bytes]], size: int | None = None) -> None:
+    """Write the file, unless it is here as it was fetched."""
+    if not path.exists() or size not in (None, path.stat().st_size) or not is_as_fetched(path):
+        with whole_file(path) as partial:
+            with partial.open("wb") as file:
+                for chunk in chunks():
+                    file.write(chunk)
+            checksum_file(path).write_text(checksum(partial))
     mark_used(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
+from ..adapter.pickles import read_checkpoint
 from ..files import read_json
+from ..limits import check_safetensors
 from .grounding import GroundingMixin
 from .loading import INDEX_NAME, pipeline_folder
 from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
@@ -23,6 +24,7 @@ from .sdxl import (
     StableDiffusionXLGLIGENInpaintPipeline,
     StableDiffusionXLGLIGENPipeline,
 )
+from .weights import check_finite
 
 CLASSES: dict[tuple[str, bool, str], type[GroundingMixin]] = {
     # family, with ControlNet, starting from
@@ -69,7 +71,7 @@ def load_pipeline(
         raise ValueError(f"there is no pipeline for {name} with {wish}{' and a ControlNet' if controlnets else ''}")
     parts: dict[str, Any] = {}
     if controlnets:
-        nets = [ControlNetModel.from_pretrained(name, torch_dtype=dtype) for name in controlnets]
+        nets = [_controlnet(name, dtype) for name in controlnets]
         parts["controlnet"] = nets[0] if len(nets) == 1 else nets
     if single:
         settings = {"config": config} if config else {}
@@ -80,6 +82,23 @@ def load_pipeline(
     return CLASSES[kind].from_pretrained(folder, dtype=dtype, **parts, **loading)
 
 
+def _controlnet(source: str, dtype: torch.dtype) -> ControlNetModel:
+    """A ControlNet of a folder or repository.
+
+    Raises:
+        ValueError: its files lack a tensor, or are of another model than its settings.
+    """
+    try:
+        loaded: Any = ControlNetModel.from_pretrained(source, torch_dtype=dtype, output_loading_info=True)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"the ControlNet {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    net, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the ControlNet {source} is not whole: it lacks {len(missing)} tensors, as {missing[0]}")
+    check_finite(net, f"the ControlNet {source}")
+    return net
+
+
 def _is_xl(model: Path) -> bool:
     """SDXL has two text encoders; in a checkpoint in one file they are called conditioner."""
     if model.is_dir():
@@ -87,11 +106,12 @@ def _is_xl(model: Path) -> bool:
         return (index.get("text_encoder_2") or [None])[0] is not None
     try:
         if model.suffix == ".safetensors":
+            check_safetensors(model)
             with safe_open(model, "pt") as opened:
                 names = list(opened.keys())
         else:
-            loaded = torch.load(model, map_location="meta", weights_only=True)
-            names = list(loaded.get("state_dict", loaded))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+            loaded = read_checkpoint(model, map_location="meta")
+            names = list(map(str, loaded.get("state_dict", loaded)))
+    except SafetensorError as error:
         raise ValueError(f"{model} is damaged or not a checkpoint: {str(error).splitlines()[0]:.100}") from error
     return any(name.startswith("conditioner.") for name in names)

@@ -6,9 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..files import read_text
+from ..yaml_files import read_yaml
 from .item import text_fault
 
 LEFT_OUT = "class left out by the mapping"  # why a box is dropped
@@ -27,10 +25,7 @@ def class_phrases(names: Collection[str] | None, mapping_file: Path | None) -> d
     """
     mapping: Any = {}
     if mapping_file is not None:
-        try:
-            mapping = yaml.safe_load(read_text(mapping_file))  # JSON is YAML
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ValueError(f"{mapping_file} is neither JSON nor YAML: {error}") from error
+        mapping = read_yaml(mapping_file)
         if isinstance(mapping, dict):  # names like 0 and yes are numbers and truths in YAML; as written they are text
             mapping = {str(name) if type(name) is int else name: phrase for name, phrase in mapping.items()}
         if not isinstance(mapping, dict) or not all(

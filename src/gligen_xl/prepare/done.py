@@ -12,10 +12,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..data.box_statistics import of_shards
+from ..data.shards import Shard
 from ..files import read_json, write_json
 from .archives import Archive
 from .item import Unit
-from .report import UnitReport
+from .report import UnitReport, is_report
 from .settings import Settings
 from .unit import WORK_FOLDER, shard_files
 
@@ -119,7 +121,9 @@ class Done:
         vae = {"vae_weights": self.weights["vae"]} if "vae" in self.weights else {}
         return self.settings.shared() | vae
 
-    def _agree(self, what: str, former: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    def _agree(self, what: str, former: Any, current: Mapping[str, Any]) -> None:
+        if not isinstance(former, dict):
+            raise ValueError(f"{self._shared} does not hold settings; remove it, and the units are done again")
         for name in sorted(former.keys() | current):
             was, now = former.get(name), current.get(name)
             if was != now and not (name in _LATER and None in (was, now)):
@@ -174,7 +178,14 @@ class Done:
 
     def report(self, unit: Unit) -> UnitReport:
         mark = self._read(unit.name)
-        return UnitReport.from_dict(mark["report"]) if mark is not None else UnitReport()
+        if mark is None:
+            return UnitReport()
+        report = UnitReport.from_dict(mark["report"])
+        if "rows_without_boxes" not in mark["report"]:  # of version 0.1
+            report.rows_without_boxes = of_shards(
+                Shard(self.out / name, with_table=False) for name in mark["shards"]
+            ).without
+        return report
 
     def source_of(self, unit: Unit) -> str:
         """What a unit that is done was made from."""
@@ -270,6 +281,22 @@ class Done:
             mark = read_json(path)
         except FileNotFoundError:
             return None
-        if not isinstance(mark, dict) or not mark.keys() >= _KEYS:
+        if not _is_mark(mark):
             raise ValueError(f"{path} is no mark of a unit; remove it, and the unit is done again")
         return mark
+
+
+def _is_mark(mark: Any) -> bool:
+    """Whether this is a mark, all of whose shards stand in the folder itself."""
+    if not isinstance(mark, dict) or not mark.keys() >= _KEYS or not isinstance(mark["source"], str):
+        return False
+    if not all(isinstance(mark[name], dict) for name in ("settings", "identity", "report")):
+        return False
+    shards = mark["shards"]
+    if not isinstance(shards, list) or not all(isinstance(name, str) and _is_inside(name) for name in shards):
+        return False
+    return is_report(mark["report"])
+
+
+def _is_inside(name: str) -> bool:
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -33,7 +33,7 @@ def files_identity(folder: Path, names: Iterable[str]) -> str:
 
 
 def weights_of(settings: Settings) -> dict[str, str]:
-    """Of the contents of the VAE and of the detector ("vae", "detector"), where these are local folders.
+    """Of the contents of the VAE and of the detector ("vae", "detector"), where these are local folders or files.
 
     A copy is the same. Another that has taken the place of the first, under the same name, is not. Of repositories of
     the Hub nothing is said.
@@ -42,17 +42,18 @@ def weights_of(settings: Settings) -> dict[str, str]:
 
     vae = model_folder() if settings.vae == "shapes" else Path(settings.vae)
     vae = vae / "vae" if (vae / "vae" / "config.json").is_file() else vae
-    folders = {"vae": vae}
+    places = {"vae": vae}
     if settings.detector not in (None, "shapes"):
-        folders["detector"] = Path(settings.detector).expanduser()
-    return {name: _contents_identity(folder) for name, folder in folders.items() if folder.is_dir()}
+        places["detector"] = Path(settings.detector).expanduser()
+    return {name: _contents_identity(place) for name, place in places.items() if place.exists()}
 
 
-def _contents_identity(folder: Path) -> str:
+def _contents_identity(place: Path) -> str:
+    endings = (".safetensors", ".bin", ".json", ".txt", ".model")
+    inside = sorted(path for path in place.iterdir() if path.suffix in endings) if place.is_dir() else [place]
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model") and path.is_file():
-            with path.open("rb") as file:
-                contents = hashlib.file_digest(file, "sha256").digest()
-            digest.update(os.fsencode(path.name) + b"\0" + contents)
+    for path in filter(Path.is_file, inside):
+        with path.open("rb") as file:
+            contents = hashlib.file_digest(file, "sha256").digest()
+        digest.update(os.fsencode(path.relative_to(place)) + b"\0" + contents)
     return digest.hexdigest()[:16]

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from .item import BAD_TEXT, Item, Skipped, text_fault
 from .links import leaves
 from .pictures import ENDINGS
 from .rows import CAPTION_NOT_UTF8, WRONG_CAPTION, RowError, check_caption, clean, item_or_why_not, unique
+from .tars import count_unread
 
 MAX_CAPTION = 2**16  # bytes of a .txt beside a picture
 
@@ -30,6 +32,7 @@ class PictureChunk:
     Args:
         first, last: paths of the first and the last, below the folder. count: of pictures.
         sha256: of their paths, their sizes in bytes, and their captions. images: see `files_identity`.
+        unread: files of the whole folder that are neither pictures nor their captions, by ending; the first unit tells.
     """
 
     name: str
@@ -39,6 +42,7 @@ class PictureChunk:
     count: int
     sha256: str
     images: str
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
@@ -58,13 +62,15 @@ class PictureChunk:
             if inner.parts > end:
                 return
             image_id = clean(inner.with_suffix("").as_posix())
-            yield item_or_why_not(partial(_item, self.folder, path, image_id, done), image_id, done, str(path))
+            item = item_or_why_not(partial(_item, self.folder, path, image_id, done), image_id, done, str(path))
+            yield replace(item, unread=self.unread) if done == 1 else item
 
 
 def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk]:
     """Units of `unit_size` pictures each; none where there are none."""
     chunks: list[PictureChunk] = []
-    paths = find_pictures(folder)
+    others: Counter[str] = Counter()
+    paths = find_pictures(folder, others=others)
     while part := list(islice(paths, unit_size)):
         inner = [path.relative_to(folder).as_posix() for path in part]
         lines = [json.dumps([where, *_facts(folder, path)]) for where, path in zip(inner, part, strict=True)]
@@ -78,26 +84,46 @@ def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk
             images=files_identity(folder, inner),
         )
         chunks.append(chunk)
-    return chunks
+    return [replace(chunk, unread=dict(others) if chunk is chunks[0] else {}) for chunk in chunks]
 
 
-def find_pictures(folder: Path, begin: tuple[str, ...] = ()) -> Iterator[Path]:
+def find_pictures(folder: Path, begin: tuple[str, ...] = (), *, others: Counter[str] | None = None) -> Iterator[Path]:
     """Files with the ending of a picture, here and in the folders below, in the order of the parts of their paths.
 
     Hidden ones are left out. Links to files are followed, links to folders are not: they may lead round in a circle.
 
     Args:
         begin: parts of a path below the folder; what comes before it is left out, without a look at its folders.
+        others: counts files that are neither pictures nor the `.txt` of one, by ending, as they are met.
     """
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
+    if others is not None:
+        _count_others(entries, others)
     for entry in entries:
         if entry.name.startswith(".") or (begin and entry.name < begin[0]):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from find_pictures(Path(entry.path), begin[1:] if begin[:1] == (entry.name,) else ())
+            yield from find_pictures(Path(entry.path), begin[1:] if begin[:1] == (entry.name,) else (), others=others)
         elif entry.name.rpartition(".")[2].lower() in ENDINGS and (entry.is_symlink() or entry.is_file()):
             yield Path(entry.path)
+
+
+def _count_others(entries: list[os.DirEntry[str]], others: Counter[str]) -> None:
+    pictures = {
+        stem for stem, _, ending in (entry.name.rpartition(".") for entry in entries) if ending.lower() in ENDINGS
+    }
+    for entry in entries:
+        stem, _, ending = entry.name.rpartition(".")
+        caption = ending == "txt" and stem in pictures
+        if (
+            stem
+            and ending.lower() not in ENDINGS
+            and not caption
+            and not entry.name.startswith(".")
+            and entry.is_file()
+        ):
+            count_unread(others, {f".{ending}"[:40]: 1})
 
 
 def _item(folder: Path, picture: Path, image_id: str, done: int) -> Item:
@@ -139,7 +165,7 @@ def _read_caption(folder: Path, picture: Path) -> bytes:
     text = picture.with_suffix(".txt")
     if leaves(folder, text):
         what = f"{text} is a link to a file outside of {folder}, and no caption; copy that file there"
-        warnings.warn(what, stacklevel=2)
+        warnings.warn(what, stacklevel=1)
         return b""
     try:
         with text.open("rb") as file:

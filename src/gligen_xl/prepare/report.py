@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..data.box_statistics import BoxStatistics
 from .tars import count_unread
 
 EXAMPLES = 5  # of each reason
+_COUNTS = ("seen", "used", "written", "boxes", "rows_without_boxes", "repeated_in_float32", "bytes", "cut_texts")
 _COUNTERS = ("incomplete", "dropped_boxes", "unread")
 _LEFT_OUT = {  # counts of a caption source, in words
     "duplicates": "of a picture that had one already",
@@ -31,7 +33,7 @@ class UnitReport:
         incomplete: used ones that lack a row, in one resolution or mirrored: reason -> number.
         dropped_boxes: reason -> number, in every resolution anew. dropped_examples: reason -> one of them whole.
         unread: files in archives that are of no use: ending -> number.
-        boxes: in the rows.
+        boxes: in the rows. rows_without_boxes: rows that have none.
         seconds: by stage. `decode` is the sum over processes; `wait` is how long the device had nothing to do for want
             of pictures.
         bytes: of latents.
@@ -44,6 +46,7 @@ class UnitReport:
     used: int = 0
     written: int = 0
     boxes: int = 0
+    rows_without_boxes: int = 0
     repeated_in_float32: int = 0
     bytes: int = 0
     cut_texts: int = 0
@@ -86,7 +89,7 @@ class UnitReport:
             self.spend(stage, time.perf_counter() - begin)
 
     def add(self, other: UnitReport) -> None:
-        for name in ("seen", "used", "written", "boxes", "repeated_in_float32", "bytes", "cut_texts"):
+        for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, entry in other.skipped.items():
             mine = self.skipped.setdefault(reason, {"count": 0, "examples": []})
@@ -102,6 +105,11 @@ class UnitReport:
         for stage, seconds in other.seconds.items():
             self.spend(stage, seconds)
 
+    @property
+    def statistics(self) -> BoxStatistics:
+        """Of the rows that were written."""
+        return BoxStatistics(images=self.written, boxes=self.boxes, without=self.rows_without_boxes)
+
     def to_dict(self) -> dict[str, Any]:
         values = {part.name: getattr(self, part.name) for part in fields(self)}
         seconds = {stage: round(value, 3) for stage, value in self.seconds.items()}
@@ -116,13 +124,42 @@ class UnitReport:
         return report
 
 
+def is_report(values: dict[str, Any]) -> bool:
+    """Whether these are the values of a unit's report, as `UnitReport.to_dict` gives them."""
+
+    def are_numbers(counts: Any) -> bool:
+        return isinstance(counts, dict) and all(isinstance(number, int | float) for number in counts.values())
+
+    def is_entry(entry: Any) -> bool:
+        examples = entry.get("examples") if isinstance(entry, dict) else None
+        if not isinstance(examples, list) or type(entry.get("count")) is not int:
+            return False
+        return all(map(_is_text, [*examples, entry.get("example", "")]))
+
+    if values.keys() - {part.name for part in fields(UnitReport)}:
+        return False
+    if not all(type(values.get(name, 0)) is int for name in _COUNTS):
+        return False
+    tables = {name: values.get(name, {}) for name in ("skipped", "dropped_examples", "captions")}
+    return (
+        all(isinstance(table, dict) for table in tables.values())
+        and all(map(is_entry, tables["skipped"].values()))
+        and all(map(_is_text, tables["dropped_examples"].values()))
+        and all(are_numbers(values.get(name, {})) for name in (*_COUNTERS, "seconds"))
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 @dataclass
 class PrepareReport:
     """Of a whole source, as far as it is done.
 
     Args:
         units: name -> one of the states below, or why it failed.
-        total: of all units that are done.
+        total: of all units that are done. counted: how many these are.
         folders: that hold the shards, one for each resolution.
         removed: units that the source has no more, and their shards are gone.
         stay: units whose archive the source has no more; their shards are left.
@@ -134,6 +171,7 @@ class PrepareReport:
 
     units: dict[str, str] = field(default_factory=dict)
     total: UnitReport = field(default_factory=UnitReport)
+    counted: int = 0
     folders: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     stay: list[str] = field(default_factory=list)
@@ -149,6 +187,11 @@ class PrepareReport:
     def in_work(self) -> bool:
         """Whether other processes have units that are not done."""
         return any(what in (HELD, ELSEWHERE) for what in self.units.values())
+
+    @property
+    def whole(self) -> bool:
+        """Whether all units are done, whoever did them."""
+        return self.counted == len(self.units)
 
     def to_dict(self) -> dict[str, Any]:
         total = self.total
@@ -202,10 +245,9 @@ class PrepareReport:
 
     def _pictures(self) -> Iterator[str]:
         total = self.total
-        yield (
-            f"pictures: {total.seen} seen, {total.used} used, {total.written} rows of {_size(total.bytes)} written, "
-            f"{total.boxes / max(total.written, 1):.1f} boxes a row"
-        )
+        yield (f"pictures: {total.seen} seen, {total.used} used, {total.written} rows of {_size(total.bytes)} written")
+        if total.written:
+            yield f"boxes: {total.statistics}"
         for reason, entry in sorted(total.skipped.items(), key=lambda item: -item[1]["count"]):
             yield f"  skipped, {reason}: {entry['count']} (as {', '.join(entry['examples'])})"
             if "example" in entry:

@@ -218,7 +218,7 @@ def _parquet_rows(chunk: RowChunk, columns: list[str] | None = None) -> _Rows:
         rows = table.metadata.row_group(group).num_rows
         if behind + rows > chunk.first and behind < end:
             number = behind
-            for batch in table.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+            for batch in table.iter_batches(batch_size=128, row_groups=[group], columns=columns):
                 low, high = max(chunk.first - number, 0), min(end - number, len(batch))
                 if low < high:
                     yield from enumerate(_python_rows(batch.slice(low, high - low)), start=number + low + 1)

@@ -9,6 +9,7 @@ tried once more at the end. Several processes may share one folder: each unit is
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .report import ALREADY, ELSEWHERE, HELD, WAITING, WRITTEN, PrepareReport
 from .settings import Settings
 from .unit import Progress, UnitMaker
 
+_LOGGER = logging.getLogger(__name__)
 REPORT_NAME = "prepare"  # .json and .txt, beside the shards
 
 _CHANGES = {  # parts of an identity, in words
@@ -112,8 +114,8 @@ def prepare(
     progress(sum(unit.weight for unit in mine) - sum(unit.weight for unit in waiting), 0)
     with _executor(done, machine, progress) if waiting else nullcontext(_nothing) as execute:
         try:
-            failed = _pass(execute, waiting, report)
-            _pass(execute, failed, report)
+            failed = _pass(execute, waiting, report, done)
+            _pass(execute, failed, report, done)
         except BaseException:
             with suppress(OSError):  # of a disk that is full: the first error says more
                 _finish(units, done, report)
@@ -132,13 +134,17 @@ def _waits(unit: Unit, done: Done, report: PrepareReport) -> bool:
     return bool(changes)
 
 
-def _pass(execute: Execute, units: list[Unit], report: PrepareReport) -> list[Unit]:
-    """Do the units; those that failed come back."""
-    failed = []
+def _pass(execute: Execute, units: list[Unit], report: PrepareReport, done: Done) -> list[Unit]:
+    """Do the units; those that failed come back. Of the first one without boxes a warning tells at once."""
+    failed, warned = [], False
     for unit, what in execute(units):
         report.units[unit.name] = what
         if what not in ENDS:
             failed.append(unit)
+        if what == WRITTEN and not warned:
+            made = done.report(unit)
+            if warned := made.written > 0 and made.statistics.unusable:
+                _LOGGER.warning("%s: none of its %s rows has a box", unit.name, f"{made.written:,}")
     return failed
 
 
@@ -153,6 +159,7 @@ def _finish(units: Sequence[Unit], done: Done, report: PrepareReport) -> None:
         elsewhere = state in (ELSEWHERE, HELD) and done.is_marked(unit)  # whose part looks at what it is made of
         if state in (WRITTEN, ALREADY) or elsewhere or (state == WAITING and done.is_done(unit)):
             report.total.add(done.report(unit))
+            report.counted += 1
             if (source := done.source_of(unit)) not in ("", done.source):
                 report.moved[unit.name] = source
             if report.units[unit.name] == WAITING:  # an interrupt came just then

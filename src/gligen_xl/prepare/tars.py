@@ -145,7 +145,7 @@ def returning_member(path: Path, limits: Mapping[str, int]) -> tuple[str, str] |
 
 
 def count_unread(counts: Counter[str], more: Mapping[str, int]) -> None:
-    """Add counts by ending; of a hostile archive, which has thousands of endings, the last ones together."""
+    """Add counts by ending; of a hostile archive or folder, which has thousands of endings, the last ones together."""
     for ending, number in more.items():
         counts[ending if ending in counts or len(counts) < MOST_ENDINGS else "others"] += number
 

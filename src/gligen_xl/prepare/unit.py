@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
 from ..data.shards import Row, read_header
+from ..limits import MAX_BATCH, MAX_WORKERS
 from ..public import public_name
 from .ahead import Decoders
 from .archives import Archive
@@ -53,8 +54,10 @@ class UnitMaker:
     def __init__(
         self, out: str | Path, settings: Settings, *, workers: int = 0, device: str = "cpu", batch_size: int = 8
     ):
-        if workers < 0 or batch_size < 1:
-            raise ValueError(f"workers is {workers}, batch_size {batch_size}; expected at least 0 and 1")
+        if not 0 <= workers <= MAX_WORKERS or not 1 <= batch_size <= MAX_BATCH:
+            raise ValueError(
+                f"workers is {workers}, batch_size {batch_size}; expected 0 to {MAX_WORKERS}, and 1 to {MAX_BATCH}"
+            )
         self.out, self.settings, self.batch_size = Path(out), settings, batch_size
         dtype = getattr(torch, settings.dtype)
         seed = settings.seed if settings.latents == "sample" else None
@@ -208,6 +211,7 @@ class UnitMaker:
             writers.add(place, size, latents[finite], rows)
         report.written += len(rows)
         report.boxes += sum(len(row.boxes) for row in rows)
+        report.rows_without_boxes += sum(not row.boxes for row in rows)
         report.bytes += latents[finite].nbytes
         return finite
 

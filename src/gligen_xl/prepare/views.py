@@ -10,13 +10,12 @@ from functools import partial
 
 import numpy as np
 
-from ..data.shards import Row
+from ..data.shards import MIRRORED, Row
 from .frame import Frame, move_boxes
 from .item import Item
 from .report import UnitReport
 from .settings import Settings
 
-MIRRORED = "-mirrored"  # after the image id
 NO_PHRASE = "without a phrase"  # why a box is dropped
 _SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards|side)?\b", re.IGNORECASE)
 

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from ..files import decode_text, read_text
+from ..yaml_files import read_yaml
 from .class_phrases import check_words, class_phrases
 from .folders import find_pictures
 from .image_paths import ImageFinder
@@ -42,7 +43,7 @@ from .yolo_rows import looks_like_rows, read_rows
 NOT_TEXT = "its label file is not UTF-8"  # why an image is left out
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt", "predefined_classes.txt")
 LABELS_OF = {"images": "labels", "JPEGImages": "labels"}  # by the last such folder in an image's path
-MAX_YAML, MAX_LIST = 2**22, 2**28  # bytes
+MAX_NAMES, MAX_LIST = 2**22, 2**28  # bytes
 LOOKED_AT = 1000  # files, where a set is looked for
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # keys of data.yaml
 
@@ -223,12 +224,7 @@ class _Description:
 
 def _read_yaml(file: Path) -> Any:
     """Scalars are texts here: a class may be called `no` or `1`."""
-    if file.stat().st_size > MAX_YAML:
-        raise ValueError(f"{file} has more than {MAX_YAML} bytes; expected a description of a YOLO set")
-    try:
-        return yaml.load(read_text(file), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    return read_yaml(file, yaml.BaseLoader)
 
 
 def _names(file: Path, said: Any) -> dict[int, str]:
@@ -247,8 +243,8 @@ def _names(file: Path, said: Any) -> dict[int, str]:
 
 
 def _lines_of_names(file: Path) -> dict[int, str]:
-    if file.stat().st_size > MAX_YAML:
-        raise ValueError(f"{file} has more than {MAX_YAML} bytes; expected a name a line")
+    if file.stat().st_size > MAX_NAMES:
+        raise ValueError(f"{file} has more than {MAX_NAMES} bytes; expected a name a line")
     lines = [line.strip() for line in read_text(file).splitlines()]
     while lines and not lines[-1]:
         lines.pop()
@@ -277,7 +273,7 @@ def _is_description(file: Path) -> bool:
         if file.suffix == ".data" and file.is_file():
             with file.open("rb") as opened:
                 return b"names" in (head := opened.read(4096)) and b"=" in head
-        if file.suffix not in (".yaml", ".yml") or not file.is_file() or file.stat().st_size > MAX_YAML:
+        if file.suffix not in (".yaml", ".yml") or not file.is_file():
             return False
         content = _read_yaml(file)
     except (OSError, ValueError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..files import read_text
+from ..yaml_files import read_yaml
 
 _FOLDER = Path(__file__).parent
 
@@ -54,9 +54,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe file {path}")
     try:
-        settings = yaml.load(read_text(path), _NothingTwice)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        settings = read_yaml(path, _NothingTwice)
     except _Twice as error:
         raise ValueError(f"{path} has {error} twice; leave one of them out") from error
     if not isinstance(settings, dict):

@@ -21,7 +21,7 @@ from ..files import read_json, whole_folder
 from ..hub import upload
 from ..public import public, redacted
 from .card import CardFacts, is_repository, model_card
-from .checkpoint import list_checkpoints
+from .checkpoint import last_whole_adapter, list_checkpoints
 from .record import RunRecord, is_run, picture_bytes, read_run
 
 CARD_NAME = "README.md"
@@ -140,14 +140,15 @@ def find_source(source: str | Path) -> Source:
         if not is_run(folder):
             raise FileNotFoundError(f"{folder} is neither the folder of a run nor an adapter (it has no {CONFIG_NAME})")
         finished = folder / "adapter"
-        whole = [finished] if (finished / CONFIG_NAME).is_file() else list_checkpoints(folder)
-        if not whole:
+        whole = finished if (finished / CONFIG_NAME).is_file() else last_whole_adapter(folder)
+        if whole is None:
             raise FileNotFoundError(f"the run in {folder} has no finished adapter and no checkpoint yet")
-        folder = whole[-1]
+        folder = whole
     of_run = folder.resolve().name == "adapter" or folder.resolve() in list_checkpoints(folder.resolve().parent)
     if not of_run or not is_run(folder.resolve().parent):
         return Source(folder, None)
-    samples = read_json(folder / CONFIG_NAME).get("samples")
+    description = read_json(folder / CONFIG_NAME)
+    samples = description.get("samples") if isinstance(description, dict) else None
     run = read_run(folder.resolve().parent)
     return Source(folder, run if not isinstance(samples, int) else run.until(samples))
 
