@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from source_items import items, picture, put
 
@@ -76,3 +78,25 @@ def test_options_of_other_kinds(tmp_path):
     for name, value in (("images", tmp_path / "set"), ("split", "train")):
         with pytest.raises(ValueError, match=f"{name} is of kind coco, yolo, voc, huggingface; this is imagefolder"):
             open_source(tmp_path / "set", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["data.yaml", "classes.txt", "result.json", "a.parquet", "metadata.jsonl"])
+def test_files_that_are_links_out_of_the_folder(tmp_path, name):
+    root = tmp_path / "set"
+    said = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "cat"}], "annotations": []}
+    contents = {"data.yaml": "names: [cat]\n", "classes.txt": "cat\n", "result.json": json.dumps(said),
+                "metadata.jsonl": '{"file_name": "a.jpg"}\n'}  # fmt: skip
+    put(root / "a.jpg", picture())
+    if name in ("data.yaml", "classes.txt"):
+        put(root / "a.txt", "0 0.5 0.5 0.5 0.5\n")
+    target = tmp_path / f"elsewhere-{name}"
+    if name == "a.parquet":
+        pq.write_table(pa.table({"image": [picture()]}), target)
+    else:
+        put(target, contents[name])
+    (root / name).symlink_to(target)
+    with pytest.raises(ValueError, match=r"is a link to a file outside of .*; copy that file there"):
+        open_source(root)
+    (root / name).unlink()
+    (root / name).write_bytes(target.read_bytes())
+    assert len(items(root)) == 1

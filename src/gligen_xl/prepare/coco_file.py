@@ -14,7 +14,7 @@ from typing import Any
 
 from ..files import read_text
 from .json_members import members
-from .rows import clean, is_number, stated_size
+from .rows import clean, is_number, stated_size, text_id
 from .segments import segment_box
 
 CROWD, NO_BOX = "crowd", "its box is wrong"
@@ -43,7 +43,7 @@ class CocoFile:
     faults: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def add_category(self, entry: Mapping[str, Any]) -> None:
-        number, name = _id(entry["id"]), entry["name"]
+        number, name = text_id(entry["id"]), entry["name"]
         if type(name) is int:
             name = str(name)
         if number is None or not isinstance(name, str) or not name.strip():
@@ -53,7 +53,7 @@ class CocoFile:
         self.categories[number] = clean(name)
 
     def add_image(self, entry: Mapping[str, Any]) -> None:
-        number, file = _id(entry["id"]), entry["file_name"]
+        number, file = text_id(entry["id"]), entry["file_name"]
         if number is None or not isinstance(file, str):
             raise ValueError(f"image {entry!r:.80} has no id or no file_name")
         self.ids.append(number)
@@ -63,7 +63,7 @@ class CocoFile:
     def add_annotation(self, entry: Mapping[str, Any]) -> None:
         if "bbox" not in entry and "caption" in entry:
             raise ValueError("it holds captions; expected instances_*.json, whose annotations have a bbox")
-        image, category = _id(entry["image_id"]), _id(entry["category_id"])
+        image, category = text_id(entry["image_id"]), text_id(entry["category_id"])
         if image is None or category is None:
             raise ValueError(f"annotation {entry!r:.80} has no image_id or no category_id")
         box = _box(entry)
@@ -73,7 +73,7 @@ class CocoFile:
             told = f"bbox is {entry.get('bbox')!r:.60}; expected [x, y, width, height] in pixels, or a segmentation"
             self.faults[len(self.images_of)] = NO_BOX, told
         self.boxes.extend(box or (0.0, 0.0, 0.0, 0.0))
-        self.annotations.append(_id(entry.get("id")) or f"number {len(self.images_of) + 1}")
+        self.annotations.append(text_id(entry.get("id")) or f"number {len(self.images_of) + 1}")
         self.images_of.append(image)
         self.categories_of.append(category)
 
@@ -112,13 +112,6 @@ def _object(key: str, entry: Any) -> Mapping[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"one of its {key} is {entry!r:.80}; expected an object")
     return entry
-
-
-def _id(value: Any) -> str | None:
-    """An id as text, the same for 7, 7.0 and "7"."""
-    if is_number(value) and value == int(value):
-        return str(int(value))
-    return value.strip() or None if isinstance(value, str) else None
 
 
 def _number(value: Any) -> Any:

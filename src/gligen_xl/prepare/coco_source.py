@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .coco import CocoChunk, coco_chunks
 from .label_files import SPLITS, tell_splits
+from .links import refuse_leaving
 from .source_options import SourceOptions
 
 ROBOFLOW = "_annotations.coco.json"
@@ -47,6 +48,8 @@ def open_coco(options: SourceOptions) -> list[CocoChunk]:
         raise ValueError(
             f"coco needs instances (--instances), as annotations/instances_train2017.json; {path} holds none"
         )
+    for file in files if path.is_dir() else ():
+        refuse_leaving(path, file)
     several = len(files) > 1
     splits = {file: _split_of(file, path) for file in files}
     if options.split is not None:

@@ -25,6 +25,7 @@ from .class_phrases import LEFT_OUT, check_words, class_phrases
 from .image_paths import ImageFinder
 from .item import Item, Skipped
 from .label_files import SPLITS, tell_splits
+from .links import refuse_leaving
 from .objects import BOX_KEYS, NAME_KEYS, SCORE_KEYS, read_objects
 from .pictures import ENDINGS
 from .row_chunks import METADATA
@@ -37,6 +38,7 @@ from .rows import (
     clean,
     item_or_why_not,
     read_annotation,
+    text_id,
     unique,
 )
 from .source_options import SourceOptions
@@ -180,8 +182,8 @@ class TableChunk:
         given = next((row[key] for key in self.columns.others if key in ID_KEYS and row[key] is not None), None)
         image = row[self.columns.image]
         path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
-        if isinstance(given, str | int) and str(given).strip():
-            name = str(given)
+        if (said := text_id(given)) is not None:
+            name = said
         elif isinstance(path, str) and path.strip():
             name = os.path.splitext(path.replace("\\", "/").rpartition("/")[2])[0]  # noqa: PTH122
         else:
@@ -217,6 +219,8 @@ def open_hugging_face(options: SourceOptions) -> list[TableChunk]:
     counts: dict[str, int] = {}
     for split, paths in files.items():
         for file in paths:
+            if options.path.is_dir():
+                refuse_leaving(root, file)
             schema, total = _describe(file)
             columns = _columns(file, schema)
             names = set(columns.names) or None

@@ -174,6 +174,13 @@ def stated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     return (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < 2**31 for side in sides) else None
 
 
+def text_id(value: Any) -> str | None:
+    """An id as text, the same for 7, 7.0 and "7", as programs write one or the other; None for what is no id."""
+    if is_number(value) and value == int(value):
+        return str(int(value))
+    return value.strip() or None if isinstance(value, str) else None
+
+
 def clean(name: str) -> str:
     """An id or a name that the table of a shard can hold, whatever bytes it is of on a disk: question marks stand for
     halves of surrogate pairs, and for control characters."""

@@ -18,6 +18,7 @@ from .coco_source import is_coco, open_coco
 from .folders import find_pictures, picture_chunks
 from .hugging_face import is_hugging_face, open_hugging_face
 from .item import Unit
+from .links import refuse_leaving
 from .other_annotations import describe, find_unread
 from .row_chunks import METADATA, check_rows, row_chunks
 from .rows import BOX_FORMATS, check_not_all_alike, items_of
@@ -175,6 +176,8 @@ def _open_imagefolder(options: SourceOptions) -> Sequence[Unit]:
     if len(files) > 1:
         raise ValueError(f"{path} has both {' and '.join(METADATA)}; keep one of them, or name it as the source")
     if files:
+        if path.is_dir():
+            refuse_leaving(path, files[0])
         name = files[0].absolute().parent.name
         chunks = row_chunks(files[0], name, "imagefolder", options.box_format, options.unit_size)
         check_rows(chunks)

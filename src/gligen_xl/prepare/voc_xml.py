@@ -17,8 +17,14 @@ from xml.parsers import expat
 MAX_DEPTH, MAX_TEXT, MAX_OBJECTS = 32, 4096, 20_000  # elements within each other, characters of one, objects
 
 # Elements whose texts are used, by the path below <annotation>. Parts of objects (a head, a hand) have boxes, too.
-_OF_IMAGE = {("filename",): "filename", ("size", "width"): "width", ("size", "height"): "height"}
-_OF_OBJECT = {("name",): "name"} | {("bndbox", side): side for side in ("xmin", "ymin", "xmax", "ymax")}
+_OF_IMAGE: Mapping[tuple[str, ...], str] = {
+    ("filename",): "filename",
+    ("size", "width"): "width",
+    ("size", "height"): "height",
+}
+_OF_OBJECT: Mapping[tuple[str, ...], str] = {("name",): "name"} | {
+    ("bndbox", side): side for side in ("xmin", "ymin", "xmax", "ymax")
+}
 
 
 class XmlError(ValueError):

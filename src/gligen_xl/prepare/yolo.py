@@ -35,6 +35,7 @@ from .label_files import (
     splits_in,
     tell_splits,
 )
+from .links import refuse_leaving
 from .pictures import ENDINGS
 from .rows import RowError
 from .source_options import SourceOptions
@@ -179,6 +180,8 @@ class _Description:
             raise ValueError(f"{path} has several descriptions of its set, {names}; name one of them as the source")
         if not files:
             return cls()
+        if path.is_dir():
+            refuse_leaving(path, files[0])
         return cls._of_darknet(files[0]) if files[0].suffix == ".data" else cls._of_yaml(files[0])
 
     @classmethod
@@ -263,8 +266,10 @@ def _names_beside(root: Path, images: Iterable[LabelledImage]) -> dict[int, str]
     )
     for folder in dict.fromkeys((root, root / "labels", *folders)):
         for name in NAME_FILES:
-            if (file := folder / name).is_file() and (names := _lines_of_names(file)):
-                return names
+            if (file := folder / name).is_file():
+                refuse_leaving(root, file)
+                if names := _lines_of_names(file):
+                    return names
     return {}
 
 
