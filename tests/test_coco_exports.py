@@ -119,6 +119,7 @@ def test_splits_as_roboflow_has_them(tmp_path, caplog):
     assert all(in_pixels(item) == [[20, 10, 60, 30]] for item in found.values())
     assert "all splits are taken: test (2), train (2), valid (2)" in caplog.text
     assert [item.picture.parent.name for item in items(tmp_path, split="val")] == ["valid"] * 2
+    assert items(tmp_path, split="valid") == items(tmp_path, split="val")
     assert [item.image_id for item in items(tmp_path / "train")] == ["0", "1"]
 
 

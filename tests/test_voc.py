@@ -82,7 +82,7 @@ def test_folders_as_roboflow_has_them(tmp_path):
     for split, colour in (("train", "dog"), ("valid", "cat")):
         beside(tmp_path / split, xml(thing(name=colour)))
     assert {item.image_id: item.phrases for item in items(tmp_path)} == {"train/a": ("dog",), "valid/a": ("cat",)}
-    assert [item.image_id for item in items(tmp_path, split="val")] == ["valid/a"]
+    assert [item.image_id for item in items(tmp_path, split="valid")] == ["valid/a"]
 
 
 def test_images_found_by_their_names(tmp_path):

@@ -1,6 +1,7 @@
 """YOLO sets: as supervision writes them, in every arrangement of folders, and with rows that cannot be used."""
 
 import io
+import os
 import shutil
 import tarfile
 
@@ -197,6 +198,28 @@ def test_images_in_a_folder_of_their_own(tmp_path):
         open_source(tmp_path / "export")
     (item,) = items(tmp_path / "export", images=tmp_path / "photos")
     assert (item.phrases, item.picture.name) == (("dog",), "a.JPEG")
+
+
+def test_names_in_large_letters(tmp_path):
+    put(tmp_path / "one/IMAGES/A.JPG", picture())
+    put(tmp_path / "one/LABELS/A.TXT", ROW)
+    put(tmp_path / "two/A.JPG", picture())
+    put(tmp_path / "two/A.TXT", ROW)
+    for name in ("one", "two"):
+        put(tmp_path / name / "classes.txt", "cat\ndog\n")
+        assert [item.phrases for item in items(tmp_path / name)] == [("dog",)]
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    simple(tmp_path)
+    for name in ("b.txt", "b.xml", "b.json", "b.parquet", "b.yaml", "b.data"):
+        os.mkfifo(tmp_path / name)
+    put(tmp_path / "b.jpg", picture())
+    put(tmp_path / "c.jpg", picture())
+    (tmp_path / "c.txt").symlink_to("b.txt")
+    found = items(tmp_path)
+    assert reasons(found) == {"c": "its annotations are no file"}
+    assert {name: len(item.boxes) for name, item in images(found).items()} == {"a": 1, "b": 0}
 
 
 def test_classes_become_other_phrases(tmp_path):

@@ -12,7 +12,7 @@ import mmap
 from pathlib import Path
 
 from .coco import CocoChunk, coco_chunks
-from .label_files import SPLITS, tell_splits
+from .label_files import SPLITS, split_name, tell_splits
 from .links import refuse_leaving
 from .source_options import SourceOptions
 
@@ -43,7 +43,7 @@ def open_coco(options: SourceOptions) -> list[CocoChunk]:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder of pictures")
         return _chunks(options, images or path, options.instances)
-    files = find_instances(path)
+    files = [path] if path.is_file() else find_instances(path)
     if not files:
         raise ValueError(
             f"coco needs instances (--instances), as annotations/instances_train2017.json; {path} holds none"
@@ -53,7 +53,7 @@ def open_coco(options: SourceOptions) -> list[CocoChunk]:
     several = len(files) > 1
     splits = {file: _split_of(file, path) for file in files}
     if options.split is not None:
-        files = [file for file in files if options.split in (splits[file], SPLITS.get(splits[file], splits[file]))]
+        files = [file for file in files if split_name(options.split) == split_name(splits[file])]
         if not files:
             known = ", ".join(sorted({split for split in splits.values() if split})) or "none"
             raise ValueError(f"{path} has no split {options.split}; it has {known}")
@@ -95,6 +95,8 @@ def _split_of(file: Path, root: Path) -> str:
 
 def _looks_like_instances(file: Path) -> bool:
     """Whether the words of an instances file stand in it, and not those of captions alone."""
+    if not file.is_file():  # a pipe would be waited for
+        return False
     try:
         with file.open("rb") as opened:
             if opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":

@@ -24,7 +24,7 @@ from ..files import read_json
 from .class_phrases import LEFT_OUT, check_words, class_phrases
 from .image_paths import ImageFinder
 from .item import Item, Skipped
-from .label_files import SPLITS, tell_splits
+from .label_files import SPLITS, split_name, tell_splits
 from .links import refuse_leaving
 from .objects import BOX_KEYS, NAME_KEYS, SCORE_KEYS, read_objects
 from .pictures import ENDINGS
@@ -208,7 +208,7 @@ def open_hugging_face(options: SourceOptions) -> list[TableChunk]:
     files = _files_by_split(options.path)
     several = len(files) > 1
     if options.split is not None:
-        wanted = [name for name in files if options.split in (name, SPLITS.get(name, name))]
+        wanted = [name for name in files if options.split == name or split_name(options.split) == split_name(name)]
         if not wanted:
             raise ValueError(f"{options.path} has no split {options.split}; it has {', '.join(filter(None, files))}")
         files = {name: files[name] for name in wanted}
@@ -314,6 +314,8 @@ def _split_of(file: Path) -> str:
 
 
 def _has_images(file: Path) -> bool:
+    if not file.is_file():  # a pipe would be waited for
+        return False
     try:
         return _image_column(_describe(file)[0]) is not None
     except (ValueError, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from .links import leaves
 from .rows import MISSING, TWICE, RowError, clean, item_or_why_not
 
 WITHOUT_IMAGE = "annotations without their image"  # why an image is left out
+NO_FILE = "its annotations are no file"
 LABEL_IS_LINK, LABEL_TOO_LARGE = "its annotations are a link that leaves the folder", "its annotations are too large"
 MAX_LABEL = 2**22  # bytes of a file of annotations: some ten thousand objects
 LOOKED_AT = 1000  # images in which a box that can be used is looked for before anything is begun
@@ -102,6 +104,8 @@ class LabelledChunk:
     def _contents(self, label: Path) -> bytes:
         if leaves(self.root, label) and leaves(label.parent, label):
             raise RowError(LABEL_IS_LINK, f"{label}; put a copy of the file there")
+        if not stat.S_ISREG(label.stat().st_mode):  # a pipe would be waited for
+            raise RowError(NO_FILE, f"{label}; expected a file")
         with label.open("rb") as file:
             contents = file.read(MAX_LABEL + 1)
         if len(contents) > MAX_LABEL:
@@ -202,8 +206,40 @@ SPLITS = {
 }  # fmt: skip
 
 
+def split_name(said: str) -> str:
+    """ "valid" -> "val"; what is none of the usual names stays as it is."""
+    return SPLITS.get(said.lower(), said)
+
+
 def tell_splits(source: Path, counts: dict[str, int]) -> None:
     """Say which splits are taken together, where there are several and none was chosen."""
     if len(counts) > 1:
         told = ", ".join(f"{name} ({number})" for name, number in counts.items())
         _LOGGER.warning("%s: all splits are taken: %s; --split takes one of them", source, told)
+
+
+def find_files(folder: Path, ending: str) -> Iterator[Path]:
+    """Files with this ending, in small or large letters, here and in the folders below, by name; no hidden ones.
+
+    Links to files are among them, wherever they lead; pipes and the like are not.
+    """
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from find_files(Path(entry.path), ending)
+        elif entry.name.lower().endswith(ending) and (entry.is_symlink() or entry.is_file()):
+            yield Path(entry.path)
+
+
+def head_of(file: Path, size: int) -> bytes:
+    """The first bytes of a file; nothing of what is none or cannot be read."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            return b""
+        with file.open("rb") as opened:
+            return opened.read(size)
+    except OSError:
+        return b""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from .label_files import head_of
 from .settings import WORK_FOLDER
 
 # Endings of files that describe images, in programs of this field.
@@ -63,11 +64,7 @@ def describe(file: Path) -> str:
 
 
 def _head(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(HEAD).decode("utf-8", "replace")
-    except OSError:
-        return ""
+    return head_of(file, HEAD).decode("utf-8", "replace")
 
 
 def _describe_xml(head: str) -> str:

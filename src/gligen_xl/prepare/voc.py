@@ -28,8 +28,11 @@ from .label_files import (
     LabelledChunk,
     LabelledImage,
     check_boxes,
+    find_files,
+    head_of,
     labelled_chunks,
     relative,
+    split_name,
     splits_in,
     tell_splits,
 )
@@ -130,23 +133,11 @@ def open_voc(options: SourceOptions) -> list[LabelledChunk]:
 
 
 def _annotations(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _annotations(Path(entry.path))
-        elif entry.name.lower().endswith(".xml"):
-            yield Path(entry.path)
+    return find_files(folder, ".xml")
 
 
 def _is_voc_file(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return is_voc(opened.read(4096))
-    except OSError:
-        return False
+    return is_voc(head_of(file, 4096))
 
 
 def _is_mask(path: str) -> bool:
@@ -207,9 +198,8 @@ def _stem(path: str) -> str:
 
 def _filename(file: Path) -> str:
     try:
-        with file.open("rb") as opened:
-            return read_xml(opened.read(MAX_LABEL)).image.get("filename", "")
-    except (XmlError, OSError):
+        return read_xml(head_of(file, MAX_LABEL)).image.get("filename", "")
+    except XmlError:
         return ""
 
 
@@ -228,6 +218,7 @@ def _of_split(options: SourceOptions, images: list[LabelledImage]) -> list[Label
     if split is None:
         tell_splits(root, dict(counts))
         return images
+    split = split_name(split)
     if split not in counts:
         known = ", ".join([*lists, *counts])
         raise ValueError(f"{root} has no split {split} in ImageSets/Main or as a folder; it has {known}")
@@ -240,9 +231,8 @@ def _phrases(root: Path, images: list[LabelledImage], classes: Path | None) -> d
     names: set[str] = set()
     for file in labels if classes is not None else labels[:LOOKED_AT]:
         try:
-            with file.open("rb") as opened:
-                names |= {entry.get("name", "") for entry in read_xml(opened.read(MAX_LABEL)).objects}
-        except (XmlError, OSError):
+            names |= {entry.get("name", "") for entry in read_xml(head_of(file, MAX_LABEL)).objects}
+        except XmlError:
             continue
     names.discard("")
     phrases = class_phrases(names, classes) if classes is not None else {}

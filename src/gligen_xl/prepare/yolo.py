@@ -30,8 +30,11 @@ from .label_files import (
     LabelledChunk,
     LabelledImage,
     check_boxes,
+    find_files,
+    head_of,
     labelled_chunks,
     relative,
+    split_name,
     splits_in,
     tell_splits,
 )
@@ -43,7 +46,8 @@ from .yolo_rows import looks_like_rows, read_rows
 
 NOT_TEXT = "its label file is not UTF-8"  # why an image is left out
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt", "predefined_classes.txt")
-LABELS_OF = {"images": "labels", "JPEGImages": "labels"}  # by the last such folder in an image's path
+IMAGE_FOLDERS = ("images", "jpegimages")  # the last such folder in an image's path, for which labels have one of these
+LABEL_FOLDERS = ("labels", "Labels", "LABELS")
 MAX_NAMES, MAX_LIST = 2**22, 2**28  # bytes
 LOOKED_AT = 1000  # files, where a set is looked for
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # keys of data.yaml
@@ -118,7 +122,7 @@ def open_yolo(options: SourceOptions) -> list[LabelledChunk]:
     tell = {name or "without a split": len(paths) for name, paths in by_split.items()}
     if options.split is None:
         tell_splits(options.path, tell)
-    elif (chosen := _SPLITS.get(options.split, options.split)) in by_split:
+    elif (chosen := split_name(options.split)) in by_split:
         by_split = {chosen: by_split[chosen]}
     else:
         raise ValueError(f"{options.path} has no split {options.split}; it has {', '.join(tell) or 'no images'}")
@@ -338,7 +342,7 @@ def _listed_images(description: _Description, options: SourceOptions) -> dict[st
             else:
                 splits.setdefault(split, []).append(place)
     splits = {split: paths for split, paths in splits.items() if paths}
-    if lacking and (not splits or (options.split and _SPLITS.get(options.split, options.split) not in splits)):
+    if lacking and (not splits or (options.split and split_name(options.split) not in splits)):
         if description.file is not None and description.file.suffix == ".data":
             return {}  # CVAT writes lists of images, and leaves out both if it is told to
         raise ValueError(
@@ -377,6 +381,7 @@ class _LabelFinder:
     def __init__(self, root: Path, labels: set[str], images: Path | None):
         self.root, self.labels, self.used = root, labels, set[str]()
         self.elsewhere = relative(images, root) if images is not None and images != root else None
+        self.called = {f"{os.path.splitext(label)[0]}.txt": label for label in labels}  # noqa: PTH122
         self.folders: set[str] = set()
         self.by_stem: dict[str, list[str]] = {}
         if self.elsewhere is not None:
@@ -388,8 +393,10 @@ class _LabelFinder:
         stem = os.path.splitext(image)[0]  # noqa: PTH122, a Path would change what it does not know
         for candidate in (*_mirrored(stem), f"{stem}.txt"):
             self.folders.add(candidate.rpartition("/")[0])
-            if candidate in self.labels or (candidate.startswith("../") and (self.root / candidate).is_file()):
-                self.used.add(candidate)
+            if (label := self.called.get(candidate)) is not None:
+                self.used.add(label)
+                return label
+            if candidate.startswith("../") and (self.root / candidate).is_file():
                 return candidate
         if self.elsewhere is not None:
             inner = stem.removeprefix(self.elsewhere).strip("/")
@@ -413,35 +420,24 @@ def _mirrored(stem: str) -> Iterator[str]:
     """`a/images/b` -> `a/labels/b.txt`."""
     parts = stem.split("/")
     for k in range(len(parts) - 2, -1, -1):
-        if parts[k] in LABELS_OF:
-            yield "/".join([*parts[:k], LABELS_OF[parts[k]], *parts[k + 1 :]]) + ".txt"
+        if parts[k].lower() in IMAGE_FOLDERS:
+            for name in LABEL_FOLDERS:
+                yield "/".join([*parts[:k], name, *parts[k + 1 :]]) + ".txt"
             return
 
 
 def _texts(folder: Path) -> Iterator[Path]:
-    """Files that may be labels, here and below, by name; no hidden ones, no lists of names."""
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _texts(Path(entry.path))
-        elif entry.name.endswith(".txt") and entry.name not in NAME_FILES:
-            yield Path(entry.path)
+    """Files that may be labels, here and below, by name; no lists of names."""
+    return (file for file in find_files(folder, ".txt") if file.name not in NAME_FILES)
 
 
 def _is_label_folder(folder: Path, root: Path) -> bool:
     parts = folder.relative_to(root).parts if folder != root else (root.absolute().name,)
-    return any(part == "labels" or part.startswith("obj_") for part in parts)
+    return any(part in LABEL_FOLDERS or part.startswith("obj_") for part in parts)
 
 
 def _holds_rows(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(4096)
-    except OSError:
-        return False
+    head = head_of(file, 4096)
     whole = head if len(head) < 4096 else head.rpartition(b"\n")[0]
     try:
         return looks_like_rows(decode_text(whole))
