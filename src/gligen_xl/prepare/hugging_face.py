@@ -7,27 +7,22 @@ Rows are read one batch at a time, and converted one by one.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ..files import read_json
 from .class_phrases import LEFT_OUT, check_words, class_phrases
+from .image_columns import ID_KEYS, Columns, columns_of, image_column
 from .image_paths import ImageFinder
+from .image_tables import describe_table, table_rows
 from .item import Item, Skipped
 from .label_files import SPLITS, split_name, tell_splits
 from .links import refuse_leaving
-from .objects import BOX_KEYS, NAME_KEYS, SCORE_KEYS, read_objects
-from .pictures import ENDINGS
+from .objects import BOX_KEYS, read_objects
 from .row_chunks import METADATA
 from .rows import (
     CAPTION_KEYS,
@@ -44,31 +39,7 @@ from .rows import (
 from .source_options import SourceOptions
 
 NO_NAME = "a category of its has no name"  # why an image is left out
-IMAGE_KEYS = ("image", "img", "picture", "photo", "pixel_values", *ENDINGS)
-ID_KEYS = ("image_id", "id", "__key__")
-BATCH = 4  # rows of parquet that are in memory at a time
 _SAVED, _SPLIT_FOLDERS = "state.json", "dataset_dict.json"  # beside what `save_to_disk` writes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Which columns of a file are used.
-
-    Args:
-        objects: the column of objects; empty where boxes are columns of their own, or there are none.
-        flat: those columns. names: of classes by number, where the file describes them.
-        others: ids, captions, sizes.
-    """
-
-    image: str
-    objects: str = ""
-    flat: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-
-    @property
-    def all(self) -> list[str]:
-        return [self.image, *([self.objects] if self.objects else []), *self.flat, *self.others]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +192,8 @@ def open_hugging_face(options: SourceOptions) -> list[TableChunk]:
         for file in paths:
             if options.path.is_dir():
                 refuse_leaving(root, file)
-            schema, total = _describe(file)
-            columns = _columns(file, schema)
+            schema, total = describe_table(file)
+            columns = columns_of(file, schema)
             names = set(columns.names) or None
             mapped = class_phrases(names, options.classes) if names or options.classes else {}
             check_words([mapped.get(word, word) for word in columns.names], str(file))
@@ -317,173 +288,12 @@ def _has_images(file: Path) -> bool:
     if not file.is_file():  # a pipe would be waited for
         return False
     try:
-        return _image_column(_describe(file)[0]) is not None
+        return image_column(describe_table(file)[0]) is not None
     except (ValueError, OSError):
         return False
 
 
-@contextmanager
-def _arrow(file: Path) -> Iterator[Any]:
-    """An Arrow file, mapped into memory: a stream as `datasets` writes it, or one with an index."""
-    with pa.memory_map(os.fspath(file)) as mapped:
-        begin = mapped.read(6)
-        mapped.seek(0)
-        if begin == b"ARROW1":
-            reader = pa.ipc.open_file(mapped)
-            yield (reader.get_batch(k) for k in range(reader.num_record_batches)), reader.schema
-        else:
-            stream = pa.ipc.open_stream(mapped)
-            yield iter(stream), stream.schema
-
-
-def _describe(file: Path) -> tuple[pa.Schema, int]:
-    """Schema and number of rows of a table.
-
-    Raises:
-        ValueError: it is none, or damaged.
-    """
-    try:
-        if file.suffix == ".parquet":
-            with closing(pq.ParquetFile(file)) as table:
-                return table.schema_arrow, table.metadata.num_rows
-        with _arrow(file) as (batches, schema):
-            return schema, sum(batch.num_rows for batch in batches)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        what = "parquet" if file.suffix == ".parquet" else "Arrow"
-        raise ValueError(f"{file} is not a readable {what} file: {' '.join(str(error).split())[:300]}") from error
-
-
-@contextmanager
-def table_rows(file: Path, columns: Sequence[str], first: int, count: int) -> Iterator[Iterator[dict[str, Any]]]:
-    """Rows `first` to `first + count` of a table, one at a time.
-
-    Raises:
-        ValueError: the file is damaged, as far as that is noticed on the way.
-    """
-    try:
-        if file.suffix == ".parquet":
-            # Else it holds whole row groups, which are hundreds of megabytes of images.
-            with closing(pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)) as table:
-                yield islice(_rows_of(_parquet_batches(table, list(columns), first)), count)
-        else:
-            with _arrow(file) as (batches, _):
-                yield islice(_rows_of(_behind(((b.num_rows, b.select(list(columns))) for b in batches), first)), count)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged: {' '.join(str(error).split())[:300]}") from error
-
-
-def _parquet_batches(table: pq.ParquetFile, columns: list[str], first: int) -> Iterator[pa.RecordBatch]:
-    """Row groups that end before the first row are not read."""
-    behind = 0
-    for group in range(table.num_row_groups):
-        rows = table.metadata.row_group(group).num_rows
-        if behind + rows > first:
-            batches = table.iter_batches(batch_size=BATCH, row_groups=[group], columns=columns, use_threads=False)
-            yield from _behind(((len(batch), batch) for batch in batches), max(first - behind, 0))
-        behind += rows
-
-
-def _behind(batches: Iterator[tuple[int, pa.RecordBatch]], first: int) -> Iterator[pa.RecordBatch]:
-    """Batches without their first rows."""
-    for rows, batch in batches:
-        if first < rows:
-            yield batch.slice(first)
-        first = max(first - rows, 0)
-
-
-def _rows_of(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        batch.validate(full=True)  # what a hostile file says of its own lengths
-        for k in range(batch.num_rows):
-            yield batch.slice(k, 1).to_pylist()[0]
-
-
-# Columns ------------------------------------------------------------------------------------------------------------
-
-
-def _columns(file: Path, schema: pa.Schema) -> Columns:
-    image = _image_column(schema)
-    if image is None:
-        raise ValueError(
-            f"{file} has the columns {', '.join(schema.names)[:200]}, and none of images; expected image (bytes, or "
-            "bytes and path) and objects (bbox, category), as datasets writes them"
-        )
-    nested = [name for name in schema.names if _holds_boxes(schema.field(name).type)]
-    objects = next((name for name in ("objects", *nested) if name in nested), "")
-    if not objects and "objects" in schema.names:
-        kind = schema.field("objects").type
-        raise ValueError(f"{file}: objects is {kind}; expected bbox and category in it, one of {', '.join(BOX_KEYS)}")
-    flat = () if objects else tuple(key for key in (*BOX_KEYS, *NAME_KEYS, *SCORE_KEYS) if key in schema.names)
-    if not any(key in BOX_KEYS for key in flat):
-        flat = ()
-    features = _features(schema)
-    said = features.get(objects) if objects else {key: features.get(key) for key in flat}
-    others = (*ID_KEYS, *CAPTION_KEYS, "width", "height", "box_format")
-    return Columns(
-        image=image,
-        objects=objects,
-        flat=flat,
-        names=_class_names(said),
-        others=tuple(key for key in others if key in schema.names and key not in (image, objects, *flat)),
-    )
-
-
-def _image_column(schema: pa.Schema) -> str | None:
-    """The column that is described as one of images, or is called so."""
-    features = _features(schema)
-    said = [name for name in schema.names if isinstance(f := features.get(name), dict) and f.get("_type") == "Image"]
-    called = [name for name in IMAGE_KEYS if name in schema.names and _may_hold_image(schema.field(name).type)]
-    return next(iter([*said, *called]), None)
-
-
-def _may_hold_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _holds_boxes(kind: pa.DataType) -> bool:
-    while _is_list(kind):
-        kind = kind.value_type
-    return pa.types.is_struct(kind) and any(kind.get_field_index(key) >= 0 for key in BOX_KEYS)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What `datasets` notes of the columns, in the file itself; nothing where it is lacking or broken."""
-    try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _class_names(feature: Any) -> tuple[str, ...]:
-    """Names of the classes of objects, however versions of `datasets` nest them."""
-    feature = _within(feature)
-    if not isinstance(feature, dict):
-        return ()
-    for key in NAME_KEYS:
-        names = inner.get("names") if isinstance(inner := _within(feature.get(key)), dict) else None
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            return tuple(names)
-    return ()
-
-
-def _within(feature: Any) -> Any:
-    for _ in range(8):
-        if isinstance(feature, list) and len(feature) == 1:
-            feature = feature[0]
-        elif isinstance(feature, dict) and "feature" in feature and "_type" in feature:
-            feature = feature["feature"]
-        else:
-            break
-    return feature
+# Rows -------------------------------------------------------------------------------------------------------------
 
 
 def _keyed(columns: Mapping[str, Any], keys: Sequence[str]) -> Any:
