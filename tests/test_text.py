@@ -95,7 +95,7 @@ def test_labels_are_drawn_on_one_line_whatever_they_hold():
 
     for hidden, seen in (("\u202eabc", "\\u202eabc"), ("a\nb\tc", "a b c"), ("\ud800x", "\\ud800x")):
         np.testing.assert_array_equal(drawn(hidden), drawn(seen))
-    assert drawn("x" * 100_000).shape == drawn("x").shape
+    assert drawn("x" * 10_000).shape == drawn("x").shape
 
 
 @pytest.mark.parametrize(
