@@ -188,4 +188,4 @@ def test_without_an_average_no_memory_is_taken():
 def test_state_is_json(tmp_path):
     path = save_checkpoint(tmp_path, 64, some(), {"config": {"seed": 1}}, keep=1)
     state = json.loads((path / "state.json").read_text())
-    assert set(state) == {"config", "position", "sha256"}
+    assert set(state) == {"config", "position"}

@@ -153,7 +153,7 @@ def test_train_runs_a_recipe_file_and_continues(capsys, model, tmp_path):
     path.write_text("- a\n- b")
     assert "expected settings" in fails(capsys, "train", path)
     path.write_text("a: [")
-    assert "is not YAML" in fails(capsys, "train", path)
+    assert "is neither YAML nor JSON" in fails(capsys, "train", path)
 
 
 def test_train_without_such_a_recipe(capsys, tmp_path):

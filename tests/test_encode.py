@@ -8,8 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import sdxl_unet, sdxl_vae
 
+from gligen_xl.prepare import encode
 from gligen_xl.prepare.encode import Encoder, load_vae, posterior_noise
 
 NAMES = [f"picture-{k}" for k in range(8)]
@@ -249,3 +251,35 @@ def test_what_is_no_vae_is_refused(vae, tmp_path):
     for name in (str(tmp_path / "unet"), str(tmp_path / "nowhere"), "somebody/no-vae"):
         with pytest.raises(ValueError, match=r"is not to be had .*give a folder"):
             load_vae(name)
+
+
+# One file -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_sdxl_vae(tmp_path, monkeypatch):
+    """A VAE of SDXL's form with fewer channels, as a folder: the form of the file is not written in it."""
+    monkeypatch.setitem(encode.SDXL_VAE, "block_out_channels", [32] * 4)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    AutoencoderKL.from_config(encode.SDXL_VAE).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_a_vae_in_one_file(small_sdxl_vae):
+    from_folder = load_vae(str(small_sdxl_vae))
+    from_file = load_vae(str(small_sdxl_vae / "diffusion_pytorch_model.safetensors"))
+    assert from_file.config["scaling_factor"] == 0.13025
+    state = from_file.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in from_folder.state_dict().items())
+
+
+def test_a_file_that_is_no_vae_of_sdxl_is_refused(small_sdxl_vae, tmp_path):
+    file = small_sdxl_vae / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({name: value for name, value in weights.items() if "decoder" not in name}, tmp_path / "half.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:1000])
+    for name in ("half", "other", "text", "cut"):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors.*give a folder"):
+            load_vae(str(tmp_path / f"{name}.safetensors"))

@@ -16,9 +16,9 @@ from tiny import grounded, sdxl_pipeline
 from tqdm import tqdm
 
 from gligen_xl.cli import COMMANDS, main
-from gligen_xl.commands.errors import one_line, printable
+from gligen_xl.commands.errors import one_line, shown
 from gligen_xl.commands.prepare import _Shown
-from gligen_xl.files import naming
+from gligen_xl.files import reading
 from gligen_xl.shapes import model_folder
 from gligen_xl.show import METADATA_KEY, draw_boxes
 
@@ -76,7 +76,7 @@ def test_every_exception_is_one_line_and_code_2(error, says, capsys, monkeypatch
 
 def test_a_long_message_is_cut():
     assert len(one_line(ValueError("x" * 10**6))) < 2100
-    assert printable("ordinary text, größer als 漢字") == "ordinary text, größer als 漢字"
+    assert shown("ordinary text, größer als 漢字") == "ordinary text, größer als 漢字"
 
 
 @pytest.mark.parametrize("words", [["--traceback", "version"], ["version", "--traceback"]])
@@ -104,12 +104,12 @@ def test_a_reader_that_is_gone_ends_it_without_a_word():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_naming_keeps_what_names_its_file_and_wraps_the_rest(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.json is not settings: KeyError: 'id'"), naming("a.json", "settings"):
+def test_reading_keeps_what_names_its_file_and_wraps_the_rest(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.json is not settings: KeyError: 'id'"), reading("a.json", "settings"):
         raise KeyError("id")
-    with pytest.raises(ValueError, match=r"^a\.json, line 3: wrong$"), naming("a.json", "settings"):
+    with pytest.raises(ValueError, match=r"^a\.json, line 3: wrong$"), reading("a.json", "settings"):
         raise ValueError("a.json, line 3: wrong")
-    with pytest.raises(FileNotFoundError), naming("a.json", "settings"):
+    with pytest.raises(FileNotFoundError), reading("a.json", "settings"):
         (tmp_path / "nothing").read_text()
 
 
@@ -211,12 +211,12 @@ def test_imports_alone_are_silent():
 def test_preparing_needs_no_bar(capsys, monkeypatch):
     """As where TQDM_DISABLE is set: a bar without a clock, and a line a minute in its place."""
     with tqdm(total=4, disable=True) as bar:
-        shown = _Shown(bar, lambda: None)
-        shown(1, 0)
-        shown(1, 5)
+        progress = _Shown(bar, lambda: None)
+        progress(1, 0)
+        progress(1, 5)
         assert capsys.readouterr().err == ""
         monkeypatch.setattr(_Shown, "EVERY", 0.0)
-        shown(1, 5)
+        progress(1, 5)
     assert capsys.readouterr().err.endswith("/s, 75%\n")
 
 

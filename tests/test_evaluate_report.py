@@ -251,7 +251,7 @@ def test_every_section_is_there(whole):
     for words in (
         "All conditions", "Difference from the other evaluation", "Over beta", "Over guidance scale", "<h3>Best",
         "<h3>Worst", "By size of the box", "By position", "By number of objects", "By frequency of the phrase",
-        "By colour", "By shape", "Settings", "runs/mine/adapter on shapes", "beta-1 less the other's beta-1",
+        "By colour", "By shape", "Settings", "adapter on shapes", "beta-1 less the other's beta-1",
         "beyond chance",
     ):  # fmt: skip
         assert words in text, words

@@ -18,6 +18,7 @@ from tiny import grounded, sdxl_pipeline
 from gligen_xl import Layout
 from gligen_xl.evaluate import compare, evaluate_layouts, find_detector, find_protocol, point_metrics, summarize
 from gligen_xl.evaluate.binding import bind, generation_settings, only_one_at
+from gligen_xl.evaluate.clip import ClipScore
 from gligen_xl.evaluate.detectors import ShapesDetector
 from gligen_xl.evaluate.photographs import photographs_of
 from gligen_xl.evaluate.pictures import (
@@ -29,7 +30,7 @@ from gligen_xl.evaluate.pictures import (
     read_about,
     seeded,
 )
-from gligen_xl.evaluate.run import find_pictures, generate_all, score_all, shuffled
+from gligen_xl.evaluate.run import find_pictures, generate_all, score_all, shuffled, way_called
 
 ON, OFF = Way.grounded(1.0, 2.0), Way.off(2.0)
 RED = {"prompt": "grass", "phrases": ["a red circle"], "boxes": [[0.1, 0.1, 0.5, 0.5]]}
@@ -529,6 +530,87 @@ def test_what_clip_has_not_seen_in_all_pictures_is_not_compared(tmp_path):
     (part,) = compare(conditions, tmp_path / "out", detector, clip)
     assert part.difference["pictures"].value == 6
     assert not {"clip", "clip_objects"} & set(part.difference)
+
+
+def test_without_a_prompt_clip_has_no_score_of_the_whole_and_that_is_kept(tmp_path):
+    """It is not measured anew each time, and the pictures that have one are compared."""
+
+    class Similar:
+        settings = {"clip": "similar"}  # noqa: RUF012
+        looked = 0
+
+        def score(self, pictures, layouts):
+            self.looked += len(pictures)
+            return [ClipScore(0.3 if layout.prompt else None, (0.2,) * len(layout.boxes)) for layout in layouts]
+
+    protocol, _ = scenes(6)
+    layouts = [replace(layout, prompt="") if k % 2 else layout for k, layout in enumerate(protocol.layouts)]
+    protocol, by_key = replace(protocol, layouts=layouts), keyed(layouts)
+    (tmp_path / "pictures").mkdir()
+    for (key, _), drawn in zip(by_key.items(), scenes(6)[0].layouts, strict=True):
+        protocol.real(drawn).save(tmp_path / "pictures" / f"{key}.png")
+    found, detector, clip = find_pictures(tmp_path / "pictures", by_key), ShapesDetector(), Similar()
+    for _ in range(2):
+        conditions = score_all(protocol, found, tmp_path / "out", detector, clip=clip, controls=False)
+        assert [score.clip for score in conditions[0].pictures] == [0.3, None] * 3
+        assert clip.looked == 6
+    (compared,) = compare(conditions, tmp_path / "out", detector, clip)
+    assert compared.difference["clip"].value == 0
+    assert compared.difference["clip_objects"].value == 0
+    assert summarize(conditions[0].pictures, ap=False)["clip"].value == pytest.approx(0.3)
+
+
+def test_what_is_kept_in_another_form_is_said_and_looked_at_anew(evaluated, tmp_path):
+    protocol, _, conditions = evaluated
+    pictures = {ON: next(iter(conditions[0].paths.values())).parent}
+    score_all(protocol, pictures, tmp_path, ShapesDetector(), controls=False)
+    (file,) = tmp_path.glob("detections/*/*.jsonl")
+    lines = file.read_text().splitlines(keepends=True)
+    strange = json.loads(lines[0]) | {"found": {"boxes": 7}}
+    file.write_text("".join([json.dumps(strange) + "\n", *lines[1:-1], lines[-1][:40]]))
+    detector = Counting()
+    with pytest.warns(UserWarning, match="1 lines are of another form"):
+        score_all(protocol, pictures, tmp_path, detector, controls=False)
+    assert detector.looked == 2
+
+
+def test_pictures_of_other_programs_in_odd_forms(tmp_path):
+    """Modes, sizes, ids that are numbers, files that belong to nobody, pictures that are missing or hold nothing."""
+    protocol, _ = scenes(6)
+    layouts = [replace(layout, id=str(7 + k)) for k, layout in enumerate(protocol.layouts)]
+    protocol, by_key = replace(protocol, layouts=layouts), keyed(layouts)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    drawn = [protocol.real(layout) for layout in scenes(6)[0].layouts]
+    drawn[0].convert("RGBA").save(folder / "7.png")
+    drawn[1].resize((512, 512)).save(folder / "8.JPEG", quality=95)
+    drawn[2].quantize(64).save(folder / "9.png")
+    Image.new("L", (64, 64), 128).save(folder / "10.png")
+    Image.new("I;16", (200, 100), 40_000).save(folder / "11.png")
+    for name in ("7.json", "7.txt", "99.png", "7-boxes.png", ".8.png", "Thumbs.db"):
+        (folder / name).write_text("x")
+    (folder / "7.png.d").mkdir()
+    (condition,) = score_all(
+        protocol, find_pictures(folder, by_key), tmp_path / "out", ShapesDetector(), controls=False
+    )
+    assert [score.key for score in condition.pictures] == ["7", "8", "9", "10", "11"]
+    assert dict(condition.unread) == {"12": "missing"}
+    assert all(one.iou > 0.8 for score in condition.pictures[:3] for one in score.objects)
+    for score in condition.pictures[3:]:
+        assert score.found == ()
+        assert score.missing == len(score.objects)
+        assert {one.iou for one in score.objects} == {0.0}
+    assert summarize(condition.pictures, ap=True)["recall_50"].value < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("beta-0.4", {"beta": 0.4}), ("guidance_scale-7", {"guidance_scale": 7.0}), ("beta-nan", {}), ("beta-inf", {}),
+     ("beta-mine", {}), ("beta-", {}), ("mine", {})],
+)  # fmt: skip
+def test_what_the_name_of_a_folder_tells(name, settings):
+    assert way_called(name).settings == settings
+    assert way_called("x", {"beta": True, "guidance_scale": "5"}).settings == {}
 
 
 def test_layouts_are_written_by_their_keys(evaluated, tmp_path):

@@ -263,12 +263,23 @@ def test_boxes_that_cannot_be_used_are_counted_by_reason():
     boxes = {
         "a dog": (0.4, 0.4, 0.6, 0.6), "at the edge": (0.0, 0.0, 0.1, 0.1), "reversed": (0.6, 0.4, 0.5, 0.6),
         "a line": (0.4, 0.4, 0.6, 0.4), " ": (0.4, 0.4, 0.6, 0.6), "": (0.5, 0.5, 0.6, 0.6),
-        "a hair": (0.5, 0.4, 0.5001, 0.6),
+        "a hair": (0.5, 0.4, 0.5001, 0.6), "beyond": (0.5, 1.1, 0.6, 1.3), "mostly beyond": (-0.9, 0.4, 0.5, 0.6),
     }  # fmt: skip
-    given_item = item(boxes=tuple(boxes.values()), phrases=tuple(boxes), scores=tuple(k / 10 for k in range(7)))
+    given_item = item(boxes=tuple(boxes.values()), phrases=tuple(boxes), scores=tuple(k / 10 for k in range(9)))
     ((_, row),) = seen(given_item, (100, 200), report)
     assert (row.phrases, row.scores) == (["a dog"], [0.0])
-    assert report.dropped_boxes == {"cut away by the crop": 1, "without width or height": 3, "without a phrase": 2}
+    assert report.dropped_boxes == {
+        "cut away by the crop": 1, "without a phrase": 2, "without width or height": 1,
+        "reversed, its second corner comes before its first": 1, "smaller than a pixel of the frame": 1,
+        "outside the picture": 2,
+    }  # fmt: skip
+    told = report.dropped_examples
+    assert told["reversed, its second corner comes before its first"].startswith(
+        "a: 'reversed' at [0.6, 0.4, 0.5, 0.6] (xyxy; in pixels [120.0, 40.0, 100.0, 60.0] of 200 x 100); expected "
+    )
+    assert "'beyond' at [0.5, 1.1, 0.6, 1.3]" in told["outside the picture"]
+    assert "'at the edge'" in told["cut away by the crop"]
+    assert "64 x 64 pixels show [0.25, 0.0, 0.75, 1.0] of it" in told["cut away by the crop"]
 
 
 def test_pictures_with_too_few_boxes_are_left_out():

@@ -731,9 +731,9 @@ def vae_name(name, levels):
     return f"first_stage_model.{renamed(name, VAE_NAMES)}"
 
 
-def original_checkpoint(pipeline):
+def original_checkpoint(pipeline, layers=1):
     """An SDXL pipeline's tensors in the names of the original code, as its one-file checkpoints hold them."""
-    tensors = {unet_name(name, 1): value for name, value in pipeline.unet.state_dict().items()}
+    tensors = {unet_name(name, layers): value for name, value in pipeline.unet.state_dict().items()}
     tensors |= {vae_name(name, 2): value for name, value in pipeline.vae.state_dict().items()}
     for name, value in pipeline.text_encoder.state_dict().items():
         tensors[f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}"] = value

@@ -1,5 +1,6 @@
 """Adapters to the Hub: the card says what the run was, loads as it says, and holds nothing of the machine."""
 
+import ast
 import json
 import re
 import shutil
@@ -16,7 +17,9 @@ from tiny import grounded, sd_pipeline, sdxl_pipeline
 from gligen_xl.adapter import AdapterConfig, adapter_state_dict, read_adapter, save_adapter, write_adapter
 from gligen_xl.files import write_json
 from gligen_xl.hub import upload
-from gligen_xl.train.publish import find_source, public, public_name, publish_adapter, stage_adapter
+from gligen_xl.manifest import write_manifest
+from gligen_xl.public import public, public_name
+from gligen_xl.train.publish import find_source, publish_adapter, stage_adapter
 
 SECRETS = ("/home/mallory", "mallory", "hunter2", "bucket-of-ours")
 TRAINING = {
@@ -43,6 +46,7 @@ def finished(tmp_path):
     save_adapter(unet, folder / "adapter", metadata={**about, "samples": 1280})
     save_adapter(unet, folder / "checkpoint-00000640", metadata={**about, "samples": 640})
     write_json(folder / "checkpoint-00000640" / "state.json", {"position": 640})
+    write_manifest(folder / "checkpoint-00000640")
     write_json(folder / "config.json", {"config": TRAINING, "versions": about["versions"]})
     rows = [
         {"kind": "validation", "samples": 64 * k, "loss": 0.2, "loss_no_boxes": 0.3, "grounding_gain": 0.01 * k,
@@ -305,3 +309,150 @@ def test_an_upload_is_made_as_asked(uploads, tmp_path):
     (tmp_path / "folder").mkdir()
     upload(tmp_path / "folder", "me/x", "a message", commit_message="mine", create_pr=True)
     assert uploads["uploaded"] == {"repo_id": "me/x", "token": None, "commit_message": "mine", "create_pr": True}
+
+
+# What the card claims ------------------------------------------------------------------------------------------------
+
+
+def adapter_of(folder, about, *, gate=None, cross_attention_dim=40):
+    """An adapter folder whose gates are all the same."""
+    state = adapter_state_dict(grounded(sdxl_pipeline()).unet)
+    if gate is not None:
+        state = {name: torch.full_like(v, gate) if "alpha_" in name else v for name, v in state.items()}
+    form = AdapterConfig(cross_attention_dim=cross_attention_dim, phrase_dim=cross_attention_dim)
+    write_adapter(folder, form, state, about)
+    return folder
+
+
+def body_of(folder, tmp_path, **settings):
+    return card(stage_adapter(folder, tmp_path / "staged", **STAGED, **settings))[1]
+
+
+def test_an_untrained_adapter_claims_nothing(tmp_path):
+    body = body_of(adapter_of(tmp_path / "a", {"samples": 0, "base_model": "shapes"}, gate=0.0), tmp_path)
+    for says in (
+        "It has seen no sample: it was not trained.", "Its gates are closed", "has learned nothing yet",
+        "Whether objects stand in their boxes was not measured.", "(the grounding gain) was not measured.",
+    ):  # fmt: skip
+        assert says in body, says
+    assert "where you draw" not in body
+    assert "| Samples seen | 0" in body
+
+
+def test_what_was_never_written_down_is_said_to_be_unknown(tmp_path):
+    about = {"converted_from": "gligen/gligen-generation-text-box", "base_family": "Stable Diffusion 1.x"}
+    body = body_of(adapter_of(tmp_path / "a", about, gate=0.5, cross_attention_dim=768), tmp_path)
+    assert "Stable Diffusion 1.x (which base model it was trained on is not recorded)" in body
+    assert "How many samples it has seen in training is not recorded." in body
+    assert "Its gates are open by 0.462" in body
+    assert "# BASE_MODEL: a folder, or a repository of the Hub, with a model of this family" in code(body)
+    assert "`gligen/gligen-generation-text-box`" in body
+
+
+def test_measurements_are_told_as_they_are(finished, tmp_path):
+    body = card(stage_adapter(finished, tmp_path / "good", **STAGED))[1]
+    assert "Objects stood in their boxes more often with grounding on than with it off: 80 % against 5 %" in body
+    assert "the boxes take away 20 % of the loss" in body
+    last = {"kind": "validation", "samples": 1280, "grounding_gain": -0.01, "on_recall_50": 0.05, "off_recall_50": 0.05}
+    (finished / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+    body = card(stage_adapter(finished, tmp_path / "bad", **STAGED))[1]
+    assert "no more often with grounding on than with it off: 5 % against 5 %" in body
+    assert "the boxes do not lower the loss (the grounding gain is -1 %)" in body
+
+
+@pytest.mark.parametrize(
+    ("base", "says", "line"),
+    [
+        ("someone/base", "[someone/base](https://huggingface.co/someone/base)", '"someone/base", torch_dtype'),
+        ("shapes", "the tiny model of the shapes world", '"shapes"'),
+        ("base", "a base model called `base`, which was a file or folder", '"base", torch_dtype'),
+        ("my.safetensors", "called `my.safetensors`", "from_single_file"),
+    ],
+)
+def test_the_card_names_the_base(tmp_path, base, says, line):
+    body = body_of(adapter_of(tmp_path / "a", {"base_model": base}), tmp_path)
+    assert says in body
+    assert line in code(body)
+
+
+def test_the_variant_of_the_base_is_named(tmp_path):
+    about = {"base_model": "someone/base", "training": {"model": "someone/base", "variant": "fp16"}}
+    body = body_of(adapter_of(tmp_path / "a", about), tmp_path)
+    assert "loaded from its files of the variant `fp16`" in body
+    assert '"someone/base", torch_dtype=torch.float16, variant="fp16"' in code(body)
+
+
+EVIL = 'x/y"\nimport os; os.system("boom") #|`</script><script>alert(1)</script>[a](javascript:b)\u202e\x1b[31m'
+
+
+@pytest.mark.parametrize("name", ["base_model", "converted_from"])
+def test_names_of_others_are_text(tmp_path, name):
+    about = {name: EVIL, "versions": {EVIL: EVIL}, "samples": 3, "training": {"init_adapter": EVIL, "data": {EVIL: 1}}}
+    front, body = card(stage_adapter(adapter_of(tmp_path / "a", about), tmp_path / "staged", **STAGED))
+    assert "base_model" not in front
+    for hidden in ("\u202e", "\x1b"):
+        assert hidden not in body
+    tree = ast.parse(code(body))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    assert [name.name for node in imports for name in node.names] == ["torch"]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "os"]
+    text = re.sub(r"```python\n.*?```", "", body, flags=re.DOTALL)
+    outside = re.sub(r"(`+).*?\1", "", text.replace("\\`", ""))
+    assert "<script" not in outside
+    assert not re.search(r"(?<!\\)\]\(javascript", outside)
+    for line in (line for line in body.splitlines() if line.startswith("| ")):
+        assert len(re.findall(r"(?<!\\)\|", line)) == 3, line
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"training": "text"},
+        {"training": {"data": 7, "batch_size": "x", "optimization": [1], "adapter": {"every": "x"}}},
+        {"training": {"optimization": {"learning_rate": "fast", "warmup_samples": None}, "validation": "no"}},
+        {"samples": "many", "versions": ["torch"], "base_model": 5}, {"samples": True, "training": None},
+    ],
+)  # fmt: skip
+def test_descriptions_of_another_form_are_no_hindrance(tmp_path, strange):
+    body = body_of(adapter_of(tmp_path / "a", strange), tmp_path)
+    compile(code(body), "card", "exec")
+
+
+def test_of_pictures_those_that_can_be_read_are_shown(finished, tmp_path):
+    for samples in (320, 1280):
+        file = finished / "validation" / f"{samples:08d}.png"
+        file.write_bytes(file.read_bytes()[:60])
+    folder = stage_adapter(finished, tmp_path / "staged", **STAGED)
+    assert sorted(path.name for path in (folder / "images").iterdir()) == [
+        "validation-00000640.jpg", "validation-00000960.jpg",
+    ]  # fmt: skip
+
+
+# The token ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_token_from_a_file(capsys, finished, uploads, tmp_path):
+    (tmp_path / "token").write_text("\ufeffhunter2\n", encoding="utf-8")
+    code, output, error = run(capsys, "push", finished, *WORDS, "--token-file", tmp_path / "token")
+    assert (code, error) == (0, ""), error
+    assert uploads["created"]["token"] == "hunter2"
+    assert "hunter2" not in output
+
+
+def test_a_token_on_the_command_line_is_warned_of(capsys, finished, uploads):
+    code, _, error = run(capsys, "push", finished, *WORDS, "--token", "hunter2")
+    assert code == 0
+    assert uploads["created"]["token"] == "hunter2"
+    assert "other users of this machine can read it; set HF_TOKEN, or give --token_file" in error
+    assert "hunter2" not in error
+
+
+def test_what_is_no_token_is_refused(capsys, finished, uploads, tmp_path):
+    (tmp_path / "two").write_text("hunter2 hunter3")
+    says = fails(capsys, "push", finished, *WORDS, "--token-file", tmp_path / "two")
+    assert "holds 2 words; expected the token alone" in says
+    assert "hunter" not in says
+    assert "no file" in fails(capsys, "push", finished, *WORDS, "--token-file", tmp_path / "none")
+    both = ("--token-file", tmp_path / "two", "--token", "hunter2")
+    assert "leave --token out" in fails(capsys, "push", finished, *WORDS, *both)
+    assert not uploads

@@ -122,6 +122,68 @@ def test_the_second_time_nothing_is_fetched(store, tmp_path):
     np.testing.assert_array_equal(dataset[40, 0].latents, latents(COUNT, SIDE)[0])
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "parquet", "header"])
+@pytest.mark.parametrize("how", ["flipped", "shorter", "empty"])
+def test_a_damaged_file_of_the_cache_is_fetched_again(store, tmp_path, ending, how):
+    """Not only its own bytes are looked at: nothing of it is trained on."""
+
+    def read():
+        dataset = ShardDataset(store, Augmentation(slots=3), 1, cache_bytes=ROOMY)
+        return [(dataset[k, k].latents.tobytes(), dataset.row(k)) for k in range(120)]
+
+    expected = read()
+    for file in (tmp_path / "cache" / "shards").rglob(f"*.{ending}"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes({"flipped": content, "shorter": content[:-9], "empty": b""}[how])
+    assert read() == expected
+
+
+class Nameless(Store):
+    """A storage that says of its files no more than their size, as the listing of a web server does."""
+
+    protocol = "nameless"
+
+    def ls(self, path, detail=False, **options):
+        return [self.info(entry["name"]) for entry in super().ls(path, detail=True, **options)]
+
+    def info(self, path, **options):
+        facts = super().info(path, **options)
+        return {name: facts[name] for name in ("name", "size", "type")}
+
+
+def test_another_file_of_the_same_size_is_fetched_though_nothing_names_it(store, tmp_path):
+    fsspec.register_implementation("nameless", Nameless, clobber=True)
+    url = store.replace("store://", "nameless://")
+
+    def first():
+        return np.array(ShardDataset(url, Augmentation(slots=3), 1, cache_bytes=ROOMY)[40, 0].latents)
+
+    before = first()
+    file = tmp_path / "far" / "s2.safetensors"
+    status = file.stat()
+    changed = np.random.default_rng(99).normal(size=(COUNT, 4, SIDE, SIDE)).astype(np.float16)
+    rows = [row(j % 3, image_id=f"2-{j}", caption=f"picture 2-{j}") for j in range(COUNT)]
+    write_shard(file.with_suffix(""), changed, rows, METADATA)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size
+    np.testing.assert_array_equal(first(), changed[0])
+    assert not np.array_equal(before, changed[0])
+
+
+def test_the_cache_is_named_by_whole_checksums_and_by_no_key(store, tmp_path):
+    url = store.replace("store://", "store://KEY:HUNTER2@")
+    ShardDataset(store, Augmentation(slots=3), 1, cache_bytes=ROOMY)[0, 0]
+    for path in (tmp_path / "cache" / "shards").rglob("*.*"):
+        if path.suffix in (".parquet", ".header", ".safetensors"):
+            assert re.search(r"\.[0-9a-f]{64}\.(parquet|header|safetensors)$", path.name), path
+            assert re.search(r"-[0-9a-f]{64}$", path.parent.name), path
+    with pytest.raises((OSError, ValueError)) as raised:
+        open_remote(url, ROOMY)
+    assert "HUNTER2" not in str(raised.value)
+    assert not any("HUNTER2" in str(path) or "KEY" in path.name for path in (tmp_path / "cache").rglob("*"))
+
+
 def test_the_cache_never_exceeds_its_size(store, tmp_path):
     limit = 5 * SHARD // 2 + 2000
     dataset = ShardDataset(store, Augmentation(slots=3), 1, cache_bytes=limit)

@@ -37,7 +37,8 @@ def test_every_stage_and_the_second_time_none(small, tmp_path, monkeypatch):
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     weights = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
     for stage in ("vae", "decoder", "text", "base", "unet"):
-        assert [path.name for path in list_checkpoints(tmp_path / stage)] == ["checkpoint-00000008"]
+        names = [path.name for path in list_checkpoints(tmp_path / stage)]
+        assert names == ["checkpoint-00000004", "checkpoint-00000008"]  # the one before, should the last be damaged
         assert len((tmp_path / stage / "log.jsonl").read_text().splitlines()) == 4
 
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("a finished stage was trained again"))
@@ -87,7 +88,7 @@ def test_two_processes_share_a_stage(tmp_path):
         command = [*torchrun, str(ranks), script, tmp_path / str(ranks)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr
-    (alone,), (shared,) = (list_checkpoints(tmp_path / ranks) for ranks in "12")
+    (_, alone), (_, shared) = (list_checkpoints(tmp_path / ranks) for ranks in "12")
     one, two = load_checkpoint(alone)[0]["model"], load_checkpoint(shared)[0]["model"]
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 

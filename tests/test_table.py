@@ -82,6 +82,48 @@ def test_the_file_is_made_once_and_again_when_a_table_changes(tmp_path, cache):
     assert not file.exists()  # unused for long
 
 
+@pytest.mark.parametrize("place", range(0, 380, 7))
+def test_a_flipped_byte_of_the_cache_is_noticed_and_the_next_time_all_is_well(tmp_path, cache, place):
+    shards = made(tmp_path, [row(2), row(0)], [row(1)])
+    expected = [Table(shards).row(k) for k in range(3)]
+    (file,) = cache.glob("*.rows")
+    content = bytearray(file.read_bytes())
+    content[place % len(content)] ^= 4
+    file.write_bytes(content)
+    if place % len(content) >= len(content) - 8:  # the end, which is looked at first: the file is made again
+        assert [Table(shards).row(k) for k in range(3)] == expected
+        return
+    table = Table(shards)
+    with pytest.raises(ValueError, match="of the cache is damaged and was removed"):
+        [table.row(k) for k in range(3)]
+    assert [Table(shards).row(k) for k in range(3)] == expected
+
+
+def test_a_cache_that_is_cut_short_is_made_again(tmp_path, cache):
+    shards = made(tmp_path, [row(2), row(0)])
+    expected = Table(shards).row(0)
+    (file,) = cache.glob("*.rows")
+    for content in (b"", file.read_bytes()[:-5], file.read_bytes()[9:]):
+        file.write_bytes(content)
+        assert Table(shards).row(0) == expected
+
+
+def test_a_copy_of_the_same_size_and_time_is_another_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", 0)
+    cache = tmp_path / "cache"
+    captions = ("a cat", "a dog")
+    for name, caption in zip(("a", "b"), captions, strict=True):
+        write_shard(tmp_path / name / "s", latents(4, 8), [row(1, caption=caption)] * 4, METADATA)
+    assert Table([Shard(tmp_path / "a" / "s")], cache).row(0).caption == "a cat"
+    old, new = (tmp_path / name / "s.parquet" for name in ("a", "b"))
+    status = old.stat()
+    assert new.stat().st_size == status.st_size
+    old.write_bytes(new.read_bytes())
+    os.utime(old, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert Table([Shard(tmp_path / "a" / "s")], cache).row(0).caption == "a dog"
+    assert all(len(file.stem) == 64 for file in cache.glob("*.rows"))
+
+
 def test_a_table_travels_without_its_rows(tmp_path):
     shards = made(tmp_path, [row(3, caption="long " * 1000)] * 40)
     table = Table(shards)

@@ -84,7 +84,7 @@ def test_only_the_adapter_changes_is_averaged_and_saved(config, base):
     gates = [value for name, value in tensors["gligen_adapter"].items() if ".alpha_" in name]
     assert all(value.abs() > 0 for value in gates)
     description = json.loads((finished / "gligen_adapter.json").read_text())
-    assert description["base_model"] == str(base)
+    assert description["base_model"] == base.name  # its folder stays on the machine
     assert description["samples"] == 48
     assert description["config"]["slots"] == 3
     assert lines(finished.parent)[-1]["gate_mean"] > 0

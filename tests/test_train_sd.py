@@ -60,7 +60,7 @@ def config(base, data, tmp_path):
 def test_the_finished_adapter_goes_onto_the_base(config, base):
     finished = train(config)
     description = json.loads((finished / "gligen_adapter.json").read_text())
-    assert description["base_model"] == str(base)
+    assert description["base_model"] == base.name  # its folder stays on the machine
     assert description["config"]["phrase_dim"] == description["config"]["cross_attention_dim"] == 24
     pipeline = StableDiffusionGLIGENPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)

@@ -175,7 +175,9 @@ def test_a_finished_run_says_so(capsys, tmp_path, monkeypatch):
     state = tmp_path / "checkpoint-00000096" / "state.json"
     state.parent.mkdir()
     for position, said in ((96, True), (88, False)):
-        state.write_text(json.dumps({"position": position, "config": config.to_dict()}))
+        form = {"cross_attention_dim": 8, "phrase_dim": 8}
+        about = {"adapter": form, "base": "", "ema_steps": 1, "groups": [100], "scaler": None}
+        state.write_text(json.dumps({"position": position, "sha256": {}, "config": config.to_dict(), **about}))
         command.run(config, None)
         assert ("is finished, 96 samples seen" in capsys.readouterr().out) is said
 

@@ -6,12 +6,13 @@ carry their names at their ends.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from .text import html_text
 
 Point = tuple[float, float]  # x, value
 
@@ -98,7 +99,7 @@ def chart(
         parts += _drawn(curve, line, x, y, over)
     parts.append("</svg>")
     parts += _end_names([(curve, x(line[-1][0]), y(line[-1][1])) for curve, line in zip(curves, lines, strict=True)])
-    labelled = f' aria-label="{html.escape(label)}"' if label else ""
+    labelled = f' aria-label="{html_text(label)}"' if label else ""
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"{labelled}>{"".join(parts)}</svg>'
 
 
@@ -196,7 +197,7 @@ def _drawn(
             title = f"{curve.name} {value:.4g} at {short(at)} {over}".strip()
             parts.append(
                 f'<circle class="dot {curve.style}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="2.6">'
-                f"<title>{html.escape(title)}</title></circle>"
+                f"<title>{html_text(title)}</title></circle>"
             )
     return parts
 
@@ -210,7 +211,7 @@ def x_axis(
     for at in (tick for tick in ticks if tick <= end * 1.001):
         parts.append(f'<line class="axis" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
         parts.append(f'<text class="tick" x="{x(at):.1f}" y="{bottom + 17}" text-anchor="middle">{short(at)}</text>')
-    return [*parts, f'<text class="tick" x="{WIDTH}" y="{bottom + 17}" text-anchor="end">{html.escape(over)}</text>']
+    return [*parts, f'<text class="tick" x="{WIDTH}" y="{bottom + 17}" text-anchor="end">{html_text(over)}</text>']
 
 
 def _end_names(ends: list[tuple[Curve, float, float]]) -> list[str]:
@@ -226,6 +227,6 @@ def _end_names(ends: list[tuple[Curve, float, float]]) -> list[str]:
         limit = placed[k + 1] - _LINE_HEIGHT if k + 1 < len(placed) else bottom
         placed[k] = min(placed[k], limit)
     for (curve, x, _), place in zip(ordered, placed, strict=True):
-        name = html.escape(curve.name)
+        name = html_text(curve.name)
         parts.append(f'<text class="name {curve.style}" x="{x + 7:.1f}" y="{place:.1f}">{name}</text>')
     return parts

@@ -14,6 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .train.signals import answering_signals, begin_program
+
+if __name__ == "__main__" or Path(sys.argv[0]).stem == "gligen-xl":
+    begin_program(sys.argv[1:])  # before whatever takes its time
+
 from . import __version__
 from .commands import (
     check,
@@ -32,8 +37,9 @@ from .commands import (
     version,
 )
 from .commands.common import Parser, UsageError
-from .commands.errors import one_line, printable
+from .commands.errors import one_line, shown
 from .suggestions import did_you_mean
+from .text import printable
 
 TRACEBACK = "GLIGEN_XL_TRACEBACK"  # environment variable: set, errors come with where they arose, as by --traceback
 READER_GONE = 141  # 128 + SIGPIPE, what a shell gives for other programs
@@ -56,6 +62,7 @@ COMMANDS = {
 }
 
 
+@answering_signals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -78,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as ended:
         if not isinstance(ended.code, str):
             raise
-        _complain(f"gligen-xl {printable(name)}: error: {printable(' '.join(ended.code.split()))}")
+        _complain(f"gligen-xl {printable(name)}: error: {shown(ended.code)}")
         return 2
     except BaseException as error:  # panics of tokenizers are no Exceptions
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
@@ -134,7 +141,7 @@ def _warnings_in_one_line(name: str) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
         if not set(Path(filename).parts) & _NOT_FOR_USERS:
-            _complain(f"gligen-xl {name}: warning: {printable(' '.join(str(message).split()))}")
+            _complain(f"gligen-xl {name}: warning: {shown(str(message))}")
 
     with warnings.catch_warnings():
         if not sys.warnoptions:  # those of other libraries' next versions are for programmers

@@ -1,7 +1,9 @@
-"""Files that appear whole or not at all: written under a temporary name beside their place, then renamed."""
+"""Files that appear whole or not at all: written under a temporary name beside their place, then renamed. And texts,
+which are UTF-8, with or without a byte order mark."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -9,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .limits import MAX_SETTINGS
 
 
 @contextmanager
@@ -21,10 +25,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:
-        yield partial
-        settle(partial, path)
+        with naming(path):
+            yield partial
+            settle(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system in the block that names no file, as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def partial_path(path: Path) -> Path:
@@ -50,7 +66,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with naming(path):
+            yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 _flush(file)
@@ -66,7 +83,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: str | Path, expected: str) -> Iterator[None]:
+def reading(path: str | Path, expected: str) -> Iterator[None]:
     """Any error that arises while a file is read becomes one that names it and says what was expected there.
 
     Args:
@@ -96,11 +113,13 @@ def write_json(path: str | Path, value: Any) -> None:
         partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
 
-def read_json(path: str | Path) -> Any:
-    """Parsed JSON, with a byte-order mark or without; a broken file is a ValueError that names it."""
+def read_json(path: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
+    """Parsed JSON; a broken file, or one of more than `limit` bytes, is a ValueError that names it."""
     path = Path(path)
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"{path} has {size} bytes; expected a JSON file of at most {limit}")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
@@ -122,7 +141,42 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file; one that is not UTF-8 is a ValueError that names it."""
+    path = Path(path)
+    try:
+        return decode_text(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
+
+
+def decode_text(contents: bytes) -> str:
+    """UTF-8, without the byte order mark that may stand before it. Line ends stay as they are.
+
+    Raises:
+        ValueError: it is of another encoding, or no text; the error says which bytes tell.
+    """
+    for name, marks in _OTHER_MARKS.items():
+        if contents.startswith(marks):
+            raise ValueError(f"it begins with the byte order mark of {name}; save it as UTF-8")
+    if (place := contents.find(0)) >= 0:
+        raise ValueError(f"byte {place} is NUL, as in UTF-16 or in a file that is no text; save it as UTF-8")
+    try:
+        return contents.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = contents[error.start : error.start + 1].hex()
+        raise ValueError(
+            f"byte {error.start} is 0x{byte}, of another encoding (as Latin-1); save it as UTF-8"
+        ) from error
+
+
+_OTHER_MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # the first begins as UTF-16's
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+
+
 def _flush(path: Path) -> None:
     """Onto the disk itself, so that the rename cannot come before the contents."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())

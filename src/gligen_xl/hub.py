@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .limits import check_model_settings, check_safetensors
+
 INDEX_NAME = "model_index.json"  # of a pipeline: names its parts
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 TEXTS = (".json", ".txt", ".model")
@@ -31,7 +33,12 @@ def names_repository(source: str | Path) -> bool:
 
 
 def local_folder(
-    source: str | Path, what: str, choose: Callable[[list[str], Path], list[str]] | list[str], **hub: Any
+    source: str | Path,
+    what: str,
+    choose: Callable[[list[str], Path], list[str]] | list[str],
+    *,
+    check: Callable[[list[str]], None] | None = None,
+    **hub: Any,
 ) -> Path:
     """The folder `source`, or a snapshot of the repository that it names. Without a network, what was fetched before.
 
@@ -39,25 +46,44 @@ def local_folder(
         what: for the error, as "pipeline".
         choose: the files to fetch; or a function of the repository's files, and of the folder where its index lies by
             then, that gives them.
+        check: is shown the repository's files before anything is fetched; what it raises ends the matter.
         hub: those of `OPTIONS`.
 
     Raises:
         FileNotFoundError: there is neither.
+        ValueError: the settings of a model in it are absurd, or a file of weights is.
     """
     if unknown := sorted(set(hub) - set(OPTIONS)):
         raise TypeError(f"unknown arguments {unknown}; a repository is fetched with {', '.join(OPTIONS)}")
+    folder = _local_folder(source, what, choose, check, **hub)
+    check_model_settings(folder)
+    check_safetensors(*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
+    return folder
+
+
+def _local_folder(
+    source: str | Path,
+    what: str,
+    choose: Callable[[list[str], Path], list[str]] | list[str],
+    check: Callable[[list[str]], None] | None,
+    **hub: Any,
+) -> Path:
     if (folder := Path(source).expanduser()).is_dir():
         return folder
     if not names_repository(source):
         raise FileNotFoundError(f"no {what} folder {source}; expected a folder or a Hub repository (owner/name)")
+    files = None
+    if not hub.get("local_files_only") and (check is not None or not isinstance(choose, list)):
+        try:
+            files = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
+        except Exception:  # no network: then all comes from the cache, or the next lines say why not
+            files = None
+    if files is not None and check is not None:
+        check(files)
     first = choose if isinstance(choose, list) else [INDEX_NAME]
     with reaching(source, f"no {what} folder {source}"):
         root = Path(snapshot_download(str(source), allow_patterns=first, **hub))
-    if isinstance(choose, list) or hub.get("local_files_only"):
-        return root
-    try:
-        files = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
-    except Exception:  # no network, but the index came from the cache: then so does the rest
+    if isinstance(choose, list) or files is None:
         return root
     with reaching(source, f"no {what} folder {source}"):
         return Path(snapshot_download(str(source), allow_patterns=choose(files, root), **hub))
@@ -163,6 +189,36 @@ def pipeline_files(files: list[str], variant: str | None) -> list[str]:
                 chosen += [str(path) for path in safe or group]
                 break
     return chosen
+
+
+def check_variant(files: list[str], variant: str | None, source: str | Path, parts: Collection[str] = ()) -> None:
+    """Say whether a pipeline's files hold the weights that are asked for, before any of them is fetched or read.
+
+    Args:
+        files: of the folder or repository, with / between folders.
+        variant: as fp16; None for the plain weights.
+        parts: the folders that will be loaded; without them, every one that holds weights.
+
+    Raises:
+        ValueError: no part has files of `variant`; or a part has none but those of variants, and none is asked for.
+            The error names the variants there are.
+    """
+    there: dict[str, set[str | None]] = {}
+    for path in map(PurePosixPath, files):
+        if len(path.parts) == 2 and _is_weights(path) and not path.parts[0].startswith("."):
+            there.setdefault(path.parts[0], set()).add(_variant(path))
+    there = {part: kinds for part, kinds in there.items() if not parts or part in parts}
+    variants = sorted({kind for kinds in there.values() for kind in kinds if kind is not None})
+    if variant is not None and there and variant not in variants:
+        others = f"there are {', '.join(variants)}" if variants else "its files are of no variant, so name none"
+        raise ValueError(f"{source} has no files of the variant {variant!r}; {others}")
+    for part, kinds in sorted(there.items()):
+        if not kinds & {variant, None}:
+            names = sorted(map(str, kinds))
+            raise ValueError(
+                f"{source} holds the weights of {part} as {', '.join(names)} only; load it with variant={names[0]!r} "
+                f"(--variant {names[0]})"
+            )
 
 
 def _is_weights(path: PurePosixPath) -> bool:

@@ -13,12 +13,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .files import whole_file
+from .files import read_text, whole_file
+from .limits import MAX_BOXES, MAX_NAME, MAX_PHRASE, MAX_PROMPT, MAX_SIDE, MAX_UNPACKED
 
 Box = tuple[float, float, float, float]
 
@@ -63,6 +65,11 @@ class Layout:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected a positive number of pixels")
+            if value is not None and value > MAX_SIDE:
+                raise ValueError(f"{name} is {value}; expected at most {MAX_SIDE} pixels")
+        for name, limit in (("prompt", MAX_PROMPT), ("negative_prompt", MAX_PROMPT), ("id", MAX_NAME)):
+            if (text := getattr(self, name)) is not None and len(text) > limit:
+                raise ValueError(f"{name} has {len(text)} characters, {_short(text)}; expected at most {limit}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; expected 0 to 2**63 - 1")
         phrases, boxes = validate(self.phrases, self.boxes)
@@ -102,16 +109,23 @@ def validate(phrases: Any, boxes: Any) -> tuple[tuple[str, ...], tuple[Box, ...]
 
 def validate_phrases(phrases: Any) -> tuple[str, ...]:
     if isinstance(phrases, str):
-        raise ValueError(f"phrases is the string {phrases!r}; expected a list of strings: [{phrases!r}]")
+        shown = _short(phrases)
+        raise ValueError(f"phrases is the string {shown}; expected a list of strings: [{shown}]")
     if not isinstance(phrases, Iterable):
         raise ValueError(f"phrases is {_short(phrases)}; expected a list of strings")
-    phrases = tuple(phrases)
+    given, phrases = phrases, tuple(islice(phrases, MAX_BOXES + 1))
+    if len(phrases) > MAX_BOXES:
+        raise ValueError(f"phrases are {_how_many(given)}; expected at most {MAX_BOXES}")
     for k, phrase in enumerate(phrases):
         if not isinstance(phrase, str):
             raise ValueError(f"phrases[{k}] is {_short(phrase)}; expected a string")
         if not phrase.strip():
             raise ValueError(f"phrases[{k}] is empty; say what should stand in box {k}")
         _check_text(f"phrases[{k}]", phrase)
+        if len(phrase) > MAX_PHRASE:
+            raise ValueError(
+                f"phrases[{k}] has {len(phrase)} characters, {_short(phrase)}; expected at most {MAX_PHRASE}"
+            )
     return phrases
 
 
@@ -119,7 +133,9 @@ def validate_boxes(boxes: Any) -> tuple[Box, ...]:
     """Boxes as tuples of four floats within 0-1; those that overstep by rounding are clipped."""
     if isinstance(boxes, str) or not isinstance(boxes, Iterable):
         raise ValueError(f"boxes is {_short(boxes)}; expected a list of [x0, y0, x1, y1]")
-    boxes = list(boxes)
+    given, boxes = boxes, list(islice(boxes, MAX_BOXES + 1))
+    if len(boxes) > MAX_BOXES:
+        raise ValueError(f"boxes are {_how_many(given)}; expected at most {MAX_BOXES}")
     if len(boxes) == 4 and all(_is_number(value) for value in boxes):
         raise ValueError(f"boxes is one bare box {_short(boxes)}; expected a list of boxes: [{_short(boxes)}]")
     return tuple(_validate_box(k, box) for k, box in enumerate(boxes))
@@ -128,9 +144,9 @@ def validate_boxes(boxes: Any) -> tuple[Box, ...]:
 def _validate_box(k: int, box: Any) -> Box:
     if isinstance(box, str) or not isinstance(box, Iterable):
         raise ValueError(f"boxes[{k}] is {_short(box)}; expected [x0, y0, x1, y1]")
-    values = list(box)
+    values = list(islice(box, MAX_BOXES))
     if len(values) != 4:
-        raise ValueError(f"boxes[{k}] is {_short(values)}, of {len(values)} items; expected [x0, y0, x1, y1]")
+        raise ValueError(f"boxes[{k}] is {_short(values)}, of {_how_many(box)} items; expected [x0, y0, x1, y1]")
     if not all(_is_number(value) for value in values):
         raise ValueError(f"boxes[{k}] is {_short(values)}; expected four numbers")
     x0, y0, x1, y1 = (float(value) for value in values)
@@ -174,8 +190,12 @@ def _is_number(value: Any) -> bool:
     return True
 
 
+def _how_many(values: Any) -> str:
+    return str(len(values)) if hasattr(values, "__len__") else f"more than {MAX_BOXES}"
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = repr(value[:80] if isinstance(value, str | list | tuple) else value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -192,10 +212,9 @@ def read_layouts(path: str | Path) -> list[Layout]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no layout file {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file: {error}") from error
+    if (size := path.stat().st_size) > MAX_UNPACKED:
+        raise ValueError(f"{path} has {size} bytes; expected layouts of at most {MAX_UNPACKED}")
+    text = read_text(path)
     try:
         whole = json.loads(text)
         entries = [(f"item {k}", item) for k, item in enumerate(whole)] if isinstance(whole, list) else [("", whole)]
@@ -204,6 +223,7 @@ def read_layouts(path: str | Path) -> list[Layout]:
     except ValueError as whole_error:  # of the syntax, or a number of too many digits
         entries = []
         for number, line in enumerate(text.split("\n"), start=1):  # prompts may hold other line ends
+            line = line.removeprefix("\ufeff")  # of a file that was put behind another
             if line.strip():
                 try:
                     entries.append((f"line {number}", json.loads(line)))

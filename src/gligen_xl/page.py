@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from .text import html_text
 
 
 def page(
@@ -67,4 +68,4 @@ def figure(title: str, what: str, svg: str) -> str:
 
 def text(value: object) -> str:
     """Text that HTML shows as it is."""
-    return html.escape(str(value))
+    return html_text(value)

@@ -10,11 +10,14 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .layout import Layout
+from .public import public
+from .text import printable
 from .versions import versions
 
 METADATA_KEY = "gligen-xl"
 
 _PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
+_LETTERS = 1000  # of a label, which no picture is wide enough for
 _SMALLEST_SIDE = 256  # smaller pictures are enlarged before lines and letters go on them
 
 
@@ -51,6 +54,7 @@ def _label(
     size: tuple[int, int],
 ) -> None:
     """Text on a coloured ground, above the corner where there is room and below it where there is not."""
+    text = _shortened(text, font, size[0])
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 6
     x = max(0, min(corner[0], size[0] - width))
@@ -79,7 +83,8 @@ def grid(
     canvas = Image.new("RGB", (width, heading + gap + len(rows) * (caption + cell_height + gap)), "white")
     pen = ImageDraw.Draw(canvas)
     for k, text in enumerate(columns):
-        pen.text((gap + k * (cell_width + gap), gap // 2), text, fill="black", font=font)
+        words = _shortened(text, font, cell_width)
+        pen.text((gap + k * (cell_width + gap), gap // 2), words, fill="black", font=font)
     y = heading + gap
     for k, row in enumerate(rows):
         if captions:
@@ -91,15 +96,26 @@ def grid(
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text on one line, cut off where it would be wider than so many pixels."""
+    text = printable(text[:_LETTERS])
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + " ...") > width:
-        text = text[:-1]
-    return text + " ..."
+    fitting, too_many = 0, len(text)
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fits = font.getlength(text[:middle] + " ...") <= width
+        fitting, too_many = (middle, too_many) if fits else (fitting, middle)
+    return text[:fitting] + " ..."
 
 
 def png_metadata(about: Mapping[str, Any]) -> PngInfo:
-    """How a picture was made, with library versions, as JSON in the PNG's text entry "gligen-xl"."""
+    """How a picture was made, with library versions, as JSON in the PNG's text entry "gligen-xl".
+
+    Pictures are shared: paths of this machine are left out of it, and of each its last name stays.
+    """
     info = PngInfo()
-    info.add_itxt(METADATA_KEY, json.dumps({**about, "versions": versions()}, ensure_ascii=False))
+    text = json.dumps({**public(about), "versions": versions()}, ensure_ascii=False)
+    info.add_itxt(
+        METADATA_KEY, text.encode("utf-8", "backslashreplace").decode()
+    )  # half of a surrogate pair is escaped
     return info

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from ..limits import MAX_SLOTS, MAX_WIDTH
+
 Blocks = Literal["all", "first"]
 
 
@@ -39,7 +41,9 @@ class AdapterConfig:
         for name in ("cross_attention_dim", "phrase_dim", "slots", "every"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a positive integer")
+                raise ValueError(f"{name} is {value!r:.80}; expected a positive integer")
+            if value > (limit := MAX_SLOTS if name == "slots" else MAX_WIDTH):
+                raise ValueError(f"{name} is {value}; expected at most {limit}")
         if self.blocks not in get_args(Blocks):
             raise ValueError(f"blocks is {self.blocks!r}; expected one of {', '.join(get_args(Blocks))}")
         if not isinstance(self.grounding_logit_bias, int | float) or not abs(self.grounding_logit_bias) < 100:

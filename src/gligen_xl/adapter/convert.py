@@ -2,15 +2,13 @@
 
 Understood are folders of diffusers (a pipeline, or its U-Net) with safetensors, sharded or not, or pickled weights;
 single files, safetensors or pickled, with diffusers' names or those of the original latent diffusion code, the adapter
-alone or among everything else; and adapter folders of this library, or of its training runs. Pickles are read by
-torch's restricted reader, which builds tensors and runs nothing.
+alone or among everything else; and adapter folders of this library, or of its training runs. Nothing of a pickle runs
+(`pickles`).
 """
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import read_json
-from ..hub import INDEX_NAME, local_folder, pipeline_files
+from ..hub import INDEX_NAME, check_variant, local_folder, pipeline_files
+from ..limits import check_safetensors
 from .config import AdapterConfig
 from .layers import Fuser, InpaintConv, PositionNet
+from .pickles import read_checkpoint
 from .store import CONFIG_NAME, only_weights, read_adapter, weights_name
 
 LAYERS_PER_BLOCK = 2  # of SD 1.x, 2.x and SDXL; the original code numbers its blocks through
@@ -32,6 +32,7 @@ WANTED = re.compile(
     r"(?!first_stage_model|cond_stage_model)(?:.*\.)?"
     r"(?:position_net\.|conv_in\.|input_blocks\.0\.0\.|\w+_blocks?\..*\.fuser\.)"
 )
+PLACES = ("state_dict", "model_state_dict", "model", "module", "unet", "ema", "model_ema", "ema_state_dict")
 STARTS = re.compile(
     r"(?:^|\.)((?:position_net|conv_in|down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)\..*)"
 )
@@ -54,7 +55,13 @@ def read_published(
     """
     path = Path(source)
     if not path.is_file():
-        path = local_folder(source, "adapter", lambda files, _: _files_to_fetch(files, variant), **hub)
+        path = local_folder(
+            source,
+            "adapter",
+            lambda files, _: _files_to_fetch(files, variant),
+            check=lambda files: _check_variant(files, variant, source),
+            **hub,
+        )
         for folder in (path, path / "gligen_adapter", path / "adapter"):  # itself, of a pipeline, of a training run
             if (folder / CONFIG_NAME).is_file():
                 config, state, about = read_adapter(folder, weights_name(variant) if variant else only_weights(folder))
@@ -71,6 +78,17 @@ def read_published(
     return config, found, about
 
 
+def holds_adapter(file: Path) -> bool:
+    """Whether a checkpoint in one file holds fusers; of a safetensors file only the header is read."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt") as opened:
+                return any(".fuser." in name for name in opened.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+    return any(".fuser." in str(name) for name in _weights_in(read_checkpoint(file, map_location="meta")))
+
+
 # Which files --------------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +98,13 @@ def _files_to_fetch(files: list[str], variant: str | None) -> list[str]:
     unet = [name for name in pipeline_files(files, variant) if name.startswith("unet/")]
     alone = [name for name in files if "/" not in name and name.endswith(ENDINGS)]
     return [INDEX_NAME, *(adapter or unet or alone)]
+
+
+def _check_variant(files: list[str], variant: str | None, source: str | Path) -> None:
+    """Refuse a variant that neither the adapter nor the U-Net has. Without one, any that stands alone will do."""
+    if variant is None or any(PurePosixPath(name).name == weights_name(variant) for name in files):
+        return
+    check_variant(files, variant, source, ["unet"])
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -94,6 +119,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The files of a U-Net folder that hold its weights; safetensors rather than pickles, one variant."""
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     files = [f"unet/{path.name}" for path in folder.iterdir()]
+    _check_variant(files, variant, folder)
     chosen = [name.removeprefix("unet/") for name in pipeline_files(files, variant)]
     chosen = [name for name in chosen if name.endswith(ENDINGS)]
     if not chosen:  # no plain one: a variant will do, or a file of torch by another name
@@ -120,6 +146,7 @@ def _read(path: Path, variant: str | None) -> dict[str, Tensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    check_safetensors(file)
     try:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys() if WANTED.match(name)}  # noqa: SIM118
@@ -128,44 +155,24 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals(_settings_in(file)):
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own words go on to advise loading it all the same
-        what = f"asks for {asked[1]}, and not only" if asked else "is damaged, or asks not only"
-        raise ValueError(f"{file} {what} for tensors; nothing of it ran") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} is damaged or not a checkpoint of torch: {error}") from error
-    for inner in ("state_dict", "model", "unet"):  # GLIGEN's trainer saves {"model", "autoencoder", ...}
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(inner), Mapping):
-            loaded = loaded[inner]
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}; expected names and tensors")
     return {
         name: value
-        for name, value in loaded.items()
+        for name, value in _weights_in(read_checkpoint(file)).items()
         if isinstance(name, str) and isinstance(value, Tensor) and WANTED.match(name)
     }
 
 
-class _Ignored:
-    """Stands in a checkpoint where settings of its training lie: it takes whatever it is given, and does nothing."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _settings_in(file: Path) -> list[Any]:
-    """GLIGEN's trainer saved its settings, objects of omegaconf, beside the weights; they are read as nothing."""
-    if not zipfile.is_zipfile(file):
-        return []
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    settings = ("omegaconf.", "typing.Any", "argparse.Namespace")
-    return [(_Ignored, name) for name in names if name.startswith(settings)]
+def _weights_in(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The names and tensors of the model, which trainers put one or two levels down, beside their averages and the
+    optimizer's state: GLIGEN's saves {"model", "ema", "autoencoder", "opt", "config_dict", ...}."""
+    if any(isinstance(name, str) and ".fuser." in name for name in checkpoint):
+        return checkpoint
+    for inner in PLACES:
+        if isinstance(place := checkpoint.get(inner), Mapping):
+            found = _weights_in(place)
+            if any(isinstance(name, str) and ".fuser." in name for name in found):
+                return found
+    return checkpoint
 
 
 # Names --------------------------------------------------------------------------------------------------------------

@@ -123,11 +123,12 @@ class InpaintConv(nn.Conv2d):
     """The first convolution of GLIGEN's inpainting models (section 4.3): it also reads what is to be kept.
 
     Its input channels are the noisy latents (4), the latents of the picture where it is kept (4), and 1 where it is
-    kept, 0 in the boxes. The U-Net still takes 4: the others are put into `kept` before it runs.
+    kept, 0 in the boxes. The U-Net still takes 4: the others are put into `kept` before it runs; where that is None,
+    they are zeros, which says that nothing is kept.
 
     Args:
-        former: the convolution that it stands in for. One of 4 channels serves while `kept` is None, as GLIGEN does
-            when grounding is off; otherwise these steps see a picture of which nothing is kept.
+        former: the convolution that it stands in for. One of 4 channels serves while `active` is False: then the U-Net
+            is that of the base. A base of 9 channels has no other convolution than this.
     """
 
     CHANNELS = 9
@@ -135,6 +136,7 @@ class InpaintConv(nn.Conv2d):
     def __init__(self, former: nn.Conv2d):
         super().__init__(self.CHANNELS, former.out_channels, former.kernel_size, padding=former.padding)  # type: ignore[arg-type]
         self.plain = former if former.in_channels != self.CHANNELS else None
+        self.active = False  # on every step of a call with boxes, also where the schedule has ended grounding
         self.kept: Tensor | None = None  # (B, 5, h, w); repeated for the halves of classifier-free guidance
         with torch.no_grad():  # as GLIGEN begins: what the new channels say counts nothing yet
             self.weight.zero_()[:, : former.in_channels].copy_(former.weight)
@@ -143,9 +145,9 @@ class InpaintConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """(B or 2B, 4, h, w) -> (B or 2B, out_channels, h, w)."""
+        if self.plain is not None and not self.active:
+            return self.plain(input)
         if self.kept is None:
-            if self.plain is not None:
-                return self.plain(input)
             return self._conv_forward(input, self.weight[:, : input.shape[1]], self.bias)
         kept = self.kept.to(input).repeat(len(input) // len(self.kept), 1, 1, 1)
         return super().forward(torch.cat([input, kept], dim=1))

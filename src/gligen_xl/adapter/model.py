@@ -153,6 +153,11 @@ def _new_modules(unet: UNet2DConditionModel, config: AdapterConfig) -> dict[str,
     }
     made["position_net"] = PositionNet(config.phrase_dim, config.cross_attention_dim)
     if config.inpaint:
+        if hasattr(unet.conv_in, "base_layer"):  # wrapped by peft
+            raise ValueError(
+                "a LoRA lies on the U-Net's first convolution, whose place an inpainting adapter takes; load the "
+                "adapter without it"
+            )
         made["conv_in"] = InpaintConv(unet.conv_in)
     return made
 
@@ -284,7 +289,8 @@ def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], sour
     if missing or unknown:
         parts = [f"lacks {len(missing)} tensors, as {missing[0]}"] if missing else []
         parts += [f"has {len(unknown)} that the U-Net does not, as {unknown[0]}"] if unknown else []
-        raise ValueError(f"{source} does not fit this U-Net: it {' and '.join(parts)}; it is for another base model")
+        why = "is for another base model" if unknown else "is not whole, or for another base model"
+        raise ValueError(f"{source} does not fit this U-Net: it {' and '.join(parts)}; it {why}")
 
 
 def is_quantised(value: Tensor) -> bool:

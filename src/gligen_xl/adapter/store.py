@@ -6,6 +6,7 @@ load_adapter(other_unet, "mine")
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from ..files import read_json, whole_file, write_json
 from ..hub import local_folder
+from ..limits import check_safetensors
+from ..manifest import check_listed
+from ..public import public
 from .config import AdapterConfig
 from .model import adapter_about, adapter_config, adapter_state_dict, attach, is_quantised, kind_of
 
@@ -96,8 +100,8 @@ def weights_name(variant: str | None = None) -> str:
 
 
 def describe_adapter(config: AdapterConfig, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What `gligen_adapter.json` holds."""
-    return {**about, "format": FORMAT, "version": VERSION, "config": config.to_dict()}
+    """What `gligen_adapter.json` holds. Adapters are shared: of paths on this machine their last names stay."""
+    return {**public(about), "format": FORMAT, "version": VERSION, "config": config.to_dict()}
 
 
 def read_adapter(
@@ -115,6 +119,7 @@ def read_adapter(
             there = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
             hint = f"; there are {', '.join(there[:8])}" if there else ""
             raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {name}{hint}")
+    check_listed(folder, [CONFIG_NAME, weights])  # of a checkpoint
     description = read_json(folder / CONFIG_NAME)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG_NAME} does not describe an adapter (its format is not {FORMAT!r})")
@@ -127,9 +132,13 @@ def read_adapter(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     try:
+        check_safetensors(folder / weights)
         state = load_file(folder / weights)
     except SafetensorError as error:
         raise ValueError(f"{folder / weights} is damaged or not a safetensors file: {error}") from error
+    for name, value in state.items():
+        if not (value.float() if value.itemsize == 1 else value).isfinite().all():
+            raise ValueError(f"{folder / weights} holds values in {name} that are no finite numbers")
     about = {name: value for name, value in description.items() if name not in ("format", "version", "config")}
     return config, state, about
 
@@ -180,5 +189,15 @@ def adapter_folder(
             f"gligen-xl convert {source} --out FOLDER"
         )
     prefix = f"{subfolder}/" if subfolder else ""
-    root = local_folder(source, "adapter", [prefix + CONFIG_NAME, prefix + weights], **hub)
+
+    def check(files: list[str]) -> None:
+        there = sorted(name for name in files if name.startswith(f"{prefix}gligen_adapter") and "." in name)
+        if there and prefix + weights not in files:
+            variants = [
+                match[1] for name in there if (match := re.search(r"gligen_adapter\.(\w+)\.safetensors$", name))
+            ]
+            hint = f"; load it with variant={variants[0]!r}" if variants else ""
+            raise FileNotFoundError(f"{source} has no {prefix + weights}; there are {', '.join(there[:8])}{hint}")
+
+    root = local_folder(source, "adapter", [prefix + CONFIG_NAME, prefix + weights], check=check, **hub)
     return root / subfolder if subfolder else root

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from ..files import first_line
+from ..limits import MAX_BATCH, MAX_STEPS
+from ..public import redacted
 from ..suggestions import did_you_mean
+from ..text import printable, visible
 from .values import UsageError, check_source, count, device, dtype, given, seed, seed_or_random
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 _SPELLED_NUMBER = re.compile(r"-[\d.][\d.,eE+-]*")
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+WITHOUT_BOXES = "it is meant that no picture has a box; else that is an error"
 
 
 class Parser(ArgumentParser):
@@ -143,6 +147,9 @@ def check_generation(arguments: Namespace) -> None:
     check_model(arguments)
     if arguments.guidance_scale is not None and not 0 <= arguments.guidance_scale < float("inf"):
         raise UsageError(f"--guidance_scale is {arguments.guidance_scale}; expected a number of at least 0")
+    for name, limit in (("steps", MAX_STEPS), ("batch_size", MAX_BATCH)):
+        if arguments[name] > limit:
+            raise UsageError(f"--{name} is {arguments[name]}; expected 1 to {limit}")
     if arguments.offload and arguments.device == "cpu":
         raise UsageError("--offload lets parts wait in main memory, where --device cpu has all of them; leave one out")
 
@@ -246,7 +253,12 @@ def watched(items: Iterable[Any], name: str, total: int, unit: str = "picture") 
     """A progress bar, on a terminal; in a file each writing would stay."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, total=total, unit=unit, disable=None)
+    return tqdm(items, desc=printable(name), total=total, unit=unit, disable=None)
+
+
+def say(text: object) -> None:
+    """Print a report of several lines: controls that a terminal would obey are escaped, keys in addresses left out."""
+    print(visible(redacted(str(text))), flush=True)
 
 
 def refuse_beside(arguments: Namespace, parser: Parser, names: Iterable[str], why: str) -> None:

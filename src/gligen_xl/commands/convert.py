@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from .common import Parser, is_file, quiet_imports
+from .common import Parser, is_file, quiet_imports, say
 from .values import UsageError, check_out, check_source, count, dtype
 
 HELP = "An adapter in another project's form (gated folder, GLIGEN file) to an adapter folder."
@@ -53,4 +53,4 @@ def run(arguments: Namespace) -> None:
     fusers = len({name.split(".fuser.")[0] for name in state if ".fuser." in name})
     size = sum(value.numel() for value in state.values())
     kind = about.get("base_family", "its base") + (", inpainting" if config.inpaint else "")
-    print(f"adapter for {kind}: {fusers} fusers, {size:,} parameters, {config.slots} slots, in {arguments.out}")
+    say(f"adapter for {kind}: {fusers} fusers, {size:,} parameters, {config.slots} slots, in {arguments.out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import Parser, watched
+from .common import Parser, say, watched
 from .values import check_out
 
 HELP = "The published sets of SA-1B latents and boxes, whole or in part, checked."
@@ -30,4 +30,4 @@ def run(arguments: Namespace) -> None:
         revision=arguments.revision,
         progress=lambda files: watched(files, "download", len(files), unit="file"),
     )
-    print(f"{len(paths)} files in {arguments.out}")
+    say(f"{len(paths)} files in {arguments.out}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import unicodedata
+
+from ..public import redacted
+from ..text import printable
 
 LONGEST = 2000  # characters of a line; a file's contents may stand in a message
 _SPOKEN = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError, NotImplementedError)
@@ -15,13 +17,13 @@ def one_line(error: BaseException) -> str:
     A kind that is not raised for people (KeyError, a panic of a library in another language) is named, since its text
     alone is no sentence.
     """
-    text, kind = printable(" ".join(str(error).split())), type(error).__name__
+    text, kind = shown(str(error)), type(error).__name__
     if isinstance(error, MemoryError) or "OutOfMemory" in kind:
         return f"out of memory ({text or kind}); take less at once (a smaller batch or picture, --offload)"
     if isinstance(error, RecursionError):
         return f"something is nested too deeply to be read ({text})"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return printable(f"{_path(error.filename)}: {error.strerror}")
+        return shown(f"{_path(error.filename)}: {error.strerror}")
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {text}"
     if isinstance(error, _SPOKEN):
@@ -29,17 +31,10 @@ def one_line(error: BaseException) -> str:
     return f"{kind}: {text}" if text else kind
 
 
-def printable(text: str) -> str:
-    """The text with control characters, those of direction and lone surrogates as escapes; cut where it is long."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST - 200]} ... {text[-195:]}"
-    return "".join(
-        _escaped(letter) if unicodedata.category(letter) in ("Cc", "Cf", "Cs") else letter for letter in text
-    )
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode("ascii")
+def shown(text: str) -> str:
+    """The text on one line, without secrets, its hidden characters as escapes; cut where it is long."""
+    text = printable(redacted(text))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-195:]}"
 
 
 def _path(name: object) -> str:

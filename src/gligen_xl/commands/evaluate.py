@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from ..public import redacted
 from ..suggestions import did_you_mean
+from ..text import printable
 from .common import (
     Parser,
     best_device,
@@ -22,6 +24,7 @@ from .common import (
     parse_part,
     quiet_imports,
     refuse_beside,
+    say,
     settle_guidance,
     usable_device,
     watched,
@@ -349,12 +352,12 @@ def _score(
         failed.append(error)
     report = Report(protocol=protocol, detector=detector, conditions=conditions, settings=settings, compared=compared)
     write_report(report, out, versions=versions())
-    print(f"\n{report.table()}\nwritten to {out}")
+    say(f"\n{report.table()}\nwritten to {out}")
     if failed:
         raise failed[0]
     unread = [(condition.name, *item) for condition in conditions for item in condition.unread.items()]
     for name, key, why in unread[:10]:
-        print(f"not scored: {name} {key}: {why}", file=sys.stderr)
+        print(printable(redacted(f"not scored: {name} {key}: {why}")), file=sys.stderr)
     if len(unread) > 10:
         print(f"not scored: {len(unread) - 10} more", file=sys.stderr)
     return UNREAD if unread else 0

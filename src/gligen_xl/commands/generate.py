@@ -13,7 +13,9 @@ from jsonargparse import Namespace
 
 from ..files import whole_file
 from ..layout import Layout, read_layouts
-from .common import Parser, check_generation, load, model_arguments, refuse_beside, settle_guidance, watched
+from ..limits import MAX_PICTURES
+from ..text import file_name, printable
+from .common import Parser, check_generation, load, model_arguments, refuse_beside, say, settle_guidance, watched
 from .loras import add_loras, find_lora, parse_lora
 from .schedulers import new_scheduler, scheduler_settings
 from .values import UsageError, check_file, check_out, check_source, count, numbers
@@ -149,6 +151,10 @@ def _requested_layouts(arguments: Namespace) -> list[Layout]:
         boxes = _boxes(arguments.box)
         prompts = arguments.prompt or [""]
         layouts = [Layout(prompt=prompt, phrases=arguments.phrase, boxes=boxes) for prompt in prompts]
+    if arguments.count * len(layouts) > MAX_PICTURES:
+        raise UsageError(
+            f"--count is {arguments.count}, of {len(layouts)} layouts; expected {MAX_PICTURES} pictures at most"
+        )
     settings = ("width", "height", "negative_prompt")
     given = {name: arguments[name] for name in settings if arguments[name] is not None}
     layouts = [Layout.from_dict(layout.to_dict() | given) for layout in layouts]
@@ -208,7 +214,7 @@ def run(arguments: Namespace, layouts: list[Layout], beta: float | list[float]) 
     if arguments.random_seed:
         print(f"seed {arguments.seed}, drawn at random; --seed {arguments.seed} makes the same pictures again")
     _generate(arguments, pipeline, layouts, beta, settings)
-    print(f"{len(layouts)} pictures in {arguments.out}")
+    say(f"{len(layouts)} pictures in {arguments.out}")
 
 
 def _generate(
@@ -243,14 +249,14 @@ def _generate(
             for picture in pictures:
                 layout, seed = layouts[k], picture_seed(layouts[k], arguments.seed, k)
                 metadata = png_metadata({"layout": layout.to_dict(), "seed": seed, **about})
-                name = f"{first + k:04d}" + (f"-{_file_name(layout.id)}" if layout.id else "")
+                name = f"{first + k:04d}" + (f"-{file_name(layout.id)}" if layout.id else "")
                 versions = [("", picture)]
                 if arguments.draw:
                     versions.append(("-boxes", draw_boxes(picture, _used(layout, pipeline))))
                 for suffix, version in versions:
                     with whole_file(out / f"{name}{suffix}.png") as partial:
                         version.save(partial, format="PNG", pnginfo=metadata)
-                bar.write(f"{out / name}.png  seed {seed}  {seconds:.2f} s")
+                bar.write(f"{printable(out / name)}.png  seed {seed}  {seconds:.2f} s")
                 bar.update()
                 k += 1
             since = time.perf_counter()
@@ -294,31 +300,17 @@ def _pictures(arguments: Namespace) -> dict[str, Any]:
 
 
 def _open(name: str) -> Image.Image:
-    """A picture in RGB, turned as its EXIF entry says.
-
-    Raises:
-        ValueError: it is none, or a broken one; it names the file.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from ..prepare.pictures import PictureError, decode
 
     try:
-        with Image.open(Path(name).expanduser()) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture") from None
-    except Exception as error:  # each format's reader has its own kinds
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        raise ValueError(f"{name} is a picture that cannot be read: {' '.join(str(error).split())}") from error
+        return decode(Path(name).expanduser())
+    except PictureError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no picture {name}") from None
 
 
 def _first_free_number(folder: Path) -> int:
     """Pictures of an earlier command stay; numbering goes on after them."""
     taken = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*.png")]
     return max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
-
-
-def _file_name(text: str) -> str:
-    """As far as a file may be called so: 80 letters, and no more bytes than leave room for number and ending."""
-    plain = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)[:80].lstrip(".")
-    return plain.encode()[:160].decode(errors="ignore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from .common import Parser, parse_part, quiet_imports, usable_device
+from .common import WITHOUT_BOXES, Parser, parse_part, quiet_imports, say, usable_device
 from .values import UsageError, check_out, check_source, count, device, dtype
 
 HELP = "Pictures to shards, for training: SA-1B archives, COCO, webdatasets, or a folder of your own."
@@ -44,6 +44,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--min_side", type=int, default=0, help="leave out pictures with a shorter side, pixels")
     parser.add_argument("--min_share", type=float, default=0.5, help="of a box's area that has to be in the crop")
     parser.add_argument("--min_boxes", type=int, default=0, help="leave out pictures with fewer")
+
+    parser.add_argument("--without_boxes", action="store_true", help=WITHOUT_BOXES)
 
     parser.add_argument("--captions", help="joined by image id: tar(.gz) of .txt, parquet, JSONL, COCO captions JSON")
     parser.add_argument(
@@ -89,7 +91,7 @@ def _resolution(text: str, vae: str | None) -> int:
 def _check_paths(arguments: Namespace) -> None:
     """Refuse, before anything is loaded, what is not there or cannot be written."""
     if arguments.vae is not None:
-        check_source("vae", arguments.vae, "VAE", known=("shapes",))
+        check_source("vae", arguments.vae, "VAE", file=True, known=("shapes",))
     if arguments.detector is not None:
         check_source("detector", arguments.detector, "detector", known=("shapes",))
     if arguments.runners is not None and arguments.runner != "ray":
@@ -130,14 +132,27 @@ def run(arguments: Namespace) -> None:
             units, arguments.out, settings, machine,
             source=_name(arguments), part=part, progress=_Shown(bar, check),
         )  # fmt: skip
-    print(report)
+    say(report)
     if report.failed:
         raise ValueError(f"{len(report.failed)} of {len(units)} units failed; the same command tries those again")
-    if report.in_work or report.total.used:
+    if report.in_work and not report.whole:
         return
     if not report.total.seen:
         raise ValueError(f"no picture was found in {arguments.source}")
-    raise ValueError("no picture could be used; the reasons are above")
+    if not report.total.used:
+        raise ValueError("no picture could be used; the reasons are above")
+    if not arguments.without_boxes:
+        report.total.statistics.check(arguments.source, _advice(arguments, report.total.dropped_boxes))
+
+
+def _advice(arguments: Namespace, dropped: Mapping[str, int]) -> str:
+    """What to look at where no picture has a box."""
+    if arguments.detector:
+        return "the detector saw nothing; lower its thresholds, or say by --detect-text what to look for"
+    if dropped:
+        most = max(dropped, key=dropped.__getitem__)
+        return f"boxes were dropped ({most}: {dropped[most]:,}); look whether box_format is that of the source"
+    return "no annotation was read; see which forms are understood (docs/own-pictures.md), or find boxes by --detector"
 
 
 def _name(arguments: Namespace) -> str:

@@ -18,8 +18,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
 
 
 def run(arguments: Namespace) -> None:
-    from ..files import naming
+    from ..files import reading
     from ..train.report import write_report
 
-    with naming(arguments.run, "the folder of a run that can be reported"):
+    with reading(arguments.run, "the folder of a run that can be reported"):
         print(write_report(arguments.run))

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from ..files import whole_file
-from .common import Parser, quiet_imports
+from .common import Parser, quiet_imports, say
 from .values import check_folder, check_out, check_source, count, seed
 
 HELP = "The embedded tiny world: demo, drawing, building its model."
@@ -77,4 +77,4 @@ def _draw_scenes(arguments: Namespace) -> None:
         ]
         lines = [json.dumps({**row, "box_format": "xyxy"}, ensure_ascii=False) + "\n" for row in rows]
         partial.write_text("".join(lines), encoding="utf-8")
-    print(f"{len(layouts)} scenes in {out}")
+    say(f"{len(layouts)} scenes in {out}")

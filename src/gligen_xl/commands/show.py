@@ -7,8 +7,10 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from ..files import whole_file
-from .common import Parser, quiet_imports, refuse_beside
-from .values import check_folder, check_out_file, check_source, count
+from .common import Parser, quiet_imports, refuse_beside, say
+from .values import UsageError, check_folder, check_out_file, check_source, count
+
+MAX_GRID = 1024  # samples that one picture can show; 1024 of 1024 pixels are 3 GiB
 
 HELP = "Pictures of shards, decoded, with boxes, phrases and captions: whether boxes are right is seen at once."
 
@@ -23,9 +25,11 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     arguments = parser.parse_args(words)
     if arguments.index is not None:
         refuse_beside(arguments, parser, ["grid"], "is of several samples, --index of one; give one of the two")
+    if arguments.grid > MAX_GRID:
+        raise UsageError(f"--grid is {arguments.grid}; expected 1 to {MAX_GRID}")
     check_folder(arguments.folder, "a folder of shards")
     if arguments.vae is not None:
-        check_source("vae", arguments.vae, "VAE", known=("shapes",))
+        check_source("vae", arguments.vae, "VAE", file=True, known=("shapes",))
     check_out_file(arguments.out)
     return (arguments,)
 
@@ -43,4 +47,4 @@ def run(arguments: Namespace) -> None:
     )
     with whole_file(Path(arguments.out)) as partial:
         picture.save(partial, format="PNG")
-    print("\n".join([*lines, f"in {arguments.out}"]))
+    say("\n".join([*lines, f"in {arguments.out}"]))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from queue import Queue
 from typing import Any
 
@@ -31,15 +31,16 @@ class Prefetching:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self._loader)  # forks its workers, which is better done before there are threads
-        ahead = _Ahead(self._needed, self._room)
-        try:
-            for number, batch in enumerate(batches):
-                ahead.reach(number)
-                yield batch
-        finally:
-            ahead.stop()
+    def __iter__(self) -> Generator[Any]:
+        # Forks its workers, which is better done before there are threads.
+        with closing(iter(self._loader)) as batches:
+            ahead = _Ahead(self._needed, self._room)
+            try:
+                for number, batch in enumerate(batches):
+                    ahead.reach(number)
+                    yield batch
+            finally:
+                ahead.stop()
 
 
 class _Ahead:
@@ -48,15 +49,23 @@ class _Ahead:
     def __init__(self, needed: Iterator[list[Shard]], room: int):
         self._needed, self._room = needed, room
         self._reached, self._stopped = 0, False
+        self._error: Exception | None = None
         self._changed = threading.Condition()
         self._wanted: Queue[Shard | None] = Queue()
         for work in (self._look, *[self._fetch] * AT_ONCE):
             threading.Thread(target=work, daemon=True).start()
 
     def reach(self, number: int) -> None:
+        """Batch `number` is there.
+
+        Raises:
+            Exception: what kept the thread from looking further.
+        """
         with self._changed:
             self._reached = number
             self._changed.notify()
+            if self._error is not None:
+                raise self._error
 
     def stop(self) -> None:
         with self._changed:
@@ -66,6 +75,12 @@ class _Ahead:
             self._wanted.put(None)
 
     def _look(self) -> None:
+        try:
+            self._go_through()
+        except Exception as error:  # for whoever waits for the batches
+            self._error = error
+
+    def _go_through(self) -> None:
         """Go through the batches and ask for each shard that comes up."""
         last: dict[Shard, int] = {}  # the last batch that needs it, of those looked at
         for number, shards in enumerate(self._needed):

@@ -7,7 +7,8 @@ before it. So any number of ranks and workers gives the same global batches with
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..device import to_device
+from ..limits import MAX_SLOTS
 from .chance import noise_of, uniforms
+from .held_out import digest, hold_out
 from .mixture import MixtureOrder
 from .order import SampleOrder
 from .remote import RemoteShard, is_remote, open_remote
@@ -46,8 +49,8 @@ class Augmentation:
         for name in ("drop_grounding", "drop_caption", "min_score"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
-        if self.slots < 1:
-            raise ValueError(f"slots is {self.slots}; expected at least 1")
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise ValueError(f"slots is {self.slots}; expected 1 to {MAX_SLOTS}")
 
     def choose(self, scores: Sequence[float]) -> list[int]:
         """Numbers of the boxes to keep: confident enough, best first, at most `slots`."""
@@ -108,6 +111,8 @@ class ShardDataset:
     Args:
         data: a folder, or a URL of one (see `gligen_xl.data.remote`); or several, whose samples are counted through.
         cache_bytes: what shards fetched from a URL may take of the disk.
+        held_out: of each source, the share of its images that are left out (see `gligen_xl.data.held_out`);
+            `held_out_samples` has them.
 
     Raises:
         ValueError: a folder without samples, or a shard that is damaged.
@@ -120,6 +125,7 @@ class ShardDataset:
         seed: int,
         *,
         cache_bytes: int = 20_000_000_000,
+        held_out: Sequence[float] | None = None,
     ):
         self.augmentation, self.seed = augmentation, seed
         folders = [data] if isinstance(data, str | Path) else list(data)
@@ -128,22 +134,62 @@ class ShardDataset:
             if not any(len(shard) for shard in shards):
                 raise ValueError(f"{folder} holds no samples")
         self.shards: list[Shard] = [shard for shards in self._sources for shard in shards]
-        self._first = [0, *accumulate(len(shard) for shard in self.shards)]
+        self._first_row = [0, *accumulate(len(shard) for shard in self.shards)]
         self.table = Table(self.shards)
         self.cache_bytes = cache_bytes
+        shares = [0.0] * len(folders) if held_out is None else held_out
+        self.held_out = [hold_out(shards, share) for shards, share in zip(self._sources, shares, strict=True)]
+        self._asked = [share > 0 for share in shares]
+        self._select({k: np.delete(np.arange(len(self.shards[k])), rows) for k, rows in self._held_rows().items()})
+
+    def _held_rows(self) -> dict[int, np.ndarray]:
+        """What is held out, by number of the shard among all."""
+        starts = accumulate((len(shards) for shards in self._sources), initial=0)
+        return {
+            start + k: rows for start, held in zip(starts, self.held_out, strict=False) for k, rows in held.rows.items()
+        }
+
+    def _select(self, rows: Mapping[int, np.ndarray]) -> None:
+        """Of these shards only such rows are samples, of the others all."""
+        self._rows = dict(rows)
+        sizes = [len(self._rows[k]) if k in self._rows else len(shard) for k, shard in enumerate(self.shards)]
+        self._first = [0, *accumulate(sizes)]
+        ends = list(accumulate(len(shards) for shards in self._sources))
+        self._sizes = [sizes[end - len(shards) : end] for end, shards in zip(ends, self._sources, strict=True)]
+
+    def held_out_samples(self, augmentation: Augmentation) -> ShardDataset:
+        """The samples that are left out here; where all sources have too few images for that, those of the training."""
+        other = copy(self)
+        other.augmentation = augmentation
+        rows, none = self._held_rows(), np.zeros(0, np.int64)
+        asked = [asked for asked, shards in zip(self._asked, self._sources, strict=True) for _ in shards]
+        if rows:
+            other._select({k: rows.get(k, none) for k in range(len(self.shards))})
+        else:
+            other._select({k: none for k in range(len(self.shards)) if not asked[k]})
+        return other
 
     def __len__(self) -> int:
         return self._first[-1]
+
+    def held_out_digest(self) -> str:
+        """What is left out, to know it again."""
+        return digest(self.held_out, self._sources)
+
+    @property
+    def sources(self) -> list[list[Shard]]:
+        """The shards of each source."""
+        return self._sources
 
     @property
     def groups(self) -> list[int]:
         """Number of samples by source and latent shape, in the order of their numbers."""
         sizes: dict[tuple, int] = {}
         for k, shards in enumerate(self._sources):
-            for shard in shards:
-                if len(shard):
+            for shard, size in zip(shards, self._sizes[k], strict=True):
+                if size:
                     key = (k, shard.latent_shape)
-                    sizes[key] = sizes.get(key, 0) + len(shard)
+                    sizes[key] = sizes.get(key, 0) + size
         return list(sizes.values())
 
     def windows(self, window: int | None = None) -> list[int | None]:
@@ -175,12 +221,13 @@ class ShardDataset:
         windows = self.windows() if windows is None else windows
         if len(windows) != len(self._sources):
             raise ValueError(f"{len(windows)} windows for {len(self._sources)} sources of data")
-        shapes = sorted({shard.latent_shape for shard in self.shards if len(shard)})
+        counted = [list(zip(*pair, strict=True)) for pair in zip(self._sources, self._sizes, strict=True)]
+        shapes = sorted({shard.latent_shape for shards in counted for shard, size in shards if size})
         mixed = len(self._sources) > 1
         orders = []
-        for shards, window in zip(self._sources, windows, strict=True):
-            parts = [shard for shard in shards if len(shard)]
-            sizes, groups = [len(shard) for shard in parts], [shapes.index(shard.latent_shape) for shard in parts]
+        for shards, window in zip(counted, windows, strict=True):
+            sizes = [size for _, size in shards if size]
+            groups = [shapes.index(shard.latent_shape) for shard, size in shards if size]
             at_once = 1 if mixed and len(shapes) == 1 else batch_size
             orders.append(SampleOrder(sizes, at_once, seed, groups=groups, window=window))
         if not mixed:
@@ -189,8 +236,14 @@ class ShardDataset:
 
     def find(self, number: int) -> tuple[Shard, int]:
         """The shard of a sample, and its place there."""
+        which, index = self._find(number)
+        return self.shards[which], index
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """The number of the shard, and the row there."""
         which = bisect_right(self._first, number) - 1
-        return self.shards[which], number - self._first[which]
+        place = number - self._first[which]
+        return which, int(self._rows[which][place]) if which in self._rows else place
 
     def shards_of(self, numbers: Sequence[int] | np.ndarray) -> list[Shard]:
         """The shards that hold these samples, each once."""
@@ -198,7 +251,8 @@ class ShardDataset:
 
     def row(self, number: int) -> Row:
         """All that is known of a sample, nothing dropped."""
-        return self.table.row(number)
+        which, index = self._find(number)
+        return self.table.row(self._first_row[which] + index)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         return self._sample(*key, np.empty(self.find(key[0])[0].latent_shape, np.float16))
@@ -218,9 +272,10 @@ class ShardDataset:
 
     def _sample(self, number: int, position: int, latents: np.ndarray) -> Sample:
         """A sample, its latents in `latents`, (C, h, w) float16."""
-        shard, index = self.find(number)
+        which, index = self._find(number)
+        shard = self.shards[which]
         shard.read_latents(index, latents)
-        record = self.table.record(number)
+        record = self.table.record(self._first_row[which] + index)
         of_grounding, of_caption, time = uniforms(self.seed, position, 3)
         keep_grounding = of_grounding >= self.augmentation.drop_grounding
         keep_caption = of_caption >= self.augmentation.drop_caption and keep_grounding

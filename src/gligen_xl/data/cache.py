@@ -6,6 +6,7 @@ somebody reads it stays readable for him.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..files import settle
+from ..manifest import checksum
 
+_LOGGER = logging.getLogger(__name__)
 TOUCH_EVERY = 1.0  # seconds
 
 
@@ -29,6 +32,7 @@ class BoundedCache:
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         self._touched: dict[Path, float] = {}
+        self._checked: set[Path] = set()  # by this process, which reads them once more for it
 
     def open(self, path: Path, size: int, fetch: Callable[[Path], None]) -> int:
         """A descriptor of a file of the folder, open for reading.
@@ -41,7 +45,7 @@ class BoundedCache:
             OSError: what `fetch` raises; or the disk is full.
         """
         try:
-            file = os.open(path, os.O_RDONLY)
+            file = self._whole(path, size)
         except FileNotFoundError:
             return self._fetched(path, size, fetch)
         now = time.monotonic()
@@ -51,17 +55,37 @@ class BoundedCache:
             self._touched[path] = now
         return file
 
+    def _whole(self, path: Path, size: int) -> int:
+        """A descriptor of a file that is there, as long as it should be and, where it was fetched since there are
+        checksums, as it was fetched. One that is not is removed.
+
+        Raises:
+            FileNotFoundError: it is not there, or no more.
+        """
+        file = os.open(path, os.O_RDONLY)
+        if path in self._checked and os.fstat(file).st_size == size:
+            return file
+        if os.fstat(file).st_size != size or not is_as_fetched(path):
+            os.close(file)
+            _LOGGER.warning("%s of the cache is damaged; it is fetched again", path)
+            path.unlink(missing_ok=True)
+            raise FileNotFoundError(path)
+        self._checked.add(path)
+        return file
+
     def _fetched(self, path: Path, size: int, fetch: Callable[[Path], None]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock_of(path):
             with suppress(FileNotFoundError):  # somebody else fetched it meanwhile
-                return os.open(path, os.O_RDONLY)
+                return self._whole(path, size)
             partial = path.with_name(f".{path.name}.partial")
             partial.unlink(missing_ok=True)  # of a process that was killed
             self._reserve(partial, size)
             try:
                 fetch(partial)
                 file = os.open(partial, os.O_RDONLY)  # before it can go again
+                checksum_file(path).write_text(checksum(partial))
+                self._checked.add(path)
                 settle(partial, path)
                 return file
             finally:
@@ -99,8 +123,26 @@ class BoundedCache:
             if total + size <= self.limit:
                 break
             path.unlink(missing_ok=True)
+            checksum_file(path).unlink(missing_ok=True)
+            self._checked.discard(path)
             total -= sizes[path]
         return total + size <= self.limit
+
+
+def checksum_file(path: Path) -> Path:
+    """Where the checksum of a fetched file is written down."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def is_as_fetched(path: Path) -> bool:
+    """Whether a file has the checksum that was written down when it came; also where there is none, as of version
+    0.1."""
+    try:
+        return checksum_file(path).read_text().strip() == checksum(path)
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
 
 
 def _lock_of(path: Path) -> FileLock:

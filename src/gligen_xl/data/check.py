@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..layout import TOLERANCE, validate
+from .box_statistics import OPTION, BoxStatistics, of_counts
 from .shards import Shard, shard_stems
 
 AT_ONCE = 256  # latents
@@ -26,18 +27,30 @@ SHOWN = 20  # problems of one kind in a shard, and pictures that stand twice
 @dataclass
 class CheckReport:
     shards: int = 0
-    pictures: int = 0
-    boxes: int = 0
+    statistics: BoxStatistics = field(default_factory=BoxStatistics)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> int:
+        return self.statistics.images
+
+    @property
+    def boxes(self) -> int:
+        return self.statistics.boxes
 
     def __str__(self) -> str:
         found = f"{len(self.problems)} problems" if self.problems else "no problem"
         lines = [f"{self.shards} shards, {self.pictures} pictures, {self.boxes} boxes: {found}"]
-        return "\n".join([*self.problems, *lines])
+        return "\n".join([*self.problems, f"boxes: {self.statistics}", *lines])
 
 
-def check_shards(folder: str | Path, *, progress: Callable[[list[Path]], Iterable[Path]] = list) -> CheckReport:
+def check_shards(
+    folder: str | Path, *, without_boxes: bool = False, progress: Callable[[list[Path]], Iterable[Path]] = list
+) -> CheckReport:
     """Look at every pair of files of a folder, and say what is wrong where.
+
+    Args:
+        without_boxes: that no picture has a box is no problem.
 
     Raises:
         FileNotFoundError: no such folder, or no shards in it.
@@ -55,8 +68,7 @@ def check_shards(folder: str | Path, *, progress: Callable[[list[Path]], Iterabl
             report.problems.append(str(error))
             continue
         report.shards += 1
-        report.pictures += len(shard)
-        report.boxes += len(_flat(table["phrases"]))
+        report.statistics += of_counts(pc.call_function("list_value_length", [table["phrases"]]).to_numpy())
         for kind in (_shape(shard), _latents(shard), _rows(shard, table)):
             report.problems += [f"{stem.name}: {problem}" for problem in _some(kind)]
         stems.append(stem)
@@ -67,6 +79,8 @@ def check_shards(folder: str | Path, *, progress: Callable[[list[Path]], Iterabl
     if len(scales) > 1:
         kinds = "; ".join(f"{vae}, scaling factor {factor} (as {name})" for (vae, factor), name in scales.items())
         report.problems.append(f"latents of different VAEs: {kinds}")
+    if report.shards and report.statistics.unusable and not without_boxes:
+        report.problems.append(f"none of the {report.pictures} pictures has a box (if this is meant, say {OPTION})")
     rests = sorted(Path(folder).glob(".*.partial"))
     report.problems += [f"{path.name} is the rest of a write that was cut short; remove it" for path in rests]
     return report

@@ -6,27 +6,43 @@ itself would make a file of shared memory for every tensor of every batch, which
 
 from __future__ import annotations
 
-import gc
 import math
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .ahead import Prefetching
 from .batch import Batch, ShardDataset
 from .mixture import MixtureOrder
 from .order import SampleOrder
 from .remote import RemoteShard
+from .workers import Workers
 
 PREFETCH = 2  # batches that each worker reads ahead
 
 Keys = list[tuple[int, int]]  # (number, position) of each sample of a batch
+
+
+class Batches(Protocol):
+    """Batches, to be gone through; the iterator's `close` ends the workers."""
+
+    def __iter__(self) -> Upcoming: ...
+
+    def __len__(self) -> int: ...
+
+
+class Upcoming(Protocol):
+    """Batches that are on their way."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> object: ...
 
 
 def batches(
@@ -38,18 +54,24 @@ def batches(
     rank: int = 0,
     ranks: int = 1,
     workers: int = 0,
-) -> Iterable[Batch]:
+    timeout: float | None = None,
+    asked: Callable[[], bool] = lambda: False,
+) -> Batches:
     """The batches of one rank, for positions `start` to `stop` (both multiples of the global batch).
 
+    Args:
+        timeout: seconds to wait for a batch of a worker.
+        asked: whether one is asked to stop: a worker that gives nothing then is waited for no longer.
+
     Raises:
-        RuntimeError: while they are drawn, if a worker dies.
+        RuntimeError: while they are drawn, if a worker dies, or gives nothing in time (`workers.Stuck`, when asked).
     """
     if order.batch_size % ranks:
         raise ValueError(f"a global batch of {order.batch_size} cannot be shared by {ranks} processes")
     if start % order.batch_size:
         raise ValueError(f"position {start} is not a multiple of the global batch, {order.batch_size}")
     keys = _Keys(order, start, stop, rank, ranks)
-    loader = _InProcess(dataset, keys) if workers == 0 else _InWorkers(dataset, keys, workers)
+    loader = _InProcess(dataset, keys) if workers == 0 else _InWorkers(dataset, keys, workers, timeout, asked)
     if not any(isinstance(shard, RemoteShard) for shard in dataset.shards):
         return loader
     ahead = _Keys(deepcopy(order), start, stop, rank, ranks)  # an order remembers where it is
@@ -57,7 +79,7 @@ def batches(
     return Prefetching(loader, needed, dataset.cache_bytes)
 
 
-class _Keys(Sampler):
+class _Keys:
     """(number, position) of this rank's share of every global batch from `start` to `stop`, as lists."""
 
     def __init__(self, order: SampleOrder | MixtureOrder, start: int, stop: int, rank: int, ranks: int):
@@ -80,72 +102,66 @@ class _InProcess:
     dataset: ShardDataset
     keys: _Keys
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         return (self.dataset.batch(keys) for keys in self.keys)
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
+@dataclass
 class _InWorkers:
-    """Workers hand batches over without their latents, which wait in one of the places of the shared memory.
+    """Batches without their latents come through a pipe, the latents in one of the places of the shared memory.
 
     Between one batch and the next that is asked for, the workers have no more than `PREFETCH` batches each in hand. So
     with one place more than that, a batch's place is not written again before its latents are copied from it.
     """
 
-    def __init__(self, dataset: ShardDataset, keys: _Keys, workers: int):
-        self._keys = keys
-        self._places = PREFETCH * workers + 1
-        share = keys.share.stop - keys.share.start
-        size = share * max(math.prod(shard.latent_shape) for shard in dataset.shards)
-        self._room = torch.empty(self._places, size, dtype=torch.float16).share_memory_()
-        self._loader = DataLoader(
-            _Work(dataset, self._room),
-            sampler=_Numbered(keys, self._places),  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PREFETCH,
-            collate_fn=_as_it_is,
-            worker_init_fn=_begin_worker,
-        )
-
-    def __iter__(self) -> Iterator[Batch]:
-        work = iter(self._loader)  # the workers begin now
-        return (self._received(number, values) for number, values in enumerate(work))
-
-    def _received(self, number: int, values: dict[str, Any]) -> Batch:
-        shape = values["latents"]
-        latents = self._room[number % self._places, : shape.numel()].view(shape).clone()
-        values |= {name: torch.from_numpy(values[name]) for name in _SMALL}
-        values["latents"] = latents
-        return Batch(**values)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-@dataclass
-class _Numbered:
-    """The keys of each batch, and the place for its latents."""
-
+    dataset: ShardDataset
     keys: _Keys
-    places: int
+    workers: int
+    timeout: float | None
+    asked: Callable[[], bool]
 
-    def __iter__(self) -> Iterator[tuple[int, Keys]]:
-        return ((number % self.places, keys) for number, keys in enumerate(self.keys))
+    def __iter__(self) -> _Received:
+        return _Received(self)
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-class _Work(Dataset):
+class _Received(Iterator[Batch]):
+    """Args: loader: whose workers begin now."""
+
+    def __init__(self, loader: _InWorkers):
+        dataset, keys = loader.dataset, loader.keys
+        self._places, self._number = PREFETCH * loader.workers + 1, 0
+        share = keys.share.stop - keys.share.start
+        size = share * max(math.prod(shard.latent_shape) for shard in dataset.shards)
+        self._room = torch.empty(self._places, size, dtype=torch.float16).share_memory_()
+        numbered = ((number % self._places, batch) for number, batch in enumerate(keys))
+        work = _Work(dataset, self._room)
+        self._workers = Workers(work, numbered, loader.workers, PREFETCH, loader.timeout, loader.asked)
+        self.close = self._workers.close
+
+    def __next__(self) -> Batch:
+        values = next(self._workers)
+        shape = values["latents"]
+        latents = self._room[self._number % self._places, : shape.numel()].view(shape).clone()
+        self._number += 1
+        values |= {name: torch.from_numpy(values[name]) for name in _SMALL}
+        values["latents"] = latents
+        return Batch(**values)
+
+
+@dataclass
+class _Work:
     """What a worker does."""
 
-    def __init__(self, dataset: ShardDataset, room: Tensor):
-        self.dataset, self.room = dataset, room
+    dataset: ShardDataset
+    room: Tensor
 
-    def __getitem__(self, work: tuple[int, Keys]) -> dict[str, Any]:
+    def __call__(self, work: tuple[int, Keys]) -> dict[str, Any]:
         """The fields of the batch; of the latents the shape, and the other tensors as arrays."""
         place, keys = work
         batch = self.dataset.batch(keys, self.room[place].numpy())
@@ -154,18 +170,3 @@ class _Work(Dataset):
 
 
 _SMALL = ("time", "boxes", "mask", "size")
-
-
-def _begin_worker(worker: int) -> None:
-    """What the worker has from its parent is left alone by the collector of garbage, whose marks would copy it.
-
-    A request to stop often goes to all processes of a job. The run is to end its step and save, for which it needs its
-    workers: they pass over the first one, and so end by the second, with which their parent takes them down.
-    """
-    gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-
-
-def _as_it_is(value: Any) -> Any:
-    return value

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .plain_pickle import Names, Placeholder, Refused, read_pickle
 
+TEXT_EXPANSION = 16  # bytes of text that a byte of a file may stand for: a phrase that comes again takes two or three
+TEXT_ALWAYS = 2**24  # bytes of text that any file may stand for
 DEPTH = 16  # of lists within lists; the published files have four
 
 
@@ -129,6 +130,8 @@ def _no_hooks() -> None:
 
 def _storage(data: bytes) -> np.ndarray:
     """A tensor's numbers, from pickles within the pickle: tried here first, then read by torch's restricted reader."""
+    import torch  # takes seconds, and few files need it
+
     stream = io.BytesIO(data)
     # magic number, version, system, storage, keys; then the numbers
     _, _, _, described, _ = (read_pickle(stream, len(data), _STORAGES) for _ in range(5))
@@ -183,18 +186,23 @@ class _Resolver:
     """Makes the arrays that a pickle describes.
 
     Args:
-        budget: how much all may come to, in numbers, texts and containers. Each costs a byte of a file at least, but
-            for what is named over and over: lists of the same list can come to any number.
+        size: of the file, bytes. Numbers, texts and containers may come to as many: each costs a byte at least, but for
+            what is named over and over. Lists of the same list can come to any number, and so can rows of the same
+            text: that is one object here, but it will be written as often as it is named.
     """
 
-    def __init__(self, budget: int):
-        self.budget = budget
+    def __init__(self, size: int):
+        self.budget = size
+        self.text_budget = TEXT_ALWAYS + TEXT_EXPANSION * size
 
     def resolve(self, value: Any, depth: int = 0) -> Any:
         if depth > DEPTH:
             raise ValueError(f"more than {DEPTH} lists within each other")
         self._spend(1)
-        if value is None or isinstance(value, bool | int | float | str | bytes | np.generic):
+        if isinstance(value, str | bytes):
+            self._spend_text(len(value))
+            return value
+        if value is None or isinstance(value, bool | int | float | np.generic):
             return value
         if type(value) in (list, tuple):
             return type(value)(self.resolve(item, depth + 1) for item in value)
@@ -221,7 +229,14 @@ class _Resolver:
         if type(data) is not bytes or len(data) != count * made.itemsize or not made.itemsize:
             raise ValueError(f"an array {shape} of {made} with another number of bytes")
         self._spend(count)
+        if made.kind in "SU":
+            self._spend_text(len(data))
         return np.ndarray(shape, made, data, order="F" if fortran else "C")
+
+    def _spend_text(self, length: int) -> None:
+        self.text_budget -= length
+        if self.text_budget < 0:
+            raise ValueError("its texts come to more than its bytes can hold: the same ones are named over and over")
 
     def _spend(self, count: int) -> None:
         self.budget -= count

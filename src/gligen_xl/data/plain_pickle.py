@@ -13,6 +13,7 @@ from typing import IO, Any
 
 Names = Mapping[tuple[str, str], Any]  # module and name, as files have them
 
+OBJECTS = 5_000_000  # lists, dictionaries, tuples and remembered values; the published archives have about 600,000
 HANDED = 4  # bytes that a byte of a file may become as functions hand it on; old protocols need two
 
 
@@ -34,6 +35,9 @@ _VALUES = frozenset((
 ))  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _PUTS, _GETS = frozenset(("PUT", "BINPUT", "LONG_BINPUT")), frozenset(("GET", "BINGET", "LONG_BINGET"))
+_OBJECTS = _PUTS | {
+    "MEMOIZE", "MARK", "EMPTY_LIST", "LIST", "EMPTY_DICT", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE",
+}  # fmt: skip
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -49,7 +53,7 @@ def read_pickle(file: IO[bytes], size: int, names: Names) -> Any:
         Refused: it asks for something else.
         ValueError, TypeError, LookupError, and other exceptions: it is not a pickle, or a broken one.
     """
-    left = HANDED * size
+    left, objects = HANDED * size, 0
     stack: list[Any] = []
     marks: list[int] = []  # places on the stack
     memo: dict[int, Any] = {}
@@ -61,6 +65,10 @@ def read_pickle(file: IO[bytes], size: int, names: Names) -> Any:
 
     for opcode, argument, _ in pickletools.genops(file):
         name: str = opcode.name
+        if name in _OBJECTS:
+            objects += 1
+            if objects > OBJECTS:  # of a byte each in the file, and a hundred in memory
+                raise ValueError(f"it has more than {OBJECTS} lists, dictionaries and remembered values")
         if name in _VALUES:
             stack.append(argument)
         elif name == "MEMOIZE":

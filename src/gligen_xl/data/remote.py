@@ -9,10 +9,11 @@ asked for, or in a thread before the training comes to it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,9 @@ from fsspec.registry import known_implementations
 from tqdm import tqdm
 
 from ..files import whole_file
-from .cache import BoundedCache
+from ..manifest import checksum
+from ..public import redacted
+from .cache import BoundedCache, checksum_file, is_as_fetched
 from .shards import Shard, read_header
 from .table import cache_folder, mark_used, remove_unused
 
@@ -54,22 +57,23 @@ def open_remote(url: str, cache_bytes: int, folder: Path | None = None) -> list[
     """
     files = _list(url)
     cache = BoundedCache(folder or cache_folder("shards"), cache_bytes)
-    place = cache.folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', url).strip('-')[-40:]}-{_hash(url)}"
+    shown = redacted(url)
+    place = cache.folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', shown).strip('-')[-40:]}-{_hash(shown)}"
     place.mkdir(parents=True, exist_ok=True)
-    remove_unused(place, "*.parquet", "*.header")
+    remove_unused(place, "*.parquet", "*.header", "*.parquet.sha256", "*.header.sha256")
     names = sorted({name.rpartition(".")[0] for name in files})
     for name in names:
         for ending in ("safetensors", "parquet"):
             if f"{name}.{ending}" not in files:
-                raise FileNotFoundError(f"shard {name} of {url} lacks {name}.{ending}")
+                raise FileNotFoundError(f"shard {name} of {shown} lacks {name}.{ending}")
         if (size := files[f"{name}.safetensors"].size) > cache_bytes:
             raise ValueError(
-                f"shard {name} of {url} has {size / 1e9:.2f} GB, the cache {cache_bytes / 1e9:.2f} GB; give it "
+                f"shard {name} of {shown} has {size / 1e9:.2f} GB, the cache {cache_bytes / 1e9:.2f} GB; give it "
                 "room for two shards at least (cache_gb)"
             )
     with FileLock(place / ".lock"), ThreadPoolExecutor(AT_ONCE) as pool:
         shards = pool.map(lambda n: _open_shard(cache, place, files[n + ".safetensors"], files[n + ".parquet"]), names)
-        return list(tqdm(shards, desc=f"tables of {url}", total=len(names), unit="shard", leave=False, disable=None))
+        return list(tqdm(shards, desc=f"tables of {shown}", total=len(names), unit="shard", leave=False, disable=None))
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class RemoteShard(Shard):
         try:
             self.metadata, self._shape, self._offset = read_header(header, latents.size)
         except ValueError as error:
-            raise ValueError(f"{latents.url}: {error}") from error
+            raise ValueError(f"{redacted(latents.url)}: {error}") from error
 
     @property
     def bytes(self) -> int:
@@ -136,23 +140,30 @@ class RemoteShard(Shard):
 
 def _list(url: str) -> dict[str, RemoteFile]:
     """The files of shards at a URL, by name."""
-    pauses = iter(PAUSES)
-    while True:
-        try:
-            system, path = _file_system(url)
-            entries = system.ls(path, detail=True)
-            break
-        except Exception as error:
-            _pause_or_raise(error, pauses, url)
-    files = {}
+    entries, files = _ask(url, lambda system, path: system.ls(path, detail=True)), {}
     for entry in entries:
         path = PurePosixPath(entry["name"])
         if entry["type"] == "file" and path.suffix in (".safetensors", ".parquet") and not path.name.startswith("."):
-            identity = next((str(entry[name]) for name in IDENTITY if entry.get(name)), "")
-            files[path.name] = RemoteFile(f"{url.rstrip('/')}/{path.name}", int(entry["size"]), identity)
+            file = f"{url.rstrip('/')}/{path.name}"
+            identity = _identity(entry) or _identity(_ask(file, lambda system, path: system.info(path)))
+            files[path.name] = RemoteFile(file, int(entry["size"]), identity)
     if not files:
-        raise FileNotFoundError(f"{url} holds no shards (NAME.safetensors with NAME.parquet)")
+        raise FileNotFoundError(f"{redacted(url)} holds no shards (NAME.safetensors with NAME.parquet)")
     return files
+
+
+def _identity(facts: Mapping[str, Any]) -> str:
+    return next((str(facts[name]) for name in IDENTITY if facts.get(name)), "")
+
+
+def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
+    """What the storage of a URL answers; asked again where the network fails."""
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            return question(*_file_system(url))
+        except Exception as error:  # each kind of storage has its own
+            _pause_or_raise(error, pauses, url)
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -163,19 +174,24 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
         advice = f"pip install {package}" if package else str(error)
-        raise ValueError(f"{url} cannot be read yet: {advice}") from error
+        raise ValueError(f"{redacted(url)} cannot be read yet: {advice}") from error
     except ValueError as error:
-        raise ValueError(f"{url}: there is no storage of the kind {protocol}://: {error}") from error
+        reason = redacted(str(error), of=url)
+        raise ValueError(f"{redacted(url)}: there is no storage of the kind {protocol}://: {reason}") from error
 
 
 def _pause_or_raise(error: Exception, pauses: Iterator[float], url: str) -> None:
     """Wait before the next try; or raise, if that will not help or was done often enough."""
     if isinstance(error, FileNotFoundError | PermissionError | ValueError):
-        raise error
+        if (said := redacted(str(error), of=url)) == str(error):
+            raise error
+        kinds = (FileNotFoundError, PermissionError, ValueError)
+        raise next(kind for kind in kinds if isinstance(error, kind))(said) from None
     if (pause := next(pauses, None)) is None:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = redacted(" ".join(str(error).split()), of=url) or type(error).__name__
         raise OSError(
-            f"{url} could not be fetched, tried {len(PAUSES) + 1} times: {reason}; the same command tries again"
+            f"{redacted(url)} could not be fetched, tried {len(PAUSES) + 1} times: {reason}; the same command tries "
+            "again"
         ) from error
     time.sleep(pause)
 
@@ -183,11 +199,18 @@ def _pause_or_raise(error: Exception, pauses: Iterator[float], url: str) -> None
 def _open_shard(cache: BoundedCache, place: Path, latents: RemoteFile, table: RemoteFile) -> RemoteShard:
     """Table and header are fetched, unless they are here. A changed file is another one, with another name."""
     name = PurePosixPath(latents.url).stem
-    identity = _hash(f"{latents.size} {latents.identity} {table.size} {table.identity}")
+    identity = _hash(json.dumps([(file.size, file.identity or _ends(file)) for file in (latents, table)]))
     stem = place / f"{name}.{identity}"
-    _keep(stem.with_name(stem.name + ".parquet"), table.chunks)
+    _keep(stem.with_name(stem.name + ".parquet"), table.chunks, table.size)
     _keep(stem.with_name(stem.name + ".header"), lambda: _header(latents))
     return RemoteShard(cache, stem, latents)
+
+
+def _ends(file: RemoteFile) -> str:
+    """What tells a file from another one of its size, where the storage does not: a checksum of both its ends."""
+    begin = b"".join(file.chunks(0, HEADER))
+    end = b"".join(file.chunks(max(file.size - HEADER, HEADER)))
+    return hashlib.sha256(begin + end).hexdigest()
 
 
 def _header(latents: RemoteFile) -> Iterator[bytes]:
@@ -197,13 +220,16 @@ def _header(latents: RemoteFile) -> Iterator[bytes]:
         yield from latents.chunks(len(start), end)
 
 
-def _keep(path: Path, chunks: Callable[[], Iterable[bytes]]) -> None:
-    if not path.exists():
-        with whole_file(path) as partial, partial.open("wb") as file:
-            for chunk in chunks():
-                file.write(chunk)
+def _keep(path: Path, chunks: Callable[[], Iterable[bytes]], size: int | None = None) -> None:
+    """Write the file, unless it is here as it was fetched."""
+    if not path.exists() or size not in (None, path.stat().st_size) or not is_as_fetched(path):
+        with whole_file(path) as partial:
+            with partial.open("wb") as file:
+                for chunk in chunks():
+                    file.write(chunk)
+            checksum_file(path).write_text(checksum(partial))
     mark_used(path)
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256(text.encode()).hexdigest()

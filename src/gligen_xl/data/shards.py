@@ -13,6 +13,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..limits import MAX_SETTINGS, memory_limit
+
 FORMAT, VERSION = "gligen-xl-shard", "1"
+MIRRORED = "-mirrored"  # after the id of an image, where the row shows its mirror image
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
 METADATA_NUMBERS = {"resolution": int, "downsampling": int, "scaling_factor": float, "shift_factor": float}
 
@@ -100,10 +104,13 @@ class Shard:
         """Latents of one row into `out`, (C, h, w) float16: what is read this way is no memory of the process."""
         file = self.open_latents()
         try:
-            if os.preadv(file, [out.data], self._offset + index * out.nbytes) != out.nbytes:
-                raise OSError(f"{self._file} has become shorter since it was opened")
+            size = os.preadv(file, [out.data], self._offset + index * out.nbytes)
+        except OSError as error:  # of the disk, which does not say of what file
+            raise OSError(error.errno, error.strerror, str(self._file)) from error
         finally:
             os.close(file)
+        if size != out.nbytes:
+            raise OSError(f"{self._file} has become shorter since it was opened")
 
     def open_latents(self) -> int:
         """A descriptor of the file of latents, for the caller to close."""
@@ -153,11 +160,14 @@ def read_table(path: Path) -> pa.Table:
         ValueError: not such a table; it names the column or the row.
     """
     try:
-        table = pq.ParquetFile(path, memory_map=True).read()
+        schema = pq.read_schema(path)
+        if missing := set(TABLE.names) - set(schema.names):
+            raise ValueError(f"{path} lacks the columns {sorted(missing)}")
+        texts = [name for name in ("image_id", "caption") if pa.types.is_string(schema.field(name).type)]
+        file = pq.ParquetFile(path, memory_map=True, read_dictionary=texts)
+        table = _read_within(file, path, memory_limit(path.stat().st_size))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-    if missing := set(TABLE.names) - set(table.column_names):
-        raise ValueError(f"{path} lacks the columns {sorted(missing)}")
     columns = []
     for name, kind in zip(TABLE.names, TABLE.types, strict=True):
         try:
@@ -170,6 +180,37 @@ def read_table(path: Path) -> pa.Table:
     if len(uneven := np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))):
         raise ValueError(f"{path}: row {uneven[0]} has unlike numbers of boxes, phrases and scores")
     return pa.table(columns, schema=TABLE)
+
+
+def _read_within(file: pq.ParquetFile, path: Path, limit: int) -> pa.Table:
+    """The columns of a table, where they take no more than `limit` bytes: values that repeat take next to nothing in
+    the file. Texts are looked at as they are packed, or some rows at a time."""
+    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+    number = sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
+    if number > limit // 4:
+        raise ValueError(f"{path} unpacks to {number} values; expected at most {limit // 4} in a file of its size")
+    table = file.read(columns=[name for name in TABLE.names if name != "phrases"])
+    size, batches = sum(_text_bytes(table[name]) for name in ("image_id", "caption")), []
+    for batch in chain(file.iter_batches(batch_size=256, columns=["phrases"]), [None]):
+        if size > limit:
+            raise ValueError(f"{path} unpacks to {size} bytes of text; expected at most {limit} in a file of its size")
+        if batch is not None:
+            batches.append(batch)
+            size += batch.nbytes
+    phrases = pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field("phrases")]))
+    return table.append_column("phrases", phrases["phrases"])
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Bytes of all texts, those that stand in a dictionary once counted as often as they are named."""
+    total = 0
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            lengths = pc.call_function("binary_length", [chunk.dictionary]).cast(pa.int64())
+            total += pc.call_function("sum", [lengths.take(chunk.indices)]).as_py() or 0
+        else:
+            total += chunk.nbytes
+    return total
 
 
 def _lengths(lists: pa.Array) -> np.ndarray:
@@ -197,8 +238,10 @@ def read_header(path: Path, size: int | None = None) -> tuple[dict[str, str], tu
     size = path.stat().st_size if size is None else size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
+        if not 2 <= length <= size - 8:
             raise ValueError(f"{path} is not a safetensors file, or only part of one")
+        if length > MAX_SETTINGS:
+            raise ValueError(f"{path} has a header of {length} bytes; expected at most {MAX_SETTINGS}")
         try:
             header = json.loads(file.read(length))
             entry, metadata = header["latents"], header["__metadata__"]

@@ -4,7 +4,8 @@ When a dataset is opened, its parquet tables are written once into one file of t
 is then two reads of that one open file, and of what it holds only what is asked for becomes Python objects. The file's
 name tells which tables it was made of, so a table that changes makes another one.
 
-    row by row:  number of boxes, original height and width, crop top and left    5 x int32
+    row by row:  checksum (CRC-32) of the row and its number                      uint32
+                 number of boxes, original height and width, crop top and left    5 x int32
                  x0, y0, x1, y1, score of each box                                5 x float32
                  image id, caption and phrases in UTF-8, with a byte 0xFF between
     at the end:  where each row begins, and where the last one ends               (rows + 1) x int64
@@ -19,6 +20,7 @@ import os
 import struct
 import time
 import warnings
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,10 +35,12 @@ from tqdm import tqdm
 from ..files import whole_file
 from .shards import Row, Shard
 
-FORM = "1"
+FORM = "2"
 HEAD = struct.Struct("<5i")
 PLACE = struct.Struct("<2q")
+CHECK = struct.Struct("<I")
 BETWEEN = b"\xff"  # no byte of UTF-8
+FOOTER = 2**14  # bytes at the end of a table that are looked at, to tell it from others
 SMALL = 2_000_000  # bytes of parquet that stay in memory
 MANY = 20  # shards, whose tables take long enough for a progress bar
 UNUSED = 30  # days, after which a file of the cache goes
@@ -90,11 +94,17 @@ class Table:
             self._content = _in_memory(shards)
         else:
             names = [(str(shard.table_file.absolute()), len(shard)) for shard in shards]
-            parts = [(*name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
-            key = hashlib.sha256(json.dumps([FORM, parts]).encode()).hexdigest()[:24]
+            parts = [
+                (*name, stat.st_size, stat.st_mtime_ns, _footer(shard.table_file))
+                for name, stat, shard in zip(names, stats, shards, strict=True)
+            ]
+            key = hashlib.sha256(json.dumps([FORM, parts]).encode()).hexdigest()
             self._path = (cache or cache_folder("tables")) / f"{key}.rows"
             try:
                 _make(self._path, shards)
+                if not _is_whole(self._path, self.rows):
+                    self._path.unlink(missing_ok=True)
+                    _make(self._path, shards)
                 self._file = io.FileIO(self._path)
             except (OSError, NotImplementedError) as error:  # the latter of a disk without locks
                 warnings.warn(f"the table of {self.rows} rows is kept in memory: {error}", stacklevel=2)
@@ -103,8 +113,18 @@ class Table:
         self._places = size - 8 * (self.rows + 1)
 
     def record(self, number: int) -> Record:
+        """One row.
+
+        Raises:
+            ValueError: the file of the cache was damaged since it was made; it is removed.
+        """
         begin, end = PLACE.unpack(self._read(self._places + 8 * number, PLACE.size))
-        return Record(self._read(begin, end - begin))
+        whole = 0 <= begin <= end - CHECK.size - HEAD.size and end <= self._places
+        content = self._read(begin, end - begin) if whole else b""
+        if not whole or CHECK.unpack_from(content)[0] != zlib.crc32(content[CHECK.size :], number):
+            self._path.unlink(missing_ok=True)
+            raise ValueError(f"{self._path} of the cache is damaged and was removed; the same command makes it again")
+        return Record(content[CHECK.size :])
 
     def row(self, number: int) -> Row:
         record = self.record(number)
@@ -124,7 +144,13 @@ class Table:
     def _read(self, begin: int, size: int) -> bytes:
         if self._file is None:
             return self._content[begin : begin + size]
-        return os.pread(self._file.fileno(), size, begin)  # a place of its own: forked processes share the file's
+        try:
+            content = os.pread(self._file.fileno(), size, begin)  # forked processes share the file's own place
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if len(content) != size:
+            raise OSError(f"{self._path} has become shorter since it was opened")
+        return content
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None if self._file is None else self._file.name}
@@ -132,6 +158,14 @@ class Table:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._file = None if state["_file"] is None else io.FileIO(state["_file"])
+
+
+def _footer(file: Path) -> str:
+    """A checksum of the end of a parquet file, where the places and the least and largest values of its columns are: a
+    copy may have the size and the time of what it took the place of."""
+    with file.open("rb") as opened:
+        opened.seek(max(file.stat().st_size - FOOTER, 0))
+        return hashlib.sha256(opened.read()).hexdigest()
 
 
 def _make(path: Path, shards: Sequence[Shard]) -> None:
@@ -143,6 +177,16 @@ def _make(path: Path, shards: Sequence[Shard]) -> None:
             with whole_file(path) as partial, partial.open("wb") as file:
                 _write(file, shards)
         mark_used(path)
+
+
+def _is_whole(path: Path, rows: int) -> bool:
+    """Whether the file is as long as its places say: rows are checked when they are read."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < 8 * (rows + 1):
+            return False
+        file.seek(-8, os.SEEK_END)
+        return int.from_bytes(file.read(8), "little") == size - 8 * (rows + 1)
 
 
 def remove_unused(folder: Path, *patterns: str) -> None:
@@ -172,10 +216,12 @@ def _write(file: BinaryIO, shards: Sequence[Shard]) -> None:
         shards, "reading tables", unit="shard", leave=False, disable=None if len(shards) > MANY else True
     ):
         records = _records(shard.read_table())
-        lengths = np.array([len(record) for record in records], "<i8")
+        first = done
+        lengths = np.array([CHECK.size + len(record) for record in records], "<i8")
         places[done + 1 : done + 1 + len(shard)] = places[done] + np.cumsum(lengths)
         done += len(shard)
-        file.write(b"".join(records))
+        checked = (CHECK.pack(zlib.crc32(record, first + k)) + record for k, record in enumerate(records))
+        file.write(b"".join(checked))
     file.write(places.data)
 
 

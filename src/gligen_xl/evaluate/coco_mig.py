@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..files import read_json
 from ..layout import Layout
+from ..limits import MAX_UNPACKED
 from ..shapes.world import generator
+from ..yaml_files import read_yaml
 from .coco_layouts import HOST, CocoPicture
 from .photographs import Photographs, squeeze
 
@@ -72,7 +73,7 @@ _Entry = tuple[str, str, list[tuple[str, Any]], str | None]  # number, prompt, (
 
 def _entries(path: Path) -> Iterator[_Entry]:
     in_yaml = path.suffix == ".yaml"
-    content = _read_yaml(path) if in_yaml else read_json(path)
+    content = read_yaml(path) if in_yaml else read_json(path, limit=MAX_UNPACKED)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected an object of layouts; {SOURCES}")
     for key, entry in content.items():
@@ -91,13 +92,6 @@ def _json_entry(number: str, entry: Mapping[str, Any]) -> _Entry:
 def _yaml_entry(prompt: str, entry: Mapping[str, Any]) -> _Entry:
     objects = [(phrase, box) for phrase, boxes in entry.items() if phrase != "coco_id" for box in boxes]
     return str(int(entry["coco_id"])), prompt, objects, None  # coco_id is the layout's number and no picture of COCO
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also numbers and dates that cannot be
-        raise ValueError(f"{path} is not YAML: {error}") from error
 
 
 def published_photographs(folder: Path, images: Mapping[str, str]) -> Photographs | None:

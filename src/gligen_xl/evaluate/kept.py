@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,22 @@ class Kept:
         self._last: dict[tuple[str, str], str] = {}  # the picture's checksum, by key and digest
         kept = path.read_bytes() if path.is_file() else b""
         self._cut = kept[-1:] not in (b"", b"\n")
-        for line in kept.splitlines():
-            with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        strange = 0
+        for line in kept.split(b"\n"):
+            try:
                 entry = json.loads(line)
-                read(entry["found"])
-                self._found[entry["picture"], entry["asked"]] = entry["found"]
-                self._last[entry["key"], entry["asked"]] = entry["picture"]
+            except (ValueError, RecursionError):  # cut short
+                continue
+            try:
+                key, picture, asked, found = (entry[name] for name in ("key", "picture", "asked", "found"))
+                read(found)
+                self._found[picture, asked], self._last[key, asked] = found, picture
+            except (ValueError, TypeError, KeyError, AttributeError):
+                strange += 1
+        if strange:
+            warnings.warn(
+                f"{path}: {strange} lines are of another form; their pictures are looked at anew", stacklevel=2
+            )
 
     def find(self, seen: Seen) -> Any:
         """What was found in it before, or None."""
@@ -100,4 +110,4 @@ class Kept:
     def _digest(self, layout: Layout) -> str:
         asked = [layout.prompt, layout.phrases, layout.boxes] if self.reads_layouts else []
         said = json.dumps([self._settings, *asked])
-        return hashlib.sha256(said.encode()).hexdigest()[:16]
+        return hashlib.sha256(said.encode()).hexdigest()

@@ -7,7 +7,6 @@ write_report(report, "out")       # out/report.json, report.md, report.html, gri
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,9 @@ from PIL import Image
 
 from ..files import whole_file
 from ..prepare.pictures import PictureError, decode
+from ..public import public, public_text
 from ..show import draw_boxes, grid
+from ..text import markdown
 from . import report_words as words
 from .ap import AP_NAMES
 from .detectors import Detector
@@ -55,6 +56,10 @@ class Report:
     conditions: Sequence[Condition]
     settings: Mapping[str, Any]
     compared: Sequence[Comparison] | None = None
+
+    def __post_init__(self) -> None:
+        """Reports are shared: of paths their last names stay."""
+        object.__setattr__(self, "settings", public(self.settings))
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Estimate]]:
@@ -127,9 +132,9 @@ class Report:
         """What lacks, what the detector itself gets wrong, and the metrics of the conditions."""
         lacking = words.unread(self)
         parts = [
-            words.markdown(words.about(self)) + "\n",
+            markdown(words.about(self)) + "\n",
             *(["**Pictures that could not be read are in no figure.**\n\n" + _listed(lacking)] if lacking else []),
-            words.markdown(words.bounds(self)) + "\n",
+            markdown(words.bounds(self)) + "\n",
             words.table(self),
             *([words.differences(self)] if self.compared else []),
             *([_listed(notes)] if (notes := words.notes(self)) else []),
@@ -148,7 +153,7 @@ class Report:
             "protocol": {
                 "name": protocol.name,
                 "paper": protocol.paper,
-                "parameters": protocol.parameters,
+                "parameters": public(protocol.parameters),
                 "metrics": protocol.metrics,
                 "layouts": len(protocol.layouts),
                 "objects": sum(len(layout.boxes) for layout in protocol.layouts),
@@ -178,7 +183,7 @@ class Report:
             "settings": condition.settings,
             "metrics": _estimates(self.metrics[condition.name]),
             "detections_a_picture": self.seen(condition) if condition.pictures else None,
-            "unread": condition.unread,
+            "unread": {key: public_text(why) for key, why in condition.unread.items()},
             "slices": {
                 grouping: [
                     {"name": part.name, "objects": part.objects, "pictures": part.pictures, **_estimates(part.metrics)}
@@ -195,7 +200,7 @@ class Report:
         path = condition.paths.get(picture.key)
         return {
             "key": picture.key,
-            **({} if path is None or folder is None else {"path": os.path.relpath(path, folder)}),
+            **({} if path is None or folder is None else {"path": _path_from(path, Path(folder))}),
             "layout": picture.layout.to_dict(),
             "success": picture.success,
             "objects": [
@@ -239,6 +244,12 @@ def write_report(report: Report, folder: str | Path, **about: Any) -> None:
         report.grid().save(partial, format="PNG")
 
 
+def _path_from(path: Path, folder: Path) -> str:
+    """The picture's path in the report's folder; of one that lies elsewhere, the name of its folder and its own."""
+    path, folder = path.absolute(), folder.absolute()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else f"{path.parent.name}/{path.name}"
+
+
 def _picture_of(condition: Condition, key: str) -> Image.Image:
     """Grey, where there is none."""
     try:
@@ -265,7 +276,7 @@ def _estimates(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
 
 
 def _listed(lines: Sequence[str]) -> str:
-    return "".join(f"- {words.markdown(line)}\n" for line in lines)
+    return "".join(f"- {markdown(line)}\n" for line in lines)
 
 
 def _lines(value: Any, depth: int = 0) -> str:

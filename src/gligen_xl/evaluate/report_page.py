@@ -14,6 +14,7 @@ from PIL import Image
 from ..charts import Curve, chart
 from ..page import charts, figure, page, text
 from ..prepare.pictures import PictureError, decode
+from ..public import public
 from ..show import enlarged
 from . import report_words as words
 from .ap import AP_NAMES
@@ -379,7 +380,11 @@ def _written(part: Slice) -> tuple[str, str]:
 
 def _settings(report: Report, about: Mapping[str, Any]) -> str:
     settings = {
-        "protocol": {"name": report.protocol.name, "paper": report.protocol.paper, **report.protocol.parameters},
+        "protocol": {
+            "name": report.protocol.name,
+            "paper": report.protocol.paper,
+            **public(report.protocol.parameters),
+        },
         "detector": {"name": report.detector.name, **report.detector.settings},
         "generation": report.settings,
         **about,

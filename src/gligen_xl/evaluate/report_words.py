@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..public import public_text
+from ..text import markdown, printable
 from .metrics import Estimate
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ def unread(report: Report) -> list[str]:
     lines = []
     for condition in report.conditions:
         if condition.unread:
-            named = [f"{key} ({why})" for key, why in list(condition.unread.items())[:_UNREAD]]
+            named = [f"{key} ({public_text(why)})" for key, why in list(condition.unread.items())[:_UNREAD]]
             more = len(condition.unread) - len(named)
             whole = len(condition.unread) + len(condition.pictures)
             rest = f"; and {more} more" if more else ""
@@ -290,12 +292,6 @@ def wrapped(text: str, first: str = "") -> str:
     return textwrap.fill(printable(text), _WIDTH, initial_indent=first, subsequent_indent=" " * len(first)) + "\n"
 
 
-def printable(text: str) -> str:
-    """On one line, and what no terminal should be sent (controls, bytes of file names that are no text) escaped."""
-    shown = (sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in " ".join(text.split()))
-    return "".join(shown)
-
-
 # Markdown -----------------------------------------------------------------------------------------------------------
 
 
@@ -313,13 +309,6 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
     return "\n".join([line(rows[0]), f"|{rule}|", *map(line, rows[1:])]) + "\n"
-
-
-def markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    for sign, instead in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
-        text = text.replace(sign, instead)
-    return " ".join(text.split())
 
 
 def plain_json(item: Any) -> Any:

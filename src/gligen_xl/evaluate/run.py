@@ -9,6 +9,7 @@ pictures of any program (`find_pictures`).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -184,11 +185,16 @@ def find_pictures(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way
 
 def way_called(name: str, about: Mapping[str, Any] | None = None) -> Way:
     """As far as a folder's name tells, and the text of a picture in it."""
-    settings = {swept: value for swept in SWEPT if isinstance(value := (about or {}).get(swept), int | float)}
+    settings = {
+        swept: value
+        for swept in SWEPT
+        if isinstance(value := (about or {}).get(swept), int | float) and not isinstance(value, bool)
+    }
     swept, _, value = name.rpartition("-")
     if not settings and swept in SWEPT:
-        with suppress(ValueError):
+        with suppress(ValueError):  # a name that only begins like one of ours
             settings[swept] = float(value)
+    settings = {name: value for name, value in settings.items() if math.isfinite(value)}
     kinds: dict[str, Kind] = {"off": "off", "real": "real", "empty": "empty"}
     return Way(name, kinds.get(name, "grounded"), settings)
 
@@ -351,9 +357,9 @@ def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) 
         def compare(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
             return [[score.clip, score.clip_objects] for score in clip.score(pictures, layouts)]
 
-        def similarities(found: Any) -> tuple[float, list[float]]:
+        def similarities(found: Any) -> tuple[float | None, list[float]]:
             whole, objects = found
-            return float(whole), [float(value) for value in objects]
+            return None if whole is None else float(whole), [float(value) for value in objects]  # no prompt, no score
 
         kept.append(Kept(folder / "clip.jsonl", clip.settings, compare, similarities))
     return kept

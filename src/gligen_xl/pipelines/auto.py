@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
-from ..files import first_line, naming
+from ..adapter.pickles import read_checkpoint
+from ..files import first_line
 from ..hub import local_folder, model_files, reaching
+from ..limits import check_safetensors
 from .grounding import GroundingMixin
 from .loading import pipeline_folder
 from .parts import read_index
@@ -25,6 +26,7 @@ from .sdxl import (
     StableDiffusionXLGLIGENInpaintPipeline,
     StableDiffusionXLGLIGENPipeline,
 )
+from .weights import check_finite
 
 CLASSES: dict[tuple[str, bool, str], type[GroundingMixin]] = {
     # family, with ControlNet, starting from
@@ -71,7 +73,7 @@ def load_pipeline(
         raise ValueError(f"there is no pipeline for {name} with {wish}{' and a ControlNet' if controlnets else ''}")
     parts: dict[str, Any] = {}
     if controlnets:
-        nets = [_load_controlnet(name, dtype) for name in controlnets]
+        nets = [_controlnet(name, dtype) for name in controlnets]
         parts["controlnet"] = nets[0] if len(nets) == 1 else nets
     if single:
         settings = {"config": config} if config else {}
@@ -83,10 +85,23 @@ def load_pipeline(
     return CLASSES[kind].from_pretrained(folder, dtype=dtype, **parts, **loading)
 
 
-def _load_controlnet(name: str, dtype: torch.dtype) -> ControlNetModel:
-    folder = local_folder(name, "ControlNet", lambda files, _: model_files(files))
-    with naming(folder, "a ControlNet that can be loaded"):
-        return ControlNetModel.from_pretrained(str(folder), torch_dtype=dtype)  # type: ignore[return-value]
+def _controlnet(source: str, dtype: torch.dtype) -> ControlNetModel:
+    """A ControlNet of a folder or repository.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its files lack a tensor, or are of another model than its settings.
+    """
+    folder = local_folder(source, "ControlNet", lambda files, _: model_files(files))
+    try:
+        loaded: Any = ControlNetModel.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True)
+    except Exception as error:  # diffusers has its own kinds for each way of being wrong
+        raise ValueError(f"the ControlNet {source} cannot be loaded: {first_line(error)}") from error
+    net, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the ControlNet {source} is not whole: it lacks {len(missing)} tensors, as {missing[0]}")
+    check_finite(net, f"the ControlNet {source}")
+    return net
 
 
 def _is_xl(model: Path) -> bool:
@@ -96,11 +111,12 @@ def _is_xl(model: Path) -> bool:
         return isinstance(kind, list) and bool(kind) and kind[0] is not None
     try:
         if model.suffix == ".safetensors":
+            check_safetensors(model)
             with safe_open(model, "pt") as opened:
                 names = list(opened.keys())
         else:
-            loaded = torch.load(model, map_location="meta", weights_only=True)
-            names = list(loaded.get("state_dict", loaded))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+            loaded = read_checkpoint(model, map_location="meta")
+            names = list(map(str, loaded.get("state_dict", loaded)))
+    except SafetensorError as error:
         raise ValueError(f"{model} is damaged or not a checkpoint: {first_line(error):.100}") from error
     return any(name.startswith("conditioner.") for name in names)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapter import adapter_config, fusers, inpaint_conv
 from ..files import read_json, whole_folder, write_json
+from ..public import clean_model_folder
 from .loading import INDEX_NAME, SLOTS_SETTING, AdapterLoaderMixin
 from .sd import StableDiffusionGLIGENPipeline
 from .sdxl import StableDiffusionXLGLIGENPipeline
@@ -60,6 +61,7 @@ def export_pipeline(pipeline: AdapterLoaderMixin, folder: str | Path, **saving: 
             index |= {"_class_name": [CODE_NAME, type(pipeline).__name__], SLOTS_SETTING: config.slots}
             (partial / f"{CODE_NAME}.py").write_bytes(Path(__file__).with_name("standalone.py").read_bytes())
         write_json(partial / INDEX_NAME, index)
+        clean_model_folder(partial)
 
 
 def check_new(folder: str | Path) -> None:

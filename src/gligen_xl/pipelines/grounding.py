@@ -16,18 +16,27 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ..adapter import adapter_config, fade_adapter, inpaint_conv, is_attached
-from ..layout import Layout
-from ..phrases import embed_phrases
-from .inpaint import KeptPicture, encode_pictures, fit_pictures, mask_outside
-from .layouts import PictureLayout, numbers_of_pictures, one_a_picture, taken_apart
+from ..adapter import AdapterConfig, adapter_config, fade_adapter, inpaint_conv, is_attached
+from ..layout import Layout, validate_phrases
+from ..phrases import phrase_width
+from .encoders import absent_encoders, check_prompt_encoders, encode_phrases
+from .inpaint import KeptPicture, encode_pictures, fit_pictures, mask_as_trained, mask_outside
+from .layouts import (
+    PictureLayout,
+    embeds_a_picture,
+    nested_phrases,
+    numbers_of_pictures,
+    one_a_picture,
+    taken_apart,
+    warn_of_unused_settings,
+)
 from .loading import AdapterLoaderMixin
 from .schedule import GroundingSchedule, step_of
+from .signature import with_merged_signature
 
 FORMER_ARGUMENTS = ("callback", "callback_steps")  # of former versions, which diffusers still reads
 
@@ -47,13 +56,14 @@ class GroundingMixin(AdapterLoaderMixin):
 
     _grounding: _Grounding | None = None
 
-    def __call__(
+    def _call(
         self,
         prompt: str | list[str] | None = None,
         *args: Any,
         gligen_phrases: Sequence[str] | Sequence[Sequence[str]] | None = None,
         gligen_boxes: Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]] | None = None,
         gligen_layouts: Layout | Sequence[Layout] | None = None,
+        gligen_phrase_embeds: Tensor | Sequence[Tensor] | None = None,
         gligen_scheduled_sampling_beta: float | Sequence[float] = 0.3,
         gligen_inpaint_image: Any = None,
         strict: bool = False,
@@ -70,6 +80,9 @@ class GroundingMixin(AdapterLoaderMixin):
                 same place at any width and height.
             gligen_layouts: in place of both, a `Layout` for all, or a list of them. Their prompts serve where no prompt
                 is given; sizes, seeds and negative prompts are the call's.
+            gligen_phrase_embeds: in place of phrases, or of those of the layouts, what `encode_gligen_phrases` gave for
+                them: (n, phrase_dim) for n boxes of all pictures, or a list of such, one a prompt or one a picture.
+                No text encoder is asked then.
             gligen_scheduled_sampling_beta: share of the steps that are grounded, from the first on, and at least that
                 one unless it is 0; or the shares
                 (on, decay, off), the gates fading linearly in the second. Of the steps that run: with a strength or
@@ -90,10 +103,14 @@ class GroundingMixin(AdapterLoaderMixin):
                     "gligen_layouts stands in place of gligen_phrases and gligen_boxes; give one of the two"
                 )
             prompts, gligen_phrases, gligen_boxes = taken_apart(gligen_layouts)
+            warn_of_unused_settings(gligen_layouts, call)
             if call.get("prompt") is None and call.get("prompt_embeds") is None:
                 call["prompt"] = prompts
-        layouts = self._layouts(call, gligen_phrases, gligen_boxes, strict)
-        grounded = any(phrases for phrases, _ in layouts)
+            if gligen_phrase_embeds is not None:
+                gligen_phrases = None
+        self._check_parts(call)
+        layouts = self._layouts(call, gligen_phrases, gligen_boxes, gligen_phrase_embeds, strict)
+        grounded = any(len(layout) for layout in layouts)
         if grounded and call.get("padding_mask_crop") is not None:
             raise ValueError(
                 "padding_mask_crop shows the model another picture than the boxes are of; crop it yourself"
@@ -101,6 +118,7 @@ class GroundingMixin(AdapterLoaderMixin):
         pictures = None
         if gligen_inpaint_image is not None:
             pictures = self._pictures_to_keep(call, layouts, gligen_inpaint_image)
+        _check_limits(self, call, layouts)
         if not grounded:
             return super().__call__(**call)  # type: ignore[misc]
         grounding = _Grounding(self._grounding_tokens(call, layouts), schedule)
@@ -110,6 +128,50 @@ class GroundingMixin(AdapterLoaderMixin):
         with self._grounded(grounding):
             return super().__call__(**self._counting(call))  # type: ignore[misc]
 
+    __call__ = _call  # each class over one of diffusers' has one of its own, which shows the arguments of both
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        following = cls.__mro__[cls.__mro__.index(GroundingMixin) + 1 :]
+        plain = next((vars(base)["__call__"] for base in following if "__call__" in vars(base)), None)
+        if cls.__call__ is GroundingMixin._call and plain is not None:
+            cls.__call__ = with_merged_signature(GroundingMixin._call, plain)
+
+    @torch.no_grad()
+    def encode_gligen_phrases(
+        self,
+        phrases: Sequence[str] | Sequence[Sequence[str]] | Layout | Sequence[Layout],
+        *,
+        lora_scale: float | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Embed phrases ahead of a call, to be given to it as `gligen_phrase_embeds`.
+
+        Only the text encoders and tokenizers are needed; afterwards they can be freed.
+
+        Args:
+            phrases: as `gligen_phrases` or `gligen_layouts` of the call.
+            lora_scale: of LoRAs on the text encoders, as `{"scale": ...}` of the call.
+
+        Returns:
+            (n, phrase_dim) for n phrases; of a list of lists or of layouts a list, one tensor for each.
+
+        Raises:
+            ValueError: a text encoder is not there, or phrases that are none.
+        """
+        if absent := absent_encoders(self):
+            raise ValueError(f"phrases need {' and '.join(absent)}, which this pipeline is without; embed them before")
+        if isinstance(phrases, Layout) or (
+            isinstance(phrases, list | tuple) and any(isinstance(one, Layout) for one in phrases)
+        ):
+            _, phrases, _ = taken_apart(phrases)  # type: ignore[arg-type]
+        if not nested_phrases(phrases):
+            return encode_phrases(self, list(validate_phrases(phrases)), lora_scale)
+        each = [validate_phrases(of_picture) for of_picture in list(phrases)]  # type: ignore[arg-type]
+        wanted = [phrase for of_picture in each for phrase in of_picture]
+        if not wanted:
+            raise ValueError("no phrases to embed")
+        return list(encode_phrases(self, wanted, lora_scale).split([len(of_picture) for of_picture in each]))
+
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
         """diffusers' own, with the grounding tokens while they are on. Read by the sampling loop at every step."""
@@ -118,8 +180,6 @@ class GroundingMixin(AdapterLoaderMixin):
             return own
         step, steps = (step_of(self.scheduler, k) for k in (grounding.evaluation, evaluations - 1))
         scale = grounding.schedule.scale(step, steps + 1)
-        if (conv := inpaint_conv(self.unet)) is not None and grounding.kept is not None:
-            conv.kept = grounding.kept.channels() if scale or conv.plain is None else None
         if not scale:
             return own
         if grounding.schedule.decay:
@@ -139,35 +199,82 @@ class GroundingMixin(AdapterLoaderMixin):
             number = min(number, int((self.scheduler.timesteps >= cutoff).sum()))
         return number
 
+    def _check_channels(self) -> None:
+        """A U-Net that reads more than noisy latents belongs into another pipeline, or lacks its adapter."""
+        if self.vae is None or "Inpaint" in type(self).__name__:
+            return
+        reads, given = self.unet.config["in_channels"], self.vae.config["latent_channels"]
+        if reads != given:
+            raise ValueError(
+                f"this U-Net reads {reads} channels, and {type(self).__name__} gives it {given}; an inpainting model "
+                "of GLIGEN needs its adapter (load_gligen_adapter), another a pipeline of the Inpaint kind"
+            )
+
+    def _check_parts(self, call: dict[str, Any]) -> None:
+        """Whether the parts that this call needs are there, before any of them runs."""
+        for name in ("unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"this pipeline is without its {name}; load it before pictures are drawn")
+        if self.vae is None and call.get("output_type", "pil") != "latent":
+            raise ValueError("this pipeline is without its vae; load it, or ask for output_type='latent'")
+        self._check_channels()
+        check_prompt_encoders(self, call)
+        if "gligen" in (call.get("cross_attention_kwargs") or {}):
+            raise ValueError(
+                "cross_attention_kwargs holds 'gligen', which this pipeline makes of gligen_phrases and gligen_boxes"
+            )
+
     # Layouts ----------------------------------------------------------------------------------------------------
 
-    def _layouts(self, call: dict[str, Any], phrases: Any, boxes: Any, strict: bool) -> list[PictureLayout]:
-        """Checked phrases and boxes of every picture of the call, in diffusers' order."""
-        if (phrases is None) != (boxes is None):
-            given, lacking = (
-                ("gligen_boxes", "gligen_phrases") if phrases is None else ("gligen_phrases", "gligen_boxes")
-            )
-            raise ValueError(f"{given} without {lacking}; give both, one box a phrase")
-        if phrases is None:
+    def _layouts(
+        self, call: dict[str, Any], phrases: Any, boxes: Any, embeds: Any, strict: bool
+    ) -> list[PictureLayout]:
+        """Checked phrases (or their embeddings) and boxes of every picture of the call, in diffusers' order."""
+        if phrases is not None and embeds is not None:
+            raise ValueError("gligen_phrase_embeds stand in place of gligen_phrases; give one of the two")
+        if phrases is None and embeds is None and boxes is not None:
+            raise ValueError("gligen_boxes without gligen_phrases; give both, one box a phrase")
+        if boxes is None and (phrases is not None or embeds is not None):
+            given = "gligen_phrases" if embeds is None else "gligen_phrase_embeds"
+            raise ValueError(f"{given} without gligen_boxes; give both, one box a phrase")
+        if boxes is None:
             return []
-        layouts = one_a_picture(phrases, boxes, *numbers_of_pictures(call))
-        if not any(phrases for phrases, _ in layouts):
-            return layouts
+        layouts = []
+        if embeds is None:
+            layouts = one_a_picture(phrases, boxes, *numbers_of_pictures(call))
+            if not any(len(layout) for layout in layouts):
+                return layouts
         if not is_attached(self.unet):
             raise ValueError(
                 "gligen_boxes were given, but the U-Net carries no GLIGEN adapter; "
                 "call pipeline.load_gligen_adapter(folder_or_repository) first (--adapter on the command line)"
             )
         config = adapter_config(self.unet)
-        self._check_phrase_width(config, "the adapter")
+        if embeds is None:
+            if absent := self._absent_for_phrases(config):
+                raise ValueError(
+                    f"phrases need {' and '.join(absent)}, which this pipeline is without; embed them before the "
+                    "encoders are freed (encode_gligen_phrases), and give gligen_phrase_embeds in their place"
+                )
+            self._check_phrase_width(config, "the adapter")
+        else:
+            layouts = embeds_a_picture(embeds, boxes, *numbers_of_pictures(call), config.phrase_dim)
         slots = config.slots
-        if (most := max(len(phrases) for phrases, _ in layouts)) > slots:
-            message = f"a layout has {most} objects, the adapter {slots} slots"
+        longest = max(layouts, key=len)
+        if len(longest) > slots:
+            message = f"a layout has {len(longest)} objects, the adapter {slots} slots"
             if strict:
                 raise ValueError(f"{message}; leave some out")
-            warnings.warn(f"{message}; the first {slots} are kept", stacklevel=3)
-            layouts = [(phrases[:slots], boxes[:slots]) for phrases, boxes in layouts]
+            out = ", ".join(map(repr, longest.phrases[slots:]))
+            without = f", without {out if len(out) <= 200 else out[:197] + '...'}" if out else ""
+            warnings.warn(f"{message}; the first {slots} are kept{without}", stacklevel=4)
+            layouts = [layout.first(slots) for layout in layouts]
         return layouts
+
+    def _absent_for_phrases(self, config: AdapterConfig) -> list[str]:
+        """Text encoders that phrases need and that are not there; none where those that are give the whole width."""
+        absent, encoders = absent_encoders(self), self._text_parts()[1]
+        return absent if absent and phrase_width(encoders) != config.phrase_dim else []
 
     @torch.no_grad()
     def _grounding_tokens(self, call: dict[str, Any], layouts: list[PictureLayout]) -> dict[str, Tensor]:
@@ -177,14 +284,12 @@ class GroundingMixin(AdapterLoaderMixin):
             boxes (B, N, 4) float32, masks (B, N), positive_embeddings (B, N, phrase_dim).
         """
         config, device = adapter_config(self.unet), self._execution_device
-        tokenizers, text_encoders = self._text_parts()
-        if not text_encoders:
-            raise ValueError("phrases need the text encoders, and this pipeline was loaded without them")
-        wanted = [phrase for phrases, _ in layouts for phrase in phrases]
-        with _lora_scaled(text_encoders, (call.get("cross_attention_kwargs") or {}).get("scale")):
-            embeddings = embed_phrases(
-                wanted, tokenizers, text_encoders, device, expand=getattr(self, "maybe_convert_prompt", None)
-            )
+        given = [layout.embeds for layout in layouts if layout.embeds is not None]
+        if given:
+            embeddings = torch.cat([rows.to(device) for rows in given])
+        else:
+            wanted = [phrase for layout in layouts for phrase in layout.phrases]
+            embeddings = encode_phrases(self, wanted, (call.get("cross_attention_kwargs") or {}).get("scale"))
         tokens = {
             "boxes": torch.zeros(len(layouts), config.slots, 4, device=device),
             "masks": torch.zeros(len(layouts), config.slots, device=device),
@@ -193,9 +298,9 @@ class GroundingMixin(AdapterLoaderMixin):
             ),
         }
         first = 0
-        for k, (phrases, boxes) in enumerate(layouts):
-            if n := len(phrases):
-                tokens["boxes"][k, :n] = torch.tensor(boxes, device=device)
+        for k, layout in enumerate(layouts):
+            if n := len(layout):
+                tokens["boxes"][k, :n] = torch.tensor(layout.boxes, device=device)
                 tokens["masks"][k, :n] = 1
                 tokens["positive_embeddings"][k, :n] = embeddings[first : first + n].to(device)
                 first += n
@@ -212,7 +317,7 @@ class GroundingMixin(AdapterLoaderMixin):
             )
         if "image" in arguments and not (call.get("height") and call.get("width")):
             raise ValueError("gligen_inpaint_image beside a control image needs height and width")
-        if not all(phrases for phrases, _ in layouts) or not layouts:
+        if not all(len(layout) for layout in layouts) or not layouts:
             raise ValueError("gligen_inpaint_image keeps what lies outside the boxes; every picture needs one or more")
         generators = call.get("generator")
         if isinstance(generators, list) and len(generators) != len(layouts):
@@ -233,22 +338,26 @@ class GroundingMixin(AdapterLoaderMixin):
         if (noise := call.get("latents")) is None:
             shape = (len(layouts), *latents.shape[1:])
             noise = randn_tensor(shape, generator=call.get("generator"), device=device, dtype=self.unet.dtype)
-        mask = mask_outside([boxes for _, boxes in layouts], *latents.shape[2:]).to(latents)
-        return KeptPicture(latents, noise.to(device), mask)
+        boxes = [layout.boxes for layout in layouts]
+        mask, seen = (make(boxes, *latents.shape[2:]).to(latents) for make in (mask_outside, mask_as_trained))
+        return KeptPicture(latents, noise.to(device), mask, seen)
 
     # The schedule -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def _grounded(self, grounding: _Grounding) -> Iterator[None]:
         self._grounding = grounding
+        conv = inpaint_conv(self.unet)
+        if conv is not None:  # for the whole call, as in GLIGEN: the schedule ends the fusers alone
+            conv.active, conv.kept = True, grounding.kept.channels() if grounding.kept is not None else None
         try:
             yield
         finally:
             self._grounding = None
             if grounding.schedule.decay:
                 fade_adapter(self.unet, 1.0)
-            if (conv := inpaint_conv(self.unet)) is not None:
-                conv.kept = None
+            if conv is not None:
+                conv.active, conv.kept = False, None
 
     def _counting(self, call: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments with a callback that counts steps, keeps what is kept, and then runs the user's."""
@@ -275,6 +384,12 @@ class GroundingMixin(AdapterLoaderMixin):
         return {**call, "callback_on_step_end": count, "callback_on_step_end_tensor_inputs": inputs}
 
 
+def _check_limits(pipeline: Any, call: dict[str, Any], layouts: list[PictureLayout]) -> None:
+    from ..shapes.limits import check_limits  # which is above pipelines
+
+    check_limits(pipeline, call, layouts)
+
+
 # The call's arguments -----------------------------------------------------------------------------------------------
 
 
@@ -287,19 +402,8 @@ def _bound(method: Callable, prompt: Any, args: tuple, kwargs: dict[str, Any]) -
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # diffusers' own ignores in silence what it does not know
             further = call.pop(name, {})
             if unknown := sorted(set(further) - set(FORMER_ARGUMENTS)):
-                raise TypeError(f"unknown arguments {unknown}; this pipeline takes {', '.join(signature.parameters)}")
+                known = [*signature.parameters, *inspect.signature(GroundingMixin._call).parameters]
+                own = [name for name in dict.fromkeys(known) if name not in ("self", "args", "kwargs")]
+                raise TypeError(f"unknown arguments {unknown}; this pipeline takes {', '.join(own)}")
             call |= further
     return call
-
-
-@contextmanager
-def _lora_scaled(text_encoders: list[Any], scale: float | None) -> Iterator[None]:
-    """The text encoders' LoRAs at the scale that diffusers gives them while it encodes the prompt."""
-    scaled = [encoder for encoder in text_encoders if scale is not None and hasattr(encoder, "peft_config")]
-    for encoder in scaled:
-        scale_lora_layers(encoder, scale)
-    try:
-        yield
-    finally:
-        for encoder in scaled:
-            unscale_lora_layers(encoder, scale)

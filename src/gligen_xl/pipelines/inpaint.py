@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..layout import Box
+from ..orientation import upright
 from .schedule import step_of
 
 
@@ -21,12 +22,14 @@ class KeptPicture:
 
     Args:
         latents: of the picture, (1 or B, 4, h, w), scaled. noise: what the sampling starts from, (B, 4, h, w).
-        mask: (B, 1, h, w), 1 where the picture is kept, 0 in the boxes.
+        mask: (B, 1, h, w), 1 where the picture is kept, 0 in the boxes and in cells that they reach into.
+        model_mask: the same for the eyes of a nine-channel model, by the rule that it was trained with.
     """
 
     latents: Tensor
     noise: Tensor
     mask: Tensor
+    model_mask: Tensor
 
     def blend(self, sampled: Tensor, scheduler: Any, evaluation: int) -> Tensor:
         """The latents after the U-Net's `evaluation`, with the kept part put in at their noise level."""
@@ -41,7 +44,7 @@ class KeptPicture:
 
     def channels(self) -> Tensor:
         """(B, 5, h, w): what the first convolution of GLIGEN's inpainting models reads beside the noisy latents."""
-        return torch.cat([self.latents * self.mask, self.mask], dim=1)
+        return torch.cat([self.latents * self.model_mask, self.model_mask], dim=1)
 
 
 def mask_outside(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Tensor:
@@ -51,6 +54,16 @@ def mask_outside(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Ten
         for x0, y0, x1, y1 in of_picture:
             rows = slice(_floor(y0 * height), _ceil(y1 * height))
             mask[k, 0, rows, _floor(x0 * width) : _ceil(x1 * width)] = 0
+    return mask
+
+
+def mask_as_trained(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Tensor:
+    """Boxes of B pictures -> (B, 1, height, width), with both ends of a box rounded down, as GLIGEN trained its
+    inpainting models: 0 in the box, elsewhere 1. A box within one cell leaves no 0."""
+    mask = torch.ones(len(boxes), 1, height, width)
+    for k, of_picture in enumerate(boxes):
+        for x0, y0, x1, y1 in of_picture:
+            mask[k, 0, int(y0 * height) : int(y1 * height), int(x0 * width) : int(x1 * width)] = 0
     return mask
 
 
@@ -77,8 +90,7 @@ def fit_pictures(image: Any, number: int, height: int, width: int) -> list[Image
             raise ValueError(
                 f"gligen_inpaint_image is a {type(picture).__name__}; expected a PIL picture, or a list of them"
             )
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-        fitted.append(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
+        fitted.append(ImageOps.fit(upright(picture).convert("RGB"), (width, height), Image.Resampling.LANCZOS))
     return fitted
 
 

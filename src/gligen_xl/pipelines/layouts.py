@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..layout import Layout, validate
+import torch
+from torch import Tensor
 
-PictureLayout = tuple[tuple[str, ...], tuple]  # phrases and boxes of one picture
+from ..layout import Box, Layout, validate, validate_boxes
+
+SETTINGS = {"width": "width", "height": "height", "negative_prompt": "negative_prompt", "seed": "generator"}
+
+
+@dataclass(frozen=True)
+class PictureLayout:
+    """Of one picture: boxes, and for each its phrase, or the phrase's embedding (n, phrase_dim)."""
+
+    boxes: tuple[Box, ...]
+    phrases: tuple[str, ...] = ()
+    embeds: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def first(self, number: int) -> PictureLayout:
+        embeds = None if self.embeds is None else self.embeds[:number]
+        return PictureLayout(self.boxes[:number], self.phrases[:number], embeds)
 
 
 def taken_apart(layouts: Layout | Sequence[Layout]) -> tuple[Any, Any, Any]:
@@ -23,6 +44,18 @@ def taken_apart(layouts: Layout | Sequence[Layout]) -> tuple[Any, Any, Any]:
     )
 
 
+def warn_of_unused_settings(layouts: Layout | Sequence[Layout], call: dict[str, Any]) -> None:
+    """Settings of layouts are not those of a call: one call has one size, and generators of its own."""
+    each = [layouts] if isinstance(layouts, Layout) else layouts
+    unused = [
+        f"{setting} (give {argument})"
+        for setting, argument in SETTINGS.items()
+        if call.get(argument) is None and any(getattr(layout, setting) is not None for layout in each)
+    ]
+    if unused:
+        warnings.warn(f"gligen_layouts hold settings that a call does not read: {', '.join(unused)}", stacklevel=4)
+
+
 def numbers_of_pictures(call: dict[str, Any]) -> tuple[int, int]:
     """Prompts of the call, and pictures for each."""
     prompt, embeds = call.get("prompt"), call.get("prompt_embeds")
@@ -36,29 +69,96 @@ def one_a_picture(phrases: Any, boxes: Any, num_prompts: int, per_prompt: int) -
     Raises:
         ValueError: a layout that cannot be drawn, another number of them, or other nesting.
     """
-    phrases, boxes = _plain(phrases), _plain(boxes)
+
+    def checked(of_picture: Any, its_boxes: Any) -> PictureLayout:
+        valid_phrases, valid_boxes = validate(of_picture, its_boxes)
+        return PictureLayout(valid_boxes, valid_phrases)
+
+    phrases = _plain(phrases)
+    return _for_each(phrases, _is_nested(phrases), boxes, num_prompts, per_prompt, checked, "gligen_phrases")
+
+
+def embeds_a_picture(
+    embeds: Any, boxes: Any, num_prompts: int, per_prompt: int, phrase_dim: int
+) -> list[PictureLayout]:
+    """As `one_a_picture`, for embeddings of phrases: (n, phrase_dim) for all pictures, or a list of such.
+
+    Raises:
+        ValueError: as there; or embeddings that are no finite numbers, or of another width.
+    """
+
+    def checked(of_picture: Any, its_boxes: Any) -> PictureLayout:
+        valid_boxes = validate_boxes(its_boxes)
+        rows = _tensor(of_picture)
+        if not valid_boxes and not rows.numel():
+            return PictureLayout(())
+        if rows.ndim != 2 or len(rows) != len(valid_boxes):
+            raise ValueError(
+                f"gligen_phrase_embeds of shape {tuple(rows.shape)} for {len(valid_boxes)} boxes; expected "
+                f"({len(valid_boxes)}, {phrase_dim}), one row a box"
+            )
+        if rows.shape[1] != phrase_dim:
+            raise ValueError(
+                f"gligen_phrase_embeds are of width {rows.shape[1]}, the adapter reads {phrase_dim}; they come from "
+                "other text encoders"
+            )
+        if not rows.isfinite().all():
+            raise ValueError("gligen_phrase_embeds hold values that are no finite numbers")
+        return PictureLayout(valid_boxes, embeds=rows)
+
+    nested = len(embeds) > 0 if isinstance(embeds, list | tuple) else _tensor(embeds).ndim == 3
+    return _for_each(embeds, nested, boxes, num_prompts, per_prompt, checked, "gligen_phrase_embeds")
+
+
+def _for_each(
+    objects: Any,
+    nested: bool,
+    boxes: Any,
+    num_prompts: int,
+    per_prompt: int,
+    checked: Callable[[Any, Any], PictureLayout],
+    name: str,
+) -> list[PictureLayout]:
+    boxes = _plain(boxes)
     num_pictures = num_prompts * per_prompt
-    if not _is_nested(phrases):
-        return [_validated(phrases, boxes, "")] * num_pictures
+    if not nested:
+        return [_named(checked, objects, boxes, "")] * num_pictures
     if not _is_nested(boxes, depth=3):
-        raise ValueError("gligen_phrases is a list of lists; gligen_boxes must nest alike, a list of boxes each")
-    if len(phrases) != len(boxes):
-        raise ValueError(f"gligen_phrases are for {len(phrases)} pictures, gligen_boxes for {len(boxes)}")
-    if len(phrases) not in (num_prompts, num_pictures):
+        raise ValueError(f"{name} is a list of lists; gligen_boxes must nest alike, a list of boxes each")
+    if len(objects) != len(boxes):
+        raise ValueError(f"{name} are for {len(objects)} pictures, gligen_boxes for {len(boxes)}")
+    if len(objects) not in (num_prompts, num_pictures):
         raise ValueError(
-            f"{len(phrases)} layouts for {num_prompts} prompts x {per_prompt} pictures; expected one layout "
+            f"{len(objects)} layouts for {num_prompts} prompts x {per_prompt} pictures; expected one layout "
             f"for all, {num_prompts} (one a prompt) or {num_pictures} (one a picture)"
         )
-    layouts = [_validated(p, b, f"layout {k}: ") for k, (p, b) in enumerate(zip(phrases, boxes, strict=True))]
+    pairs = zip(objects, boxes, strict=True)
+    layouts = [_named(checked, of_picture, its, f"layout {k}: ") for k, (of_picture, its) in enumerate(pairs)]
     repeats = num_pictures // len(layouts)
     return [layout for layout in layouts for _ in range(repeats)]
 
 
-def _validated(phrases: Any, boxes: Any, where: str) -> PictureLayout:
+def _named(checked: Callable[[Any, Any], PictureLayout], objects: Any, boxes: Any, where: str) -> PictureLayout:
     try:
-        return validate(phrases, boxes)
+        return checked(objects, boxes)
     except ValueError as error:
-        raise ValueError(f"gligen {where}{error}") from error
+        prefix = where if str(error).startswith("gligen") else f"gligen {where}"
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def _tensor(value: Any) -> Tensor:
+    """Embeddings as a tensor of floating-point numbers, where they are."""
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or not (tensor.is_floating_point() or not tensor.numel()):
+        kind = f"a {type(value).__name__}" if tensor is None else f"of {tensor.dtype}"
+        raise ValueError(
+            f"gligen_phrase_embeds is {kind}; expected a tensor (n, phrase_dim) of floating-point numbers, or a list "
+            "of them, as encode_gligen_phrases returns"
+        )
+    return tensor
 
 
 def _plain(value: Any) -> Any:
@@ -78,3 +178,8 @@ def _is_nested(value: Any, depth: int = 2) -> bool:
     if not inner:
         return len(value) > 0
     return all(_is_nested(item, depth - 1) for item in inner)
+
+
+def nested_phrases(phrases: Any) -> bool:
+    """Whether phrases are given for each prompt or picture, and not once for all."""
+    return _is_nested(_plain(phrases))

@@ -16,6 +16,7 @@ from ..adapter import (
     AdapterConfig,
     adapter_config,
     adopt_gated,
+    attach,
     detach,
     detached,
     is_attached,
@@ -26,11 +27,15 @@ from ..adapter import (
     set_adapter_scale,
     set_slots,
 )
+from ..adapter.convert import holds_adapter, read_published
+from ..adapter.pickles import settings_ignored
 from ..adapter.store import CONFIG_NAME, weights_name
 from ..files import read_json, write_json
-from ..hub import INDEX_NAME, OPTIONS, local_folder, pipeline_files, upload
+from ..hub import INDEX_NAME, OPTIONS, check_variant, local_folder, pipeline_files, upload
 from ..phrases import phrase_width
+from ..public import clean_model_folder
 from .parts import check_parts, check_tokenizers, naming_part, read_index
+from .weights import check_loaded, check_shards, check_values, lacks, misfit, without_values
 
 ADAPTER_SUBFOLDER = "gligen_adapter"
 _parts_stay: ContextVar[bool] = ContextVar("parts_stay", default=False)  # while from_pipe makes a pipeline of them
@@ -122,12 +127,12 @@ class AdapterLoaderMixin(DiffusionPipeline):
         set_adapter_scale(self.unet, scale)
 
     def _text_parts(self) -> tuple[list[Any], list[Any]]:
-        """The tokenizers and text encoders that are there."""
+        """The tokenizers and text encoders that are there in pairs."""
         pairs = [
             (getattr(self, f"tokenizer{number}", None), getattr(self, f"text_encoder{number}", None))
             for number in ("", "_2")
         ]
-        there = [pair for pair in pairs if pair[1] is not None]
+        there = [pair for pair in pairs if None not in pair]
         return [tokenizer for tokenizer, _ in there], [encoder for _, encoder in there]
 
     def _expected_encoders(self) -> list[str]:
@@ -166,23 +171,55 @@ class AdapterLoaderMixin(DiffusionPipeline):
                 f"the nine channels of {folder}'s U-Net are GLIGEN's own, not those of {cls.__name__}; load it with "
                 "StableDiffusionGLIGENPipeline and give gligen_inpaint_image"
             )
+        variant = kwargs.get("variant")
+        parts = [name for name in index if name not in kwargs and (folder / name).is_dir()]
+        check_shards(folder, parts, variant)
         try:
             with naming_part(folder):
                 pipeline = super().from_pretrained(str(folder), **kwargs)
         except SafetensorError as error:  # transformers does not say of which file
             damaged = ", ".join(map(str, filter(_is_damaged, sorted(folder.rglob("*.safetensors"))))) or folder
             raise ValueError(f"{damaged}: damaged or not a safetensors file: {error}") from error
+        except (RuntimeError, ValueError) as error:
+            if (reason := misfit(folder, index, parts, variant)) is not None:
+                raise ValueError(reason) from error
+            if "this gated U-Net" in str(error):
+                raise ValueError(str(error).replace("this gated U-Net", str(folder / "unet"))) from error
+            raise
+        check_loaded(pipeline, folder, parts, variant)
         names = ("tokenizer", "tokenizer_2")
         check_tokenizers(folder, {name: getattr(pipeline, name, None) for name in names if name not in kwargs})
         adapter = folder / ADAPTER_SUBFOLDER
         if pipeline.unet is None:
             return pipeline
         if (adapter / CONFIG_NAME).is_file() and not is_attached(pipeline.unet):
-            variant = kwargs.get("variant")
             has_variant = variant and (adapter / weights_name(variant)).is_file()
             pipeline.load_gligen_adapter(adapter, variant=variant if has_variant else None)
         elif is_attached(pipeline.unet) and "unet" not in kwargs:
             set_slots(pipeline.unet, index.get(SLOTS_SETTING, adapter_config(pipeline.unet).slots))
+        return pipeline
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | Path, **kwargs: Any):
+        """diffusers' own: a checkpoint in one file. One that holds an adapter, as GLIGEN's own, is loaded with it.
+
+        Raises:
+            ValueError: it lacks a tensor; or its adapter is not whole.
+        """
+        file = Path(pretrained_model_link_or_path)
+        if not file.is_file():
+            return super().from_single_file(str(pretrained_model_link_or_path), **kwargs)  # type: ignore[misc]
+        try:
+            with settings_ignored(file):
+                pipeline = super().from_single_file(str(file), **kwargs)  # type: ignore[misc]
+        except NotImplementedError as error:
+            if missing := without_values(error):
+                raise ValueError(lacks(file, missing)) from error
+            raise
+        check_values(pipeline, file)
+        if "unet" not in kwargs and not is_attached(pipeline.unet) and holds_adapter(file):
+            config, state, about = read_published(file)
+            attach(pipeline.unet, config, about=about, state=state, source=str(file))
         return pipeline
 
     @classmethod
@@ -231,6 +268,7 @@ class AdapterLoaderMixin(DiffusionPipeline):
         index = Path(save_directory) / INDEX_NAME
         plain = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
         write_json(index, {**read_json(index), "_class_name": plain.__name__})
+        clean_model_folder(save_directory)
         adapter = Path(save_directory) / ADAPTER_SUBFOLDER
         if is_attached(self.unet):
             save_adapter(self.unet, adapter, variant=kwargs.get("variant"))
@@ -266,11 +304,26 @@ def pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
         index = read_json(root / INDEX_NAME) if (root / INDEX_NAME).is_file() else {}
         parts = {ADAPTER_SUBFOLDER, *index} - set(kwargs)
         own = [file for file in files if file == INDEX_NAME or file.split("/")[0] in parts]
-        return pipeline_files(own, kwargs.get("variant"))
+        check_variant(own, variant, name, parts - {ADAPTER_SUBFOLDER})
+        chosen, adapter = pipeline_files(own, variant), f"{ADAPTER_SUBFOLDER}/gligen_adapter"
+        if not any(file.startswith(adapter) and file.endswith(".safetensors") for file in chosen):
+            chosen += [file for file in own if file.startswith(adapter)]  # of one variant alone
+        return chosen
 
-    folder = local_folder(name, "pipeline", choose, **hub)
+    def refuse_early(files: list[str]) -> None:
+        given = {file for file in files if file.split("/")[0] in kwargs}
+        if variant is not None:
+            check_variant([file for file in files if file not in given], variant, name)
+
+    variant = kwargs.get("variant")
+    folder = local_folder(name, "pipeline", choose, check=refuse_early, **hub)
     if not (folder / INDEX_NAME).is_file():
         raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_NAME}")
+    index = read_json(folder / INDEX_NAME)
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder / INDEX_NAME} holds a {type(index).__name__}; expected the parts of a pipeline")
+    there = [f"{part}/{path.name}" for part in index if (folder / part).is_dir() for path in (folder / part).iterdir()]
+    check_variant(there, variant, name, set(index) - set(kwargs) - {ADAPTER_SUBFOLDER})
     return folder
 
 

@@ -1,6 +1,8 @@
 """The pipelines for Stable Diffusion XL. All arguments of diffusers' own keep their meaning; `GroundingMixin.__call__`
 says what is added."""
 
+from typing import TYPE_CHECKING
+
 from diffusers import (
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -10,6 +12,7 @@ from diffusers import (
 )
 
 from .grounding import GroundingMixin
+from .signature import grounded_call
 
 
 class StableDiffusionXLGLIGENPipeline(GroundingMixin, StableDiffusionXLPipeline):  # type: ignore[override]
@@ -21,20 +24,45 @@ class StableDiffusionXLGLIGENPipeline(GroundingMixin, StableDiffusionXLPipeline)
     ... ).images[0]
     """
 
+    if TYPE_CHECKING:
+
+        @grounded_call(StableDiffusionXLPipeline.__call__)
+        def __call__(self): ...  # type: ignore[override]
+
 
 class StableDiffusionXLGLIGENImg2ImgPipeline(GroundingMixin, StableDiffusionXLImg2ImgPipeline):  # type: ignore[override]
     """Image-to-image with SDXL, each phrase in its box; also the second half of a split run (`denoising_start`)."""
+
+    if TYPE_CHECKING:
+
+        @grounded_call(StableDiffusionXLImg2ImgPipeline.__call__)
+        def __call__(self): ...  # type: ignore[override]
 
 
 class StableDiffusionXLGLIGENInpaintPipeline(GroundingMixin, StableDiffusionXLInpaintPipeline):  # type: ignore[override]
     """Inpainting under a mask with SDXL or an SDXL inpainting model, each phrase in its box."""
 
+    if TYPE_CHECKING:
+
+        @grounded_call(StableDiffusionXLInpaintPipeline.__call__)
+        def __call__(self): ...  # type: ignore[override]
+
 
 class StableDiffusionXLGLIGENControlNetPipeline(GroundingMixin, StableDiffusionXLControlNetPipeline):  # type: ignore[override]
     """Text-to-image with SDXL and ControlNets, each phrase in its box."""
+
+    if TYPE_CHECKING:
+
+        @grounded_call(StableDiffusionXLControlNetPipeline.__call__)
+        def __call__(self): ...  # type: ignore[override]
 
 
 class StableDiffusionXLGLIGENControlNetImg2ImgPipeline(  # type: ignore[override]
     GroundingMixin, StableDiffusionXLControlNetImg2ImgPipeline
 ):
     """Image-to-image with SDXL and ControlNets, each phrase in its box."""
+
+    if TYPE_CHECKING:
+
+        @grounded_call(StableDiffusionXLControlNetImg2ImgPipeline.__call__)
+        def __call__(self): ...  # type: ignore[override]

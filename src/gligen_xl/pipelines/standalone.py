@@ -19,15 +19,33 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 
 class GroundingMixin:
-    """Adds `gligen_phrases`, `gligen_boxes` and `gligen_scheduled_sampling_beta` to a text-to-image call."""
+    """Adds `gligen_phrases` (or `gligen_phrase_embeds`), `gligen_boxes` and `gligen_scheduled_sampling_beta` to a
+    text-to-image call."""
 
     _grounding = None  # of the call that runs: tokens, shares of the steps, U-Net evaluations so far
+
+    def __init_subclass__(cls, **settings):
+        """The call of each class shows diffusers' arguments and then these."""
+        super().__init_subclass__(**settings)
+        own = GroundingMixin.__call__
+        theirs = inspect.signature(super().__call__)
+        further = [value for value in theirs.parameters.values() if value.kind is value.VAR_KEYWORD]
+        named = [value for value in inspect.signature(own).parameters.values() if value.kind is value.KEYWORD_ONLY]
+        parameters = [value for value in theirs.parameters.values() if value not in further]
+
+        def call(self, *args, **kwargs):
+            return own(self, *args, **kwargs)
+
+        call.__signature__ = inspect.Signature([*parameters, *named, *further])
+        call.__name__, call.__doc__ = "__call__", own.__doc__
+        cls.__call__ = call
 
     def __call__(
         self,
         *args,
         gligen_phrases=None,
         gligen_boxes=None,
+        gligen_phrase_embeds=None,
         gligen_scheduled_sampling_beta=0.3,
         **kwargs,
     ):
@@ -36,6 +54,8 @@ class GroundingMixin:
         Args:
             gligen_phrases: a list of strings for all pictures, or a list of them for each prompt or picture.
             gligen_boxes: nested alike; a box is (x0, y0, x1, y1), 0-1, from the top left.
+            gligen_phrase_embeds: in place of phrases, what `encode_gligen_phrases` gave for them: (n, phrase_dim), or a
+                list of such. The text encoders may be freed by then.
             gligen_scheduled_sampling_beta: share of the steps that are grounded, or shares (on, decay, off).
 
         Raises:
@@ -44,8 +64,12 @@ class GroundingMixin:
         call = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
         on, decay = _shares(gligen_scheduled_sampling_beta)
+        if gligen_phrase_embeds is not None:
+            if gligen_phrases is not None:
+                raise ValueError("gligen_phrase_embeds stand in place of gligen_phrases; give one of the two")
+            gligen_phrases = self._checked_embeds(gligen_phrase_embeds)
         layouts = self._layouts(call, gligen_phrases, gligen_boxes)
-        if not any(phrases for phrases, _ in layouts):
+        if not any(len(phrases) for phrases, _ in layouts):
             return super().__call__(**call)
         self._grounding = {"tokens": self._tokens(layouts), "on": on, "decay": decay, "evaluation": 0}
         users = call.get("callback_on_step_end")
@@ -65,6 +89,26 @@ class GroundingMixin:
                 return super().__call__(**call)
         finally:
             self._grounding = None
+
+    @torch.no_grad()
+    def encode_gligen_phrases(self, phrases):
+        """(n, phrase_dim) for n phrases, a list of such for lists of them: for `gligen_phrase_embeds` of a call."""
+        if isinstance(phrases, str) or not len(phrases):
+            raise ValueError(f"phrases is {phrases!r}; expected a list of strings")
+        if isinstance(phrases[0], str):
+            return self._embed(phrases, self._execution_device)
+        embeddings = self._embed([phrase for each in phrases for phrase in each], self._execution_device)
+        return list(embeddings.split([len(each) for each in phrases]))
+
+    def _checked_embeds(self, embeds):
+        width = self.unet.position_net.null_positive_feature.shape[0]
+        nested = isinstance(embeds, (list, tuple)) or embeds.ndim == 3
+        for rows in embeds if nested else [embeds]:
+            if rows.ndim != 2 or rows.shape[1] != width or not rows.isfinite().all():
+                raise ValueError(
+                    f"gligen_phrase_embeds of shape {tuple(rows.shape)}; expected (n, {width}) of finite numbers"
+                )
+        return embeds
 
     @property
     def cross_attention_kwargs(self):
@@ -97,14 +141,14 @@ class GroundingMixin:
         """Checked (phrases, boxes) for every picture of the call."""
         if (phrases is None) != (boxes is None):
             raise ValueError("give gligen_phrases and gligen_boxes together, one box a phrase")
-        if not phrases:
+        if phrases is None or not len(phrases):
             return []
         if isinstance(phrases, str):
             raise ValueError(f"gligen_phrases is the string {phrases!r}; expected a list of strings")
         prompt, embeds = call.get("prompt"), call.get("prompt_embeds")
         number = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, (list, tuple)) else 1
         pictures = number * (call.get("num_images_per_prompt") or 1)
-        if isinstance(phrases[0], str):
+        if isinstance(phrases[0], str) or getattr(phrases, "ndim", 0) == 2:
             layouts = [(phrases, boxes)] * pictures
         else:
             if len(phrases) != len(boxes) or len(phrases) not in (number, pictures):
@@ -130,7 +174,10 @@ class GroundingMixin:
     def _tokens(self, layouts):
         """The position net's inputs: boxes (B, N, 4), masks (B, N), positive_embeddings (B, N, D), all float32."""
         slots, device = self.config.gligen_slots, self._execution_device
-        embeddings = self._embed([phrase for phrases, _ in layouts for phrase in phrases], device).float()
+        if any(isinstance(phrases, torch.Tensor) for phrases, _ in layouts):
+            embeddings = torch.cat([rows.to(device) for rows, _ in layouts]).float()
+        else:
+            embeddings = self._embed([phrase for phrases, _ in layouts for phrase in phrases], device).float()
         shape = (len(layouts), slots)
         tokens = {
             "boxes": torch.zeros(*shape, 4, device=device),
@@ -151,6 +198,11 @@ class GroundingMixin:
         parts = []
         for number in ("", "_2"):
             encoder, tokenizer = getattr(self, f"text_encoder{number}", None), getattr(self, f"tokenizer{number}", None)
+            if f"text_encoder{number}" in self.config and (encoder is None or tokenizer is None):
+                raise ValueError(
+                    f"phrases need text_encoder{number} and its tokenizer, which this pipeline is without; give "
+                    "gligen_phrase_embeds, made with encode_gligen_phrases before they were freed"
+                )
             if encoder is not None:
                 texts = self.maybe_convert_prompt(list(phrases), tokenizer)
                 ids = tokenizer(

@@ -12,11 +12,15 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from .framing import Framed, Framing, begin_process, frame_picture
+from .framing import Framed, Framing, Reason, begin_process, frame_picture
 from .item import Item, Skipped
 from .report import UnitReport
 
-Taken = tuple[Item | Skipped, Framed | str | None]  # a picture, and itself in its frames, or why not
+Taken = tuple[Item | Skipped, Framed | Reason | None]  # a picture, and itself in its frames, or why not
+
+
+LONGEST = 600.0  # seconds for a picture, after which its process is taken to be stuck
+LONGEST_READ = 10.0  # seconds that an end waits for the reading thread
 
 
 class Decoders:
@@ -42,8 +46,12 @@ class Decoders:
         return self._there(items, report) if self.workers else self._here(items, report)
 
     def close(self) -> None:
+        """End the processes, also one that is stuck in a picture: the program would wait for it when it ends."""
         if self._pool is not None:
+            processes = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
             self._pool = None
 
     def _here(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
@@ -89,19 +97,33 @@ class Decoders:
             while True:
                 with report.timed("wait"):
                     entry = entries.get()
-                    framed = entry[1].result() if isinstance(entry, tuple) and isinstance(entry[1], Future) else None
+                    framed = self._result(*entry) if isinstance(entry, tuple) and isinstance(entry[1], Future) else None
                 if entry is None:
                     return
                 if isinstance(entry, BaseException):
                     raise entry
                 yield entry[0], framed
         except BrokenProcessPool as error:
-            self._pool = None
+            self.close()
             raise RuntimeError("a decoding process died: too little memory, or a picture that breaks it") from error
         finally:
             stop.set()
             if thread.is_alive():
-                thread.join()
+                thread.join(LONGEST_READ)  # from a disk that hangs it may never come
+
+    def _result(self, item: Item, future: Future[Framed | Reason]) -> Framed | Reason:
+        """The frames of a picture, or why there are none.
+
+        Raises:
+            RuntimeError: a process is stuck in it.
+        """
+        try:
+            return future.result(LONGEST)
+        except TimeoutError as error:
+            if future.done():  # it is of the picture's file
+                raise
+            self.close()
+            raise RuntimeError(f"a decoding process was stuck in {item.image_id} for {LONGEST:.0f} seconds") from error
 
     def _processes(self) -> ProcessPoolExecutor:
         if self._pool is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..files import decode_text
+from .item import text_fault
+from .links import leaves
 from .rows import clean
 from .tars import read_samples
 
@@ -46,7 +50,7 @@ def survey(source: Path) -> tuple[Reader, str]:
     for reader in _READERS.values():
         if reader in sums:
             whole = (reader.__name__, sums[reader])
-            return reader, hashlib.sha256(repr(whole).encode()).hexdigest()[:24]
+            return reader, hashlib.sha256(repr(whole).encode()).hexdigest()
     raise ValueError(f"{source} holds no captions; expected files that end in {', '.join(_READERS)}")
 
 
@@ -66,19 +70,24 @@ def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
                 image_id.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{file}: the caption of {image_id!r} is not Unicode text: {error}") from error
-            yield image_id, caption if length <= LONGEST else None
+            yield image_id, caption if length <= LONGEST and not text_fault(caption or "") else None
 
 
 def _files(source: Path) -> Iterator[Path]:
     """The file, or those of the folder and the folders in it, by name; texts as they come, since they may be millions
     and their order matters to none."""
-    if not source.is_dir():
-        yield source
-        return
+    yield from _files_below(source, source) if source.is_dir() else [source]
+
+
+def _files_below(folder: Path, source: Path) -> Iterator[Path]:
     later = []
-    with os.scandir(source) as entries:
+    with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and _reader(Path(entry.path)) and leaves(source, Path(entry.path)):
+                what = f"{entry.path} is a link to a file outside of {source}, and left out; copy that file there"
+                warnings.warn(what, stacklevel=2)
                 continue
             if entry.name.endswith(".txt"):
                 yield Path(entry.path)
@@ -86,9 +95,9 @@ def _files(source: Path) -> Iterator[Path]:
                 later.append((entry.name, entry.is_dir(follow_symlinks=False)))
     for name, is_folder in sorted(later):
         if is_folder:
-            yield from _files(source / name)
+            yield from _files_below(folder / name, source)
         else:
-            yield source / name
+            yield folder / name
 
 
 def _reader(file: Path) -> Reader | None:
@@ -99,14 +108,16 @@ def _reader(file: Path) -> Reader | None:
 
 
 def _read_parquet(path: Path, folder: Path) -> Iterator[Pair]:
+    row = 0
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # else it holds whole row groups
             chosen = _choose(path, file.schema_arrow.names)
-            row = 0
             for batch in file.iter_batches(batch_size=4096, columns=list(chosen)):
                 for values in zip(*(batch[name].to_pylist() for name in chosen), strict=True):
                     yield _pair(f"{path}, row {row}", chosen, values)
                     row += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} has a text that is not UTF-8, behind row {row}: {error.object[:40]!r}") from error
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged, or no parquet file: {error}") from error
 
@@ -118,7 +129,7 @@ def _read_jsonl(path: Path, folder: Path) -> Iterator[Pair]:
                 continue
             where = f"{path}, line {number}"
             try:
-                entry = json.loads(line)
+                entry = json.loads(decode_text(line))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             if not isinstance(entry, dict):
@@ -152,7 +163,7 @@ def _pair(where: str, names: tuple[str, str], values: Iterable[Any]) -> Pair:
 def _read_json(path: Path, folder: Path) -> Iterator[Pair]:
     """The only kind of file that is read whole."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -189,8 +200,8 @@ def _decode(where: str | Path, text: bytes) -> str | None:
     if len(text) > LONGEST:
         return None
     try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        return decode_text(text)
+    except ValueError as error:
         raise ValueError(f"{where} is not UTF-8 text: {error}") from error
 
 

@@ -24,7 +24,7 @@ from filelock import FileLock
 from ..files import whole_file
 from .caption_files import LONGEST, Pair, pairs_of, survey
 
-_VERSION = 2  # of the tables: one of another version is built anew
+_VERSION = 3  # of the tables: one of another version is built anew
 _REPORT_EVERY = 10_000
 
 
@@ -35,13 +35,16 @@ class Counts:
     Args:
         captions: pictures that have one.
         duplicates: other texts for a picture that had one already: the first is kept.
-        empty: left out. refused: too, as too long, or in an archive no file or of a name that leads elsewhere.
+        empty: left out. refused: too, as too long, with control characters, or in an archive no file or of a name that
+            leads elsewhere.
+        example: the id of one that was refused.
     """
 
     captions: int = 0
     duplicates: int = 0
     empty: int = 0
     refused: int = 0
+    example: str = ""
 
 
 class CaptionTable:
@@ -182,7 +185,7 @@ def _build(path: Path, source: Path, pairs: Iterable[Pair], progress: Callable[[
         if not counts.captions:
             raise ValueError(
                 f"{source} holds no captions: {counts.empty} empty, {counts.refused} over {LONGEST} bytes, "
-                "no files, or of names that lead elsewhere"
+                "with control characters, no files, or of names that lead elsewhere"
             )
         table.execute("CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER)")
         table.executemany("INSERT INTO counts VALUES (?, ?)", asdict(counts).items())
@@ -197,6 +200,7 @@ def _stored(pairs: Iterable[Pair], counts: Counts, progress: Callable[[int], Non
             progress(number)
         if caption is None:
             counts.refused += 1
+            counts.example = counts.example or image_id
         elif text := " ".join(part for line in caption.splitlines() if (part := line.strip())):
             yield _backwards(image_id), text
         else:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from ..files import read_text
+from ..yaml_files import read_yaml
+from .file_facts import files_identity
 from .item import Item, Skipped
 from .json_members import members
 from .pictures import picture_size
@@ -57,14 +59,18 @@ class CocoChunk:
         for numbers in (self.sizes, self.owners, self.boxes):
             digest.update(numbers.tobytes())
         numbers = {"bytes": self.instances.stat().st_size, "first": self.first, "count": self.weight}
-        return {"kind": "coco", "file": self.instances.name, **numbers, "sha256": digest.hexdigest()}
+        said = {"kind": "coco", "file": self.instances.name, **numbers, "sha256": digest.hexdigest()}
+        return said | {"images": files_identity(self.folder, self.file_names)}
 
     def items(self) -> Iterator[Item | Skipped]:
         return unique(self._items())
 
     def _items(self) -> Iterator[Item | Skipped]:
         for k, image_id in enumerate(self.image_ids):
-            yield item_or_why_not(partial(self._item, k), image_id, done=k + 1)
+            yield item_or_why_not(partial(self._item, k), image_id, k + 1, self._where(k))
+
+    def _where(self, k: int) -> str:
+        return f"{self.instances}, image {self.image_ids[k]} ({self.file_names[k]})"
 
     def _item(self, k: int) -> Item:
         path = file_within(self.folder, self.file_names[k])
@@ -81,6 +87,7 @@ class CocoChunk:
             size=size,
             done=k + 1,
             dropped=self.dropped.get(k, {}),
+            where=self._where(k),
         )
 
 
@@ -199,8 +206,9 @@ def _read(instances: Path) -> _Content:
         "images": content.add_image,
         "annotations": content.add_annotation,
     }
+    text = read_text(instances)
     try:
-        for key, entry in members(instances.read_text(encoding="utf-8-sig")):
+        for key, entry in members(text):
             if key in add:
                 add[key](_object(key, entry))
     except KeyError as error:
@@ -222,10 +230,7 @@ def _phrases(categories: Mapping[int, str], classes: Path | None) -> dict[int, s
     """The phrase of each category; None for those left out."""
     mapping: Any = {}
     if classes is not None:
-        try:
-            mapping = yaml.safe_load(classes.read_text(encoding="utf-8"))  # JSON is YAML
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{classes} is neither JSON nor YAML: {error}") from error
+        mapping = read_yaml(classes)
         if not isinstance(mapping, dict) or not all(
             isinstance(name, str) and (phrase is None or (isinstance(phrase, str) and phrase.strip()))
             for name, phrase in mapping.items()

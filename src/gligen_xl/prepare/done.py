@@ -6,20 +6,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..data.box_statistics import of_shards
+from ..data.shards import Shard
 from ..files import read_json, write_json
+from .archives import Archive
 from .item import Unit
-from .report import UnitReport
+from .report import UnitReport, is_report
 from .settings import Settings
 from .unit import WORK_FOLDER, shard_files
 
 _KEYS = {"source", "settings", "identity", "shards", "report"}  # of a mark
 _ARCHIVES = ("sa1b", "webdataset")  # kinds of units that are files of their own
+_SHA256_OF_ARCHIVE = "sha256_of_archive"  # in a mark alone: nobody reads an archive only to ask whether it is done
+_TIMES = {"images", "mtime_ns"}
+_LATER = _TIMES | {"detector_weights", "vae_weights"}  # what older marks do not say
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,18 @@ class Done:
         out: the folder.
         source: what the units are of, in words that are the same every time. Empty: not known.
         captions: fingerprint of those that are joined.
+        weights: of the VAE and the detector, where these are local folders; see `file_facts.weights_of`.
+
+    Two marks are the same where their identities are, but for two things. An archive of another time of change is read,
+    and is the same if its bytes are: so copies do not cost what encoding them does. And an older mark, which says
+    nothing of the times of files, is taken to be of the files that are there now. Either is then brought up to date.
     """
 
     out: Path
     settings: Settings
     source: str = ""
     captions: str = ""
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folders(self) -> list[Path]:
@@ -66,7 +78,7 @@ class Done:
                 another source that is called the same.
         """
         if self._shared.is_file():
-            self._agree("shards", read_json(self._shared), self.settings.shared())
+            self._agree("shards", read_json(self._shared), self._now_shared())
         by_name = {unit.name: unit for unit in units}
         for name, mark in self._read_all():
             if name in by_name:
@@ -79,12 +91,12 @@ class Done:
         mark = self._read(unit.name)
         if mark is None:
             return
-        if mark["source"] != self.source and mark["identity"] != self.identity(unit):
+        if mark["source"] != self.source and self.changes(unit):
             was, now = (source or "a source without a name" for source in (mark["source"], self.source))
             raise ValueError(
                 f"{self.out} holds {unit.name} of {was}, and {now} has another one of that name; choose another folder "
                 f"for it. If it is the same source, moved and then changed, remove {self._mark_file(unit.name)}: "
-                "the unit is then done again"
+                "the unit is then done again (copies are the same files if they keep their times: cp -p, rsync -a)"
             )
         self._agree(unit.name, mark["settings"], self.settings.to_dict())
 
@@ -99,13 +111,22 @@ class Done:
             if not self._shared.is_file():
                 for rest in self._shared.parent.glob(f".{self._shared.name}.*.partial"):  # of a process that was killed
                     rest.unlink()
-                write_json(self._shared, self.settings.shared())
-        self._agree("shards", read_json(self._shared), self.settings.shared())
+                write_json(self._shared, self._now_shared())
+            former = read_json(self._shared)
+            if self._now_shared().keys() - former.keys() == {"vae_weights"}:  # written before weights were noted
+                write_json(self._shared, former | self._now_shared())
+        self._agree("shards", former, self._now_shared())
 
-    def _agree(self, what: str, former: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    def _now_shared(self) -> dict[str, Any]:
+        vae = {"vae_weights": self.weights["vae"]} if "vae" in self.weights else {}
+        return self.settings.shared() | vae
+
+    def _agree(self, what: str, former: Any, current: Mapping[str, Any]) -> None:
+        if not isinstance(former, dict):
+            raise ValueError(f"{self._shared} does not hold settings; remove it, and the units are done again")
         for name in sorted(former.keys() | current):
             was, now = former.get(name), current.get(name)
-            if was != now:
+            if was != now and not (name in _LATER and None in (was, now)):
                 raise ValueError(
                     f"{self.out} holds {what} prepared with {name} {was!r}, now it is {now!r}; "
                     "go on with the same settings, or choose another folder"
@@ -115,20 +136,56 @@ class Done:
 
     def identity(self, unit: Unit) -> dict[str, Any]:
         """What its shards are made of, with the captions that are joined."""
-        return unit.identity() | ({"joined_captions": self.captions} if self.captions else {})
+        captions = {"joined_captions": self.captions} if self.captions else {}
+        detector = {"detector_weights": self.weights["detector"]} if "detector" in self.weights else {}
+        return unit.identity() | captions | detector
 
-    def is_done(self, unit: Unit) -> bool:
+    def is_marked(self, unit: Unit) -> bool:
+        """Whether there are shards of the unit, with these settings; nothing is said of what they are made of."""
         mark = self._read(unit.name)
         return (
             mark is not None
             and mark["settings"] == self.settings.to_dict()
-            and mark["identity"] == self.identity(unit)
             and all(path.is_file() for shard in mark["shards"] for path in shard_files(self.out / shard))
         )
 
+    def is_done(self, unit: Unit) -> bool:
+        return self.is_marked(unit) and not self.changes(unit)
+
+    def changes(self, unit: Unit) -> list[str]:
+        """What of a unit that has a mark is another now. A mark of the same, told otherwise, is brought up to date."""
+        if (mark := self._read(unit.name)) is None:
+            return []
+        was, now = mark["identity"], self.identity(unit)
+        names = [
+            name
+            for name in sorted((was.keys() | now.keys()) - {_SHA256_OF_ARCHIVE})
+            if was.get(name) != now.get(name) and (name not in _LATER or (name in was and name in now))
+        ]
+        if names == ["mtime_ns"] and isinstance(unit, Archive) and was.get(_SHA256_OF_ARCHIVE) == unit.sha256():
+            names = []
+        told = {name: was[name] for name in (_SHA256_OF_ARCHIVE,) if name in was} | now
+        if not names and told != was:
+            write_json(self._mark_file(unit.name), mark | {"identity": told})
+        return names
+
+    def is_older(self, unit: Unit) -> bool:
+        """Whether its mark says nothing of the times of its files."""
+        mark = self._read(unit.name)
+        if mark is None or _TIMES & mark["identity"].keys():
+            return False
+        return bool(_TIMES & self.identity(unit).keys())
+
     def report(self, unit: Unit) -> UnitReport:
         mark = self._read(unit.name)
-        return UnitReport.from_dict(mark["report"]) if mark is not None else UnitReport()
+        if mark is None:
+            return UnitReport()
+        report = UnitReport.from_dict(mark["report"])
+        if "rows_without_boxes" not in mark["report"]:  # of version 0.1
+            report.rows_without_boxes = of_shards(
+                Shard(self.out / name, with_table=False) for name in mark["shards"]
+            ).without
+        return report
 
     def source_of(self, unit: Unit) -> str:
         """What a unit that is done was made from."""
@@ -144,6 +201,8 @@ class Done:
         former = self._read(unit.name)
         if former is not None:  # while that still names them
             self._remove_shards(set(former["shards"]) - set(shards))
+        if isinstance(unit, Archive) and unit.reading.sha256:
+            identity = identity | {_SHA256_OF_ARCHIVE: unit.reading.sha256}
         values = {"source": self.source, "settings": self.settings.to_dict(), "identity": identity, "shards": shards}
         write_json(self._mark_file(unit.name), values | {"report": report.to_dict()})
 
@@ -222,6 +281,22 @@ class Done:
             mark = read_json(path)
         except FileNotFoundError:
             return None
-        if not isinstance(mark, dict) or not mark.keys() >= _KEYS:
+        if not _is_mark(mark):
             raise ValueError(f"{path} is no mark of a unit; remove it, and the unit is done again")
         return mark
+
+
+def _is_mark(mark: Any) -> bool:
+    """Whether this is a mark, all of whose shards stand in the folder itself."""
+    if not isinstance(mark, dict) or not mark.keys() >= _KEYS or not isinstance(mark["source"], str):
+        return False
+    if not all(isinstance(mark[name], dict) for name in ("settings", "identity", "report")):
+        return False
+    shards = mark["shards"]
+    if not isinstance(shards, list) or not all(isinstance(name, str) and _is_inside(name) for name in shards):
+        return False
+    return is_report(mark["report"])
+
+
+def _is_inside(name: str) -> bool:
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts

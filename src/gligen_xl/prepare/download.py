@@ -29,7 +29,8 @@ MARGIN = 1 << 30  # bytes that are left free
 class RemoteFile:
     name: str
     size: int
-    sha256: str | None
+    sha256: str | None  # of one that is kept in large-file storage; of others git's own
+    blob: str | None = None
 
 
 def download(
@@ -74,7 +75,7 @@ def download(
             )
         path = Path(fetched)
         found = _sha256(path)
-        if path.stat().st_size != file.size or (file.sha256 is not None and found != file.sha256):
+        if path.stat().st_size != file.size or found != (file.sha256 or found) or not _is_blob(path, file):
             path.unlink()
             raise ValueError(f"{file.name} did not come as the Hub has it, and was removed; run the same command again")
         manifest[file.name] = found
@@ -102,7 +103,8 @@ def _files(repository: str, revision: str | None, token: str | None) -> list[Rem
     found = []
     for entry in info.siblings or []:
         if re.fullmatch(r"sa_\d+\.npy", entry.rfilename):
-            found.append(RemoteFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else None))
+            sha256, blob = (entry.lfs.sha256, None) if entry.lfs else (None, getattr(entry, "blob_id", None))
+            found.append(RemoteFile(entry.rfilename, entry.size or 0, sha256, blob))
     if not found:
         raise ValueError(f"{repository} holds no files sa_NUMBER.npy")
     return sorted(found, key=lambda file: _number(file.name))
@@ -125,7 +127,17 @@ def _chosen(files: list[RemoteFile], archives: str | None, repository: str) -> l
 def _is_there(file: RemoteFile, out: Path, manifest: dict[str, str]) -> bool:
     path = out / file.name
     whole = path.is_file() and path.stat().st_size == file.size
-    return whole and file.name in manifest and manifest[file.name] == (file.sha256 or manifest[file.name])
+    if not whole or file.name not in manifest:
+        return False
+    return manifest[file.name] == file.sha256 if file.sha256 else _is_blob(path, file)
+
+
+def _is_blob(path: Path, file: RemoteFile) -> bool:
+    """Whether a file that is not in large-file storage is the one that the repository holds, by git's checksum."""
+    if file.blob is None:
+        return True
+    contents = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(contents) + contents, usedforsecurity=False).hexdigest() == file.blob
 
 
 def _sha256(path: Path) -> str:

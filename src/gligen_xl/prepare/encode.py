@@ -8,8 +8,10 @@ there are.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +19,36 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ..data.published import SCALING_FACTOR
 from ..data.shards import DOWNSAMPLING
+from ..files import write_json
 from ..hub import local_folder, model_files, pipeline_files
+
+SDXL_VAE = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "force_upcast": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "sample_size": 512,
+    "scaling_factor": float(SCALING_FACTOR),
+}
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """A VAE in float32: a folder of it or of a pipeline, a Hub repository, or "shapes".
+    """A VAE in float32: a folder of it or of a pipeline, one file of SDXL's, a Hub repository, or "shapes".
 
     Raises:
         ValueError: there is none of that name, or it lacks weights.
     """
+    if Path(name).is_file():
+        return _load_vae_file(Path(name))
     if name == "shapes":
         from ..shapes.model import model_folder
 
@@ -50,6 +72,20 @@ def load_vae(name: str) -> AutoencoderKL:
 def _vae_files(files: list[str]) -> list[str]:
     """Of a repository of a VAE, or of a pipeline."""
     return model_files(files) if "config.json" in files else [n for n in pipeline_files(files, None) if n[:4] == "vae/"]
+
+
+def _load_vae_file(path: Path) -> AutoencoderKL:
+    """A VAE in one file, which does not say of what form it is: SDXL's is expected."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", SDXL_VAE)
+        try:
+            vae: Any = AutoencoderKL.from_single_file(str(path), config=folder, local_files_only=True)
+        except Exception as error:  # diffusers has many kinds, by what it takes the file for
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path} is no VAE of SDXL in one file ({reason}); give a folder (--vae)") from error
+    if missing := sorted(name for name, value in vae.state_dict().items() if value.is_meta):
+        raise ValueError(f"{path} lacks {len(missing)} weights of SDXL's VAE, as {missing[0]}; give a folder (--vae)")
+    return vae.float().eval()
 
 
 class Encoder:

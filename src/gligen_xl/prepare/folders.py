@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .item import Item, Skipped
+from ..files import decode_text
+from .file_facts import files_identity
+from .item import BAD_TEXT, Item, Skipped, text_fault
+from .links import leaves
 from .pictures import ENDINGS
-from .rows import clean, item_or_why_not, unique
+from .rows import CAPTION_NOT_UTF8, WRONG_CAPTION, RowError, clean, item_or_why_not, unique
+from .tars import count_unread
 
 MAX_CAPTION = 2**16  # bytes of a .txt beside a picture
 
@@ -25,7 +31,8 @@ class PictureChunk:
 
     Args:
         first, last: paths of the first and the last, below the folder. count: of pictures.
-        sha256: of their paths, their sizes in bytes, and their captions.
+        sha256: of their paths, their sizes in bytes, and their captions. images: see `files_identity`.
+        unread: files of the whole folder that are neither pictures nor their captions, by ending; the first unit tells.
     """
 
     name: str
@@ -34,13 +41,16 @@ class PictureChunk:
     last: str
     count: int
     sha256: str
+    images: str
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
         return self.count
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "imagefolder", "file": self.folder.name, "count": self.count, "sha256": self.sha256}
+        numbers = {"count": self.count, "sha256": self.sha256, "images": self.images}
+        return {"kind": "imagefolder", "file": self.folder.name, **numbers}
 
     def items(self) -> Iterator[Item | Skipped]:
         return unique(self._items())
@@ -52,16 +62,18 @@ class PictureChunk:
             if inner.parts > end:
                 return
             image_id = clean(inner.with_suffix("").as_posix())
-            yield item_or_why_not(partial(_item, path, image_id, done), image_id, done)
+            item = item_or_why_not(partial(_item, self.folder, path, image_id, done), image_id, done, str(path))
+            yield replace(item, unread=self.unread) if done == 1 else item
 
 
 def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk]:
     """Units of `unit_size` pictures each; none where there are none."""
     chunks: list[PictureChunk] = []
-    paths = find_pictures(folder)
+    others: Counter[str] = Counter()
+    paths = find_pictures(folder, others=others)
     while part := list(islice(paths, unit_size)):
         inner = [path.relative_to(folder).as_posix() for path in part]
-        lines = [json.dumps([where, *_facts(path)]) for where, path in zip(inner, part, strict=True)]
+        lines = [json.dumps([where, *_facts(folder, path)]) for where, path in zip(inner, part, strict=True)]
         chunk = PictureChunk(
             name=f"{name}-{len(chunks):05d}",
             folder=folder,
@@ -69,45 +81,93 @@ def picture_chunks(folder: Path, name: str, unit_size: int) -> list[PictureChunk
             last=inner[-1],
             count=len(part),
             sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+            images=files_identity(folder, inner),
         )
         chunks.append(chunk)
-    return chunks
+    return [replace(chunk, unread=dict(others) if chunk is chunks[0] else {}) for chunk in chunks]
 
 
-def find_pictures(folder: Path, begin: tuple[str, ...] = ()) -> Iterator[Path]:
+def find_pictures(folder: Path, begin: tuple[str, ...] = (), *, others: Counter[str] | None = None) -> Iterator[Path]:
     """Files with the ending of a picture, here and in the folders below, in the order of the parts of their paths.
 
     Hidden ones are left out. Links to files are followed, links to folders are not: they may lead round in a circle.
 
     Args:
         begin: parts of a path below the folder; what comes before it is left out, without a look at its folders.
+        others: counts files that are neither pictures nor the `.txt` of one, by ending, as they are met.
     """
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
+    if others is not None:
+        _count_others(entries, others)
     for entry in entries:
         if entry.name.startswith(".") or (begin and entry.name < begin[0]):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from find_pictures(Path(entry.path), begin[1:] if begin[:1] == (entry.name,) else ())
+            yield from find_pictures(Path(entry.path), begin[1:] if begin[:1] == (entry.name,) else (), others=others)
         elif entry.name.rpartition(".")[2].lower() in ENDINGS and (entry.is_symlink() or entry.is_file()):
             yield Path(entry.path)
 
 
-def _item(picture: Path, image_id: str, done: int) -> Item:
-    return Item(image_id=image_id, picture=picture, caption=_caption(picture), done=done)
+def _count_others(entries: list[os.DirEntry[str]], others: Counter[str]) -> None:
+    pictures = {
+        stem for stem, _, ending in (entry.name.rpartition(".") for entry in entries) if ending.lower() in ENDINGS
+    }
+    for entry in entries:
+        stem, _, ending = entry.name.rpartition(".")
+        caption = ending == "txt" and stem in pictures
+        if (
+            stem
+            and ending.lower() not in ENDINGS
+            and not caption
+            and not entry.name.startswith(".")
+            and entry.is_file()
+        ):
+            count_unread(others, {f".{ending}"[:40]: 1})
 
 
-def _facts(picture: Path) -> tuple[int | str | None, ...]:
+def _item(folder: Path, picture: Path, image_id: str, done: int) -> Item:
+    return Item(image_id=image_id, picture=picture, caption=_caption(folder, picture), done=done)
+
+
+def _facts(folder: Path, picture: Path) -> tuple[int | str | None, ...]:
     """Its size in bytes and its caption; of one that cannot be read, why."""
     try:
-        return picture.stat().st_size, _caption(picture)
+        contents = _read_caption(folder, picture)
+        try:
+            return picture.stat().st_size, clean(decode_text(contents))
+        except ValueError:  # not text: then its bytes
+            return picture.stat().st_size, "bytes", contents.hex()
     except OSError as error:
         return (error.errno,)
 
 
-def _caption(picture: Path) -> str:
+def _caption(folder: Path, picture: Path) -> str:
+    """The text beside a picture; empty where there is none.
+
+    Raises:
+        RowError: it is not UTF-8, too long, or holds control characters.
+    """
+    contents, path = _read_caption(folder, picture), picture.with_suffix(".txt")
+    if len(contents) > MAX_CAPTION:
+        raise RowError(WRONG_CAPTION, f"{path} has more than {MAX_CAPTION} bytes; expected a caption")
     try:
-        with picture.with_suffix(".txt").open("rb") as file:
-            return clean(file.read(MAX_CAPTION).decode("utf-8-sig", "replace"))
+        caption = decode_text(contents).strip()
+    except ValueError as error:
+        raise RowError(CAPTION_NOT_UTF8, f"{path}: {error}") from error
+    if fault := text_fault(caption):
+        raise RowError(BAD_TEXT, f"{path}: {fault}")
+    return caption
+
+
+def _read_caption(folder: Path, picture: Path) -> bytes:
+    text = picture.with_suffix(".txt")
+    if leaves(folder, text):
+        what = f"{text} is a link to a file outside of {folder}, and no caption; copy that file there"
+        warnings.warn(what, stacklevel=1)
+        return b""
+    try:
+        with text.open("rb") as file:
+            return file.read(MAX_CAPTION + 1)
     except (FileNotFoundError, IsADirectoryError):
-        return ""
+        return b""

@@ -72,29 +72,44 @@ def _centred(original: tuple[int, int], resized: tuple[int, int], size: tuple[in
     return Frame(original, resized, top, left, size)
 
 
+# Why a box is dropped.
+REVERSED, EMPTY = "reversed, its second corner comes before its first", "without width or height"
+TINY, OUTSIDE, CUT_AWAY = "smaller than a pixel of the frame", "outside the picture", "cut away by the crop"
+
+
 @dataclass(frozen=True)
 class MovedBoxes:
     """Boxes that are seen in a frame, clipped to it; which of the given ones they are; why others are not."""
 
     boxes: list[Box]
     kept: list[int]
-    cut_away: int  # too little of them is within
-    degenerate: int  # no width or no height
+    faults: dict[int, str]
 
 
 def move_boxes(frame: Frame, boxes: Sequence[Sequence[float]], min_share: float) -> MovedBoxes:
     """Boxes of the original picture, as training wants them: within the frame.
 
     Args:
-        min_share: a box of which less than this share of its area is seen is dropped.
+        min_share: a box of which less than this share of its area is seen is dropped: it is OUTSIDE where so much of
+            it is not even in the picture, else CUT_AWAY.
     """
     given = np.asarray(boxes, np.float64).reshape(-1, 4)
     moved = frame.move(given)
     clipped = np.clip(moved, 0, 1)
-    area = (moved[:, 2:] - moved[:, :2]).clip(0).prod(-1)
+    sides = moved[:, 2:] - moved[:, :2]
+    area = sides.clip(0).prod(-1)
     seen = (clipped[:, 2:] - clipped[:, :2]).clip(0)
+    inside = (np.clip(given, 0, 1)[:, 2:] - np.clip(given, 0, 1)[:, :2]).clip(0)
     pixels = np.array([frame.size[1], frame.size[0]])
-    thin = (area <= 0) | ((moved[:, 2:] - moved[:, :2]) * pixels < 1).any(-1)
-    lost = ~thin & ((seen.prod(-1) < min_share * area) | (seen * pixels < 1).any(-1))
-    kept = np.flatnonzero(~thin & ~lost)
-    return MovedBoxes([tuple(map(float, clipped[k])) for k in kept], kept.tolist(), int(lost.sum()), int(thin.sum()))  # type: ignore[misc]
+    whole = (given[:, 2:] - given[:, :2]).clip(0).prod(-1)
+    faults: dict[int, str] = {}
+    for reason, which in (  # of those that a box has, the last is told
+        (CUT_AWAY, (seen.prod(-1) < min_share * area) | (seen * pixels < 1).any(-1)),
+        (OUTSIDE, (inside.prod(-1) < min_share * whole) | (inside <= 0).any(-1)),
+        (TINY, (sides * pixels < 1).any(-1)),
+        (EMPTY, (sides == 0).any(-1)),
+        (REVERSED, (sides < 0).any(-1)),
+    ):
+        faults |= dict.fromkeys(np.flatnonzero(which).tolist(), reason)
+    kept = [k for k in range(len(given)) if k not in faults]
+    return MovedBoxes([tuple(map(float, clipped[k])) for k in kept], kept, dict(sorted(faults.items())))  # type: ignore[misc]

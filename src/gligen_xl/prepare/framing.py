@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,25 @@ class Framed:
     seconds: float
 
 
-def frame_picture(source: bytes | Path, stated: tuple[int, int] | None, framing: Framing) -> Framed | str:
+class Reason(str):
+    """Why a picture cannot be framed, in words that are the same for all of its kind.
+
+    Attributes:
+        detail: what was got of this one, and what was expected.
+    """
+
+    detail: str
+
+    def __new__(cls, reason: str, detail: str = "") -> Reason:
+        made = super().__new__(cls, reason)
+        made.detail = detail
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reason, (str(self), self.detail)
+
+
+def frame_picture(source: bytes | Path, stated: tuple[int, int] | None, framing: Framing) -> Framed | Reason:
     """Decode a picture and frame it; or why that cannot be.
 
     Args:
@@ -59,21 +78,26 @@ def frame_picture(source: bytes | Path, stated: tuple[int, int] | None, framing:
     try:
         size = picture_size(source)
         if stated is not None and size != stated:
-            return "its size is not what its annotation states"
+            told = f"it is {size[1]} x {size[0]} (width x height), its annotation states {stated[1]} x {stated[0]}"
+            return Reason("its size is not what its annotation states", told)
         if min(size) < framing.min_side:
-            return "too small"
+            return Reason(
+                "too small", f"it is {size[1]} x {size[0]}; expected at least {framing.min_side} pixels a side"
+            )
         frames = framing.frames(*size)
         if max(height * width for height, width in (frame.resized for frame in frames)) > MAX_PIXELS:
-            return "too long and narrow"  # it is resized before it is cut: a line of pixels would fill the memory
+            # It is resized before it is cut: a line of pixels would fill the memory.
+            told = f"it is {size[1]} x {size[0]}; expected at most {MAX_PIXELS} pixels once it is resized"
+            return Reason("too long and narrow", told)
         least = tuple(max(frame.resized[axis] for frame in frames) for axis in range(2))
         image = decode(source, at_least=least if framing.fast_jpeg else None)  # type: ignore[arg-type]
         pixels = [framed(image, frame) for frame in frames]
     except PictureError as error:
-        return error.reason
+        return Reason(error.reason, str(error).removeprefix(error.reason).removeprefix(": "))
     except FileNotFoundError:
-        return "file is missing"
+        return Reason("file is missing", f"there is no such file {source if isinstance(source, Path) else ''}")
     except OSError as error:
-        return f"file cannot be read ({error.strerror or type(error).__name__})"
+        return Reason(f"file cannot be read ({error.strerror or type(error).__name__})", str(error.filename or ""))
     return Framed(frames, pixels, time.perf_counter() - begin)
 
 

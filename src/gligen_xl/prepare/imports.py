@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ..data.box_statistics import BoxStatistics, of_shards
 from ..data.published import SCALING_FACTOR, VAE, PublishedRow, read_boxes, read_latents
 from ..data.shard_writer import ShardWriter
 from ..data.shards import DOWNSAMPLING, Row, Shard, read_header
 from ..files import write_json
+from ..limits import MAX_PHRASE
 from .frame import square_frame
 
 REPORT_NAME = "import.json"
@@ -32,10 +34,16 @@ class ImportReport:
 
     pictures: int = 0  # written
     boxes: int = 0
+    without_boxes: int = 0  # pictures
     skipped: Counter[str] = field(default_factory=Counter)  # pictures, by reason
     dropped_boxes: Counter[str] = field(default_factory=Counter)
     without_size: int = 0  # pictures whose size is not known, and taken to be that of the latents
     archives: dict[str, str] = field(default_factory=dict)  # written, already there, or why not
+
+    @property
+    def statistics(self) -> BoxStatistics:
+        """Of the pictures that were written."""
+        return BoxStatistics(images=self.pictures, boxes=self.boxes, without=self.without_boxes)
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "skipped": dict(self.skipped), "dropped_boxes": dict(self.dropped_boxes)}
@@ -45,6 +53,7 @@ class ImportReport:
         already = sum(what == "already there" for what in self.archives.values())
         lines = [f"{self.pictures} pictures with {self.boxes} boxes from {len(self.archives) - len(failed)} archives"]
         lines[0] += f", {already} of which stood there already" if already else ""
+        lines.append(f"boxes: {self.statistics}")
         for title, counts in (("pictures skipped", self.skipped), ("boxes dropped", self.dropped_boxes)):
             lines += [f"{title}, {reason}: {number}" for reason, number in counts.most_common()]
         if self.without_size:
@@ -177,9 +186,11 @@ class _Archive:
         return digest.hexdigest()[:16]
 
     def _count(self, report: ImportReport) -> None:
-        shard = Shard(self.stem)
+        shard = Shard(self.stem, with_table=False)
         report.pictures += len(shard)
-        report.boxes += sum(len(row["phrases"]) for row in shard.rows("phrases"))
+        statistics = of_shards([shard])
+        report.boxes += statistics.boxes
+        report.without_boxes += statistics.without
         report.without_size += int(shard.metadata.get("without_size", 0))
 
 
@@ -230,14 +241,16 @@ def _row(row: PublishedRow, size: tuple[int, int], resolution: int, dropped: Cou
     finite = np.isfinite(row.boxes).all(axis=-1) & np.isfinite(row.scores)
     solid = ((clipped[:, 2:] - clipped[:, :2]) > 0).all(axis=-1)
     named = np.array([bool(phrase.strip()) for phrase in row.phrases], bool)
+    short = np.array([len(phrase) <= MAX_PHRASE for phrase in row.phrases], bool)
     for reason, bad in (
         ("not finite", ~finite),
         ("nothing within the picture", finite & ~solid),
         ("no phrase", finite & solid & ~named),
+        (f"phrase of more than {MAX_PHRASE} characters", finite & solid & named & ~short),
     ):
         if count := int(bad.sum()):
             dropped[reason] += count
-    chosen = np.flatnonzero(finite & solid & named)
+    chosen = np.flatnonzero(finite & solid & named & short)
     return Row(
         image_id=f"sa_{row.index}",
         caption=row.caption,

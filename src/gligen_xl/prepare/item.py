@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..layout import Box
+
+BAD_TEXT = "a text of its holds control characters or halves of surrogate pairs"  # why a picture is left out
+
+# All of C0 and C1 but tab, line feed, vertical tab, form feed and carriage return; and what UTF-8 cannot hold.
+_BAD = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +25,7 @@ class Annotation:
         boxes: xyxy, 0-1, of the whole picture as it is seen (upright, after EXIF orientation). They may overstep it.
         phrases, scores: one a box.
         size: (height, width) in pixels that the source states, upright; None where it states none.
-        dropped: boxes that the source left out, by reason.
+        dropped: boxes that the source left out, by reason. dropped_examples: one of each reason, as it stands there.
     """
 
     caption: str = ""
@@ -28,6 +34,7 @@ class Annotation:
     scores: tuple[float, ...] = ()
     size: tuple[int, int] | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped_examples: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +45,42 @@ class Item(Annotation):
         image_id: unique within the source.
         picture: its encoded bytes, or the file that holds them.
         done: how much of the unit's `weight` is behind once this picture is.
+        where: it is described: a file and its row, as a person would look it up. Empty: the picture's own file.
+        unread: files beside it, in an archive, that are of no use here: by ending.
     """
 
     image_id: str
     picture: bytes | Path
     done: int = 0
+    where: str = ""
+    unread: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """What a person looks up."""
+        return self.where or (str(self.picture) if isinstance(self.picture, Path) else self.image_id)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A picture that cannot be used, and why, in words that are the same for all of its kind."""
+    """A picture that cannot be used, and why.
+
+    Args:
+        reason: in words that are the same for all of its kind.
+        detail: what was got of this one, and what was expected.
+        where, unread: as those of an `Item`.
+    """
 
     image_id: str
     reason: str
+    detail: str = ""
     done: int = 0
+    where: str = ""
+    unread: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        return self.where or self.image_id
 
 
 class Unit(Protocol):
@@ -68,7 +97,7 @@ class Unit(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What it is made of (JSON): a unit with another identity has to be done again."""
+        """What it is made of (JSON), its files too, see `file_facts`: a unit with another identity is done again."""
         ...
 
     def items(self) -> Iterator[Item | Skipped]:
@@ -78,3 +107,10 @@ class Unit(Protocol):
             ValueError, OSError: the unit as a whole cannot be read on, as an archive that is cut short.
         """
         ...
+
+
+def text_fault(text: str) -> str:
+    """Why a caption or a phrase is not stored; empty for all but control characters and halves of surrogate pairs."""
+    if (found := _BAD.search(text)) is None:
+        return ""
+    return f"{text!r:.80} has U+{ord(found[0]):04X} at character {found.start()}; expected text"

@@ -11,9 +11,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ..data.shards import Row, Shard, shard_stems
+from ..files import read_json
 from ..layout import Layout
+from ..public import public_name
 from ..show import draw_boxes, enlarged, grid
+from ..text import printable
 from .encode import load_vae
+from .unit import WORK_FOLDER
 
 
 def show_samples(
@@ -36,7 +40,7 @@ def show_samples(
     if index is not None and not 0 <= index < total:
         raise ValueError(f"there is no sample {index}; {folder} holds {total}, from 0")
     numbers = [index] if index is not None else sorted({int(k) for k in np.linspace(0, total - 1, min(count, total))})
-    name = vae or shards[0].metadata.get("vae", "")
+    name = vae or _prepared_with(shards[0]) or shards[0].metadata.get("vae", "")
     if not name:
         raise ValueError("these shards do not name their VAE; say which by vae (--vae)")
     decoder = load_vae(name)
@@ -52,6 +56,18 @@ def show_samples(
     columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = [pictures[first : first + columns] for first in range(0, len(pictures), columns)]
     return grid(rows), lines
+
+
+def _prepared_with(shard: Shard) -> str:
+    """The VAE of the preparation whose notes lie beside the shards, if it is the one that the shard names: the shard
+    itself has only the last name of a folder."""
+    for folder in (shard.stem.parent, shard.stem.parent.parent):  # each resolution may have a folder of its own
+        if (file := folder / WORK_FOLDER / "settings.json").is_file():
+            settings = read_json(file)
+            name = settings.get("vae") if isinstance(settings, dict) else None
+            if isinstance(name, str) and public_name(name, hub=True) == shard.metadata.get("vae"):
+                return name
+    return ""
 
 
 def _find(shards: list[Shard], number: int) -> tuple[Shard, int]:
@@ -76,4 +92,4 @@ def _decode(vae: AutoencoderKL, shard: Shard, place: int) -> Image.Image:
 
 def _line(number: int, shard: Shard, row: Row, layout: Layout) -> str:
     size = f"{row.original_width} x {row.original_height}"
-    return f"{number}: {row.image_id} ({shard.stem.name}, {size}, {len(layout.boxes)} boxes) {row.caption}"
+    return printable(f"{number}: {row.image_id} ({shard.stem.name}, {size}, {len(layout.boxes)} boxes) {row.caption}")

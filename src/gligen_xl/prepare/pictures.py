@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageFile, TiffImagePlugin, WebPImagePlugin
+from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from ..orientation import TRANSPOSED, UPRIGHT, orientation_of, stated_orientation
+from . import early_end, jpeg
 from .frame import Frame
+from .png import SIGNATURE, essential_png
 
 # Pillow reads many more, some through other programs (EPS runs Ghostscript). GIF and PPM are always there.
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM"]
@@ -40,15 +43,6 @@ EMPTY, NO_PICTURE, TOO_LARGE, DAMAGED = "empty file", "not a picture", "too larg
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|II\*\x00|MM\x00\*|GIF8[79]a|P[1-6]\s|....ftypavi[fs]", re.DOTALL
 )
-_TURNED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class PictureError(ValueError):
@@ -72,9 +66,9 @@ def picture_size(source: bytes | Path) -> tuple[int, int]:
         OSError: the file cannot be read.
     """
     with _contents(source) as file, _strict():
-        image = _open(file)
+        image, orientation = _open(file, pixels=False)
         width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return (width, height) if orientation >= 5 else (height, width)
 
 
 def decode(source: bytes | Path, *, at_least: tuple[int, int] | None = None) -> Image.Image:
@@ -89,16 +83,13 @@ def decode(source: bytes | Path, *, at_least: tuple[int, int] | None = None) -> 
         OSError: the file cannot be read.
     """
     with _contents(source) as file, _strict():
-        image = _open(file)
-        orientation = _orientation(image)
+        image, orientation = _open(file)
         height, width = at_least or image.size[::-1]
         smallest = (height, width) if at_least and orientation >= 5 else (width, height)
-        image.draft(None, smallest)  # leaves all but JPEG as it is
-        image.load()
-        if image.format in ("JPEG", "MPO") and _ends_early(image, file, smallest):
+        if _load(image, file, smallest):
             raise PictureError(DAMAGED, f"it ends before its {image.height} rows are filled")
         upright = _rgb(image)
-    return upright.transpose(_TURNED[orientation]) if orientation in _TURNED else upright
+    return upright.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else upright
 
 
 def framed(image: Image.Image, frame: Frame) -> np.ndarray:
@@ -146,61 +137,87 @@ def _strict() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _open(file: IO[bytes]) -> Image.Image:
+def _open(file: IO[bytes], *, pixels: bool = True) -> tuple[ImageFile.ImageFile, int]:
+    """The picture, not decoded yet, and its EXIF orientation; 1 where Pillow turns it itself.
+
+    Args:
+        pixels: False where it will not be decoded.
+    """
+    file.seek(0)
+    begin = file.read(16)
+    file.seek(0)
+    image: ImageFile.ImageFile
+    orientation = None
     try:
-        image = Image.open(file, formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
-        file.seek(0)
-        if _SIGNATURE.match(file.read(16)):
+        if begin[:3] == b"\xff\xd8\xff":  # not by `Image.open`, which would look for further pictures in it
+            image, orientation = _open_jpeg(file)
+        elif begin.startswith(SIGNATURE):
+            essential, exif, xmp = essential_png(file, pixels=pixels)
+            image, orientation = Image.open(essential, formats=["PNG"]), stated_orientation(exif, xmp)
+        elif begin[4:12] in (b"ftypavif", b"ftypavis"):
+            image = _open_avif(file)
+        else:
+            image = Image.open(file, formats=FORMATS)
+    except (Image.UnidentifiedImageError, SyntaxError) as error:
+        if _SIGNATURE.match(begin):
             raise PictureError(DAMAGED, "its header cannot be read") from error
         raise PictureError(NO_PICTURE, f"none of {', '.join(FORMATS)}") from error
     if min(image.size) < 1:
         raise PictureError(DAMAGED, f"it is {image.width} x {image.height}")
     if image.width * image.height > MAX_PIXELS:
         raise PictureError(TOO_LARGE, f"{image.width} x {image.height}; at most {MAX_PIXELS} pixels are decoded")
-    return image
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        image.load_end = lambda: ImageOps.exif_transpose(image, in_place=True)  # nor the directories of its EXIF
+        return image, UPRIGHT
+    return image, orientation or orientation_of(image)
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 (upright) where it is not said, or where Pillow turns the picture itself."""
-    if image.format == "TIFF":
-        return 1
-    # A PNG's own `getexif` decodes all of it in search of EXIF data behind the pixels; this looks before them only.
-    exif = Image.Image.getexif(image)
-    value = exif.get(ExifTags.Base.Orientation, 1)
-    return value if value in _TURNED else 1
+def _open_jpeg(file: IO[bytes]) -> tuple[ImageFile.ImageFile, int | None]:
+    """A JPEG, and its orientation where Pillow cannot open it for what stands beside its pixels."""
+    try:
+        return JpegImagePlugin.JpegImageFile(file), None
+    except SyntaxError:
+        essential, exif = jpeg.essential_jpeg(_bytes(file))
+        return JpegImagePlugin.JpegImageFile(BytesIO(essential)), stated_orientation(exif)
 
 
-# JPEGs that end early -----------------------------------------------------------------------------------------------
+def _open_avif(file: IO[bytes]) -> ImageFile.ImageFile:
+    """An AVIF; Pillow reads its EXIF when it opens it, so one whose EXIF is unreadable is opened without."""
+    try:
+        return Image.open(file, formats=FORMATS)
+    except (Image.UnidentifiedImageError, ValueError, KeyError, OSError):
+        file.seek(0)
+        encoded = file.read()
+    meta, _, rest = encoded.partition(b"mdat")
+    return Image.open(BytesIO(meta.replace(b"Exif", b"none") + b"mdat" + rest), formats=FORMATS)  # an item's type
 
 
-def _ends_early(image: Image.Image, file: IO[bytes], smallest: tuple[int, int]) -> bool:
-    """Whether pixels are missing although the end-of-image marker is there.
+def _load(image: ImageFile.ImageFile, file: IO[bytes], smallest: tuple[int, int]) -> bool:
+    """Decode; whether the data end before the picture does."""
+    if image.format != "JPEG":
+        if early_end.load(image, lambda: _open(file)[0]):
+            return True
+        strips = jpeg.strips(image, _bytes(file)) if isinstance(image, TiffImagePlugin.TiffImageFile) else []
+        return any(_strip_ends_early(strip) for strip in strips)
+    image.draft(None, smallest)
+    image.load()
+    return jpeg.ends_early(image, _bytes(file), smallest)
 
-    libjpeg fills what is missing with middle grey and says nothing. So where the last pixel is that, the picture is
-    decoded again with noise put behind its first scan: one that is complete does not get to read it.
-    """
-    last = image.getpixel((image.width - 1, image.height - 1))
-    if any(value not in (127, 128) for value in (last if isinstance(last, tuple) else (last,))):  # CMYK is inverted
+
+def _strip_ends_early(encoded: bytes) -> bool:
+    try:
+        image = JpegImagePlugin.JpegImageFile(BytesIO(encoded))
+    except SyntaxError:  # grey and alpha: a JPEG within a TIFF may be of a kind that there is no file of
         return False
+    image.load()
+    return jpeg.ends_early(image, encoded)
+
+
+def _bytes(file: IO[bytes]) -> bytes:
+    if isinstance(file, BytesIO):
+        return file.getvalue()
     file.seek(0)
-    encoded = file.read()
-    end = _first_scan_end(encoded)
-    noise = b"".join(bytes(range(64)) + bytes((0xFF, 0xD0 + k)) for k in range(8))  # each with a restart marker
-    with Image.open(BytesIO(encoded[:end] + noise + encoded[end:]), formats=["JPEG"]) as noisy:
-        noisy.draft(None, smallest)
-        noisy.load()
-        return ImageChops.difference(image, noisy).getbbox() is not None
-
-
-def _first_scan_end(encoded: bytes) -> int:
-    """Where the entropy-coded data of the first scan ends: at the first marker that is no restart."""
-    place = 2
-    while encoded[place + 1] != 0xDA:  # start of scan
-        fill = encoded[place + 1] == 0xFF
-        place += 1 if fill else 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
-    marker = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]").search(encoded, place + 2)
-    return marker.start() if marker else len(encoded)
+    return file.read()
 
 
 # Colours ------------------------------------------------------------------------------------------------------------

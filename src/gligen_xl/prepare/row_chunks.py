@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..files import decode_text
+from .file_facts import files_identity
 from .item import Item, Skipped
-from .rows import RowError, check_first, clean, file_within, item_or_why_not, read_annotation, read_row, unique
+from .rows import (
+    NOT_UTF8,
+    RowError,
+    check_first,
+    clean,
+    file_within,
+    item_or_why_not,
+    read_annotation,
+    read_row,
+    unique,
+)
 
 METADATA = ("metadata.jsonl", "metadata.parquet")
 PATH_KEYS = {"imagefolder": "file_name", "layouts": "image"}
@@ -50,13 +63,21 @@ class RowChunk:
 
     def identity(self) -> dict[str, Any]:
         numbers = {"bytes": self.file.stat().st_size, "first": self.first, "count": self.count, "sha256": self.sha256}
-        return {"kind": self.kind, "file": self.file.name, "box_format": self.box_format, **numbers}
+        said = {"kind": self.kind, "file": self.file.name, "box_format": self.box_format, **numbers}
+        return said | {"images": files_identity(self.file.parent, self._paths())}
 
     def items(self) -> Iterator[Item | Skipped]:
         return unique(self._items())
 
     def rows(self) -> _Rows:
-        return (_parquet_rows if self.file.suffix == ".parquet" else _jsonl_rows)(self)
+        return _parquet_rows(self) if self.file.suffix == ".parquet" else _jsonl_rows(self)
+
+    def _paths(self) -> Iterator[str]:
+        """What the rows name; nothing of a row that is broken."""
+        key = PATH_KEYS[self.kind]
+        for _, row in _parquet_rows(self, [key]) if self.file.suffix == ".parquet" else _jsonl_rows(self):
+            path = "" if isinstance(row, RowError) else row.get(key)
+            yield path if isinstance(path, str) else ""
 
     def item(self, number: int, row: Mapping[str, Any] | RowError) -> Item:
         """The picture of a row.
@@ -69,7 +90,16 @@ class RowChunk:
         path = file_within(self.file.parent, row.get(PATH_KEYS[self.kind]))
         # The width and height of a layout are those of the picture to be generated.
         known = read_annotation(row, path, self.box_format, with_size=self.kind != "layouts")
-        return Item(image_id=self.image_id(number, row), picture=path, done=number - self.first, **vars(known))
+        return Item(
+            image_id=self.image_id(number, row),
+            picture=path,
+            done=number - self.first,
+            where=self.where(number),
+            **vars(known),
+        )
+
+    def where(self, number: int) -> str:
+        return f"{self.file}, row {number}"
 
     def image_id(self, number: int, row: Mapping[str, Any] | RowError) -> str:
         """What the row calls itself, or its path without the ending; for a broken row, where it stands."""
@@ -84,7 +114,8 @@ class RowChunk:
 
     def _items(self) -> Iterator[Item | Skipped]:
         for number, row in self.rows():
-            yield item_or_why_not(partial(self.item, number, row), self.image_id(number, row), done=number - self.first)
+            image_id, where = self.image_id(number, row), self.where(number)
+            yield item_or_why_not(partial(self.item, number, row), image_id, number - self.first, where)
 
 
 def row_chunks(file: Path, name: str, kind: str, box_format: str | None, unit_size: int) -> list[RowChunk]:
@@ -106,9 +137,7 @@ def row_chunks(file: Path, name: str, kind: str, box_format: str | None, unit_si
 def check_rows(chunks: list[RowChunk]) -> None:
     """Raises ValueError where the first rows have a fault that all have, see `check_first`."""
     check_first(
-        (f"{chunk.file}, row {number}", partial(chunk.item, number, row))
-        for chunk in chunks
-        for number, row in chunk.rows()
+        (chunk.where(number), partial(chunk.item, number, row)) for chunk in chunks for number, row in chunk.rows()
     )
 
 
@@ -122,6 +151,8 @@ def _jsonl_chunks(file: Path, name: str, shared: Mapping[str, Any], unit_size: i
         chunks.append(RowChunk(name=f"{name}-{len(chunks):05d}", **shared, **place))
 
     with file.open("rb") as lines:
+        _check_encoding(file, lines.read(4))
+        lines.seek(0)
         for line in lines:
             if count == unit_size:
                 close()
@@ -133,6 +164,15 @@ def _jsonl_chunks(file: Path, name: str, shared: Mapping[str, Any], unit_size: i
     if count:
         close()
     return chunks
+
+
+def _check_encoding(file: Path, first: bytes) -> None:
+    """Refuse UTF-16 and UTF-32 as a whole: there, a line has no end that can be found."""
+    if first[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in first:
+        try:
+            decode_text(first)
+        except ValueError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _jsonl_rows(chunk: RowChunk) -> _Rows:
@@ -166,18 +206,36 @@ def _parquet_chunks(file: Path, name: str, shared: Mapping[str, Any], unit_size:
     ]
 
 
-def _parquet_rows(chunk: RowChunk) -> _Rows:
-    """Row groups that end before the chunk are not read."""
+def _parquet_rows(chunk: RowChunk, columns: list[str] | None = None) -> _Rows:
+    """Row groups that end before the chunk are not read.
+
+    Args:
+        columns: that are read; by default all.
+    """
     table = pq.ParquetFile(chunk.file)
     end, behind = chunk.first + chunk.count, 0
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
         if behind + rows > chunk.first and behind < end:
             number = behind
-            for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
+            for batch in table.iter_batches(batch_size=128, row_groups=[group], columns=columns):
                 low, high = max(chunk.first - number, 0), min(end - number, len(batch))
                 if low < high:
-                    part = batch.slice(low, high - low).to_pylist()
-                    yield from enumerate(part, start=number + low + 1)
+                    yield from enumerate(_python_rows(batch.slice(low, high - low)), start=number + low + 1)
                 number += len(batch)
         behind += rows
+
+
+def _python_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | RowError]:
+    """Rows as Python's values. A column of strings may hold bytes that are no UTF-8: then row by row."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [_python_row(batch.slice(k, 1)) for k in range(len(batch))]
+
+
+def _python_row(batch: pa.RecordBatch) -> dict[str, Any] | RowError:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RowError(NOT_UTF8, f"a text of its holds {error.object[:40]!r}; expected UTF-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -13,8 +14,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from ..files import decode_text
 from ..layout import Box, xyxy_from_cxcywh, xyxy_from_xywh
-from .item import Annotation, Item, Skipped
+from .item import BAD_TEXT, Annotation, Item, Skipped, Unit, text_fault
 from .pictures import PictureError, picture_size
 
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh", "xyxy_pixels", "xywh_pixels", "cxcywh_pixels")
@@ -22,15 +24,19 @@ CAPTION_KEYS = ("text", "caption", "prompt")
 
 # Reasons why a row, and its picture with it, is left out.
 NOT_JSON, NO_PATH, OUTSIDE = "its row is not JSON", "its row names no file", "its path leaves the folder"
+NOT_UTF8, CAPTION_NOT_UTF8 = "its row is not UTF-8", "its caption is not UTF-8"
+WRONG_BOXES, WRONG_PHRASES, WRONG_SCORES = "its boxes are wrong", "its phrases are wrong", "its scores are wrong"
+WRONG_CAPTION, WRONG_SIZE, UNEQUAL = "its caption is wrong", "its size is wrong", "boxes and phrases differ in number"
 WRONG, NUMBERS, NO_FORMAT = "its boxes or phrases are wrong", "phrases are numbers", "its box_format is not known"
 PIXELS, SHARES = "boxes look like pixels", "boxes look like shares of the picture"
 MISSING, UNREADABLE, TWICE = "file is missing", "file cannot be read", "image_id stands there twice"
 
 OF_ALL = (NUMBERS, NO_FORMAT, PIXELS, SHARES)  # what is so in one row is so in all
-FIRST_ROWS = 100  # in which these are looked for
+FIRST_ROWS = 100  # in which these are looked for; where so many fail alike, whatever it is, nothing is begun
 
 NO_PHRASE = "no phrase"  # why a box is dropped
 
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 _EXAMPLE = '{"file_name": "a.jpg", "boxes": [[0.1, 0.2, 0.5, 0.9]], "phrases": ["a cat"], "box_format": "xyxy"}'
 
 
@@ -44,19 +50,23 @@ class RowError(ValueError):
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 def read_row(line: bytes | str) -> dict[str, Any]:
     """A row of JSON.
 
     Raises:
-        RowError: it is no JSON object.
+        RowError: it is no JSON object, or no UTF-8.
     """
     try:
-        row = json.loads(line)
+        text = line if isinstance(line, str) else decode_text(line)
+    except ValueError as error:
+        raise RowError(NOT_UTF8, f"{line[:40]!r}: {error}") from error
+    try:
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowError(NOT_JSON, str(error)) from error
+        raise RowError(NOT_JSON, f"{text.strip()[:80]!r}: {error}; expected an object {_EXAMPLE}") from error
     if not isinstance(row, dict):
         raise RowError(NOT_JSON, f"{line[:80]!r}; expected an object {_EXAMPLE}")
     return row
@@ -74,13 +84,14 @@ def read_annotation(
         with_size: `width` and `height` of the row are the picture's, in pixels.
 
     Raises:
-        RowError: boxes, phrases or scores that do not fit, or boxes of an unknown convention.
+        RowError: boxes, phrases or scores that do not fit, boxes of an unknown convention, or texts that hold
+            control characters.
         PictureError, OSError: the picture was asked for its size.
     """
     size = _size(row) if with_size else None
     caption = next((row[key] for key in CAPTION_KEYS if row.get(key) is not None), "")
     if not isinstance(caption, str):
-        raise RowError(WRONG, f"the caption is {caption!r:.80}; expected a string")
+        raise RowError(WRONG_CAPTION, f"it is {caption!r:.80}; expected a string")
     if row.get("objects") is not None:
         values, phrases, scores = _objects(row["objects"])
         box_format = box_format or "xywh_pixels"
@@ -94,14 +105,19 @@ def read_annotation(
         if convention.endswith("_pixels"):
             size = size or picture_size(picture)
         boxes = convert_boxes(values, convention, size)
+    for text in (caption, *phrases):
+        if fault := text_fault(text):
+            raise RowError(BAD_TEXT, fault)
     kept = [k for k, phrase in enumerate(phrases) if phrase.strip()]
+    blank = next((k for k, phrase in enumerate(phrases) if not phrase.strip()), None)
     return Annotation(
-        caption=clean(caption),
+        caption=caption.strip(),
         boxes=tuple(boxes[k] for k in kept),
-        phrases=tuple(clean(phrases[k]) for k in kept),
+        phrases=tuple(phrases[k].strip() for k in kept),
         scores=tuple(1.0 if scores is None else float(scores[k]) for k in kept),
         size=size,
-        dropped={NO_PHRASE: len(phrases) - len(kept)} if len(kept) < len(phrases) else {},
+        dropped={NO_PHRASE: len(phrases) - len(kept)} if blank is not None else {},
+        dropped_examples={NO_PHRASE: f"phrases[{blank}] is {phrases[blank]!r:.40}"} if blank is not None else {},
     )
 
 
@@ -144,9 +160,10 @@ def stated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     return (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < 2**31 for side in sides) else None
 
 
-def clean(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON may hold and UTF-8, and so the table of a shard, cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8").strip()
+def clean(name: str) -> str:
+    """An id or a name that the table of a shard can hold, whatever bytes it is of on a disk: question marks stand for
+    halves of surrogate pairs, and for control characters."""
+    return _CONTROL.sub("?", name.encode("utf-8", "replace").decode("utf-8")).strip()
 
 
 def file_within(folder: Path, path: Any) -> Path:
@@ -167,19 +184,26 @@ def file_within(folder: Path, path: Any) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         regular = False
     if not regular:
-        raise RowError(MISSING, f"there is no file {file}")
+        what = "it is no file" if file.exists() else "there is no such file"
+        raise RowError(MISSING, f"{file}: {what}; expected the path of a picture relative to {folder}")
     return file
 
 
-def item_or_why_not(read: Callable[[], Item], image_id: str, done: int) -> Item | Skipped:
-    """What `read` gives, or why this one picture is left out."""
+def item_or_why_not(read: Callable[[], Item], image_id: str, done: int, where: str = "") -> Item | Skipped:
+    """What `read` gives, or why this one picture is left out.
+
+    Args:
+        where: the picture is described.
+    """
     try:
         return read()
-    except (RowError, PictureError) as error:
-        reason = error.reason
+    except RowError as error:
+        reason, detail = error.reason, error.detail
+    except PictureError as error:
+        reason, detail = error.reason, str(error).removeprefix(error.reason).removeprefix(": ")
     except OSError as error:
-        reason = f"{UNREADABLE} ({error.strerror or type(error).__name__})"
-    return Skipped(image_id=image_id, reason=reason, done=done)
+        reason, detail = f"{UNREADABLE} ({error.strerror or type(error).__name__})", str(error.filename or "")
+    return Skipped(image_id=image_id, reason=reason, detail=detail, done=done, where=where)
 
 
 def check_first(rows: Iterable[tuple[str, Callable[[], Item]]]) -> None:
@@ -202,15 +226,48 @@ def check_first(rows: Iterable[tuple[str, Callable[[], Item]]]) -> None:
             pass
 
 
+def check_not_all_alike(results: Iterable[Item | Skipped]) -> None:
+    """Look at the first hundred pictures of a source, up to the first that can be used.
+
+    Raises:
+        ValueError: all of them are left out for the same reason; it shows the first.
+    """
+    first: Skipped | None = None
+    for number, result in enumerate(islice(results, FIRST_ROWS), start=1):
+        if not isinstance(result, Skipped) or (first is not None and result.reason != first.reason):
+            return
+        first = first or result
+        if number == FIRST_ROWS:
+            detail = f": {first.detail}" if first.detail else ""
+            raise ValueError(f"{first.place}: {first.reason}{detail}. So it is with all of the first {FIRST_ROWS}")
+
+
+def items_of(units: Iterable[Unit]) -> Iterator[Item | Skipped]:
+    """The pictures of units one after another, up to one that cannot be read on."""
+    try:
+        for unit in units:
+            yield from unit.items()
+    except (ValueError, OSError):
+        return
+
+
 def unique(items: Iterable[Item | Skipped]) -> Iterator[Item | Skipped]:
     """The items; of those with the same image_id the first."""
-    seen: set[str] = set()
+    seen: dict[str, str] = {}  # where each is described
     for item in items:
         if isinstance(item, Item) and item.image_id in seen:
-            yield Skipped(image_id=item.image_id, reason=TWICE, done=item.done)
+            detail = f"the first is that of {seen[item.image_id]}; expected an image_id of its own"
+            yield Skipped(
+                image_id=item.image_id,
+                reason=TWICE,
+                detail=detail,
+                done=item.done,
+                where=item.place,
+                unread=item.unread,
+            )
             continue
         if isinstance(item, Item):
-            seen.add(item.image_id)
+            seen[item.image_id] = item.place
         yield item
 
 
@@ -225,7 +282,7 @@ def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
     height, width = row.get("height"), row.get("width")
     size = stated_size(row)
     if size is None and height is not None and width is not None:
-        raise RowError(WRONG, f"height is {height!r:.40}, width {width!r:.40}; expected pixels")
+        raise RowError(WRONG_SIZE, f"height is {height!r:.40}, width {width!r:.40}; expected pixels")
     return size
 
 
@@ -246,17 +303,20 @@ def _convention(given: Any) -> str:
 
 def _check(boxes: Any, phrases: Any, scores: Any) -> None:
     if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
-        raise RowError(WRONG, f"boxes is {boxes!r:.80}; expected a list of lists of four numbers")
-    for box in boxes:
+        entries = enumerate(boxes) if isinstance(boxes, list) else ()
+        bad = next(((f"boxes[{k}]", box) for k, box in entries if not isinstance(box, list) or len(box) != 4), None)
+        name, value = bad or ("boxes", boxes)
+        raise RowError(WRONG_BOXES, f"{name} is {value!r:.80}; expected boxes as [[x, y, x, y], ...]")
+    for k, box in enumerate(boxes):
         if not all(map(is_number, box)):
-            raise RowError(WRONG, f"a box is {box!r:.80}; expected four finite numbers")
+            raise RowError(WRONG_BOXES, f"boxes[{k}] is {box!r:.80}; expected four finite numbers")
     if isinstance(phrases, list) and phrases and all(map(is_number, phrases)):
         raise RowError(NUMBERS, f"they are {phrases!r:.80}; expected the names of the classes")
     if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
-        raise RowError(WRONG, f"phrases is {phrases!r:.80}; expected a list of strings")
+        raise RowError(WRONG_PHRASES, f"phrases is {phrases!r:.80}; expected a list of strings")
     if len(phrases) != len(boxes):
-        raise RowError(WRONG, f"{len(boxes)} boxes but {len(phrases)} phrases; expected one a box")
+        raise RowError(UNEQUAL, f"{len(boxes)} boxes but {len(phrases)} phrases; expected one a box")
     if scores is not None and not (isinstance(scores, list) and all(map(is_number, scores))):
-        raise RowError(WRONG, f"scores is {scores!r:.80}; expected a list of finite numbers")
+        raise RowError(WRONG_SCORES, f"scores is {scores!r:.80}; expected a list of finite numbers")
     if scores is not None and len(scores) != len(boxes):
-        raise RowError(WRONG, f"{len(boxes)} boxes but {len(scores)} scores; expected one a box")
+        raise RowError(WRONG_SCORES, f"{len(boxes)} boxes but {len(scores)} scores; expected one a box")

@@ -9,6 +9,7 @@ tried once more at the end. Several processes may share one folder: each unit is
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -18,13 +19,24 @@ from typing import Literal
 from ..files import whole_file, write_json
 from .caption_files import survey
 from .done import Done
+from .file_facts import weights_of
+from .first_pictures import check_first_pictures
 from .item import Unit
 from .report import ALREADY, ELSEWHERE, HELD, WAITING, WRITTEN, PrepareReport
 from .settings import Settings
 from .unit import Progress, UnitMaker
 
+_LOGGER = logging.getLogger(__name__)
 REPORT_NAME = "prepare"  # .json and .txt, beside the shards
 
+_CHANGES = {  # parts of an identity, in words
+    "images": "its pictures' files",
+    "mtime_ns": "the archive",
+    "bytes": "the source's size",
+    "sha256": "rows, paths or captions",
+    "joined_captions": "the joined captions",
+    "detector_weights": "the detector's weights",
+}
 ENDS = (WRITTEN, ALREADY, HELD)  # what becomes of a unit that does not fail
 
 Execute = Callable[[Sequence[Unit]], Iterator[tuple[Unit, str]]]
@@ -86,18 +98,22 @@ def prepare(
         OSError: the disk is full. What is done stays.
     """
     captions = survey(Path(settings.captions).expanduser())[1] if settings.captions is not None else ""
-    done = Done(Path(out), settings, source, captions)
+    done = Done(Path(out), settings, source, captions, weights_of(settings))
     done.check(units)
     mine = list(units[part[0] - 1 :: part[1]])
     report = PrepareReport({unit.name: ELSEWHERE for unit in units}, folders=[str(path) for path in done.folders])
     report.removed, report.stay = done.remove_orphans(units)
-    waiting = [unit for unit in mine if not done.is_done(unit)]
+    older = [unit.name for unit in mine if done.is_older(unit)]
+    waiting = [unit for unit in mine if _waits(unit, done, report)]
+    report.older = [name for name in older if name not in {unit.name for unit in waiting}]
+    if len(waiting) == len(units):  # nothing stands there yet
+        check_first_pictures(units, settings, done.out)
     report.units |= {unit.name: ALREADY for unit in mine} | {unit.name: WAITING for unit in waiting}
     progress(sum(unit.weight for unit in mine) - sum(unit.weight for unit in waiting), 0)
     with _executor(done, machine, progress) if waiting else nullcontext(_nothing) as execute:
         try:
-            failed = _pass(execute, waiting, report)
-            _pass(execute, failed, report)
+            failed = _pass(execute, waiting, report, done)
+            _pass(execute, failed, report, done)
         except BaseException:
             with suppress(OSError):  # of a disk that is full: the first error says more
                 _finish(units, done, report)
@@ -106,13 +122,27 @@ def prepare(
     return report
 
 
-def _pass(execute: Execute, units: list[Unit], report: PrepareReport) -> list[Unit]:
-    """Do the units; those that failed come back."""
-    failed = []
+def _waits(unit: Unit, done: Done, report: PrepareReport) -> bool:
+    """Whether a unit is still to be done; what has changed of one that was done goes into the report."""
+    if not done.is_marked(unit):
+        return True
+    changes = done.changes(unit)
+    if changes:
+        report.again[unit.name] = ", ".join(dict.fromkeys(_CHANGES.get(name, name) for name in changes))
+    return bool(changes)
+
+
+def _pass(execute: Execute, units: list[Unit], report: PrepareReport, done: Done) -> list[Unit]:
+    """Do the units; those that failed come back. Of the first one without boxes a warning tells at once."""
+    failed, warned = [], False
     for unit, what in execute(units):
         report.units[unit.name] = what
         if what not in ENDS:
             failed.append(unit)
+        if what == WRITTEN and not warned:
+            made = done.report(unit)
+            if warned := made.written > 0 and made.statistics.unusable:
+                _LOGGER.warning("%s: none of its %s rows has a box", unit.name, f"{made.written:,}")
     return failed
 
 
@@ -123,8 +153,11 @@ def _nothing(units: Sequence[Unit]) -> Iterator[tuple[Unit, str]]:
 def _finish(units: Sequence[Unit], done: Done, report: PrepareReport) -> None:
     """The report of all that is done, also where other processes did it."""
     for unit in units:
-        if report.units[unit.name] in (WRITTEN, ALREADY) or done.is_done(unit):
+        state = report.units[unit.name]
+        elsewhere = state in (ELSEWHERE, HELD) and done.is_marked(unit)  # whose part looks at what it is made of
+        if state in (WRITTEN, ALREADY) or elsewhere or (state == WAITING and done.is_done(unit)):
             report.total.add(done.report(unit))
+            report.counted += 1
             if (source := done.source_of(unit)) not in ("", done.source):
                 report.moved[unit.name] = source
             if report.units[unit.name] == WAITING:  # an interrupt came just then

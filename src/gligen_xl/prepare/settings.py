@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..data.published import VAE
+from ..limits import MAX_BATCH, MAX_SIDE
 from .framing import Framing
 
 THRESHOLD = 0.2  # IGLIGEN's, of boxes and of words
@@ -56,6 +57,11 @@ class Settings:
         resolutions = self.framing.resolutions
         if not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions):
             raise ValueError(f"resolutions are {list(resolutions)}; expected different numbers of pixels, as 512 1024")
+        if max(resolutions) > MAX_SIDE or self.at_once > MAX_BATCH:
+            raise ValueError(
+                f"resolutions are {list(resolutions)}, at_once is {self.at_once}; expected at most {MAX_SIDE} pixels "
+                f"and {MAX_BATCH} pictures"
+            )
         for name in ("min_share", "box_threshold", "text_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -14,8 +14,9 @@ from .archives import Archive, archive_name, find_archives, is_archive
 from .coco import coco_chunks
 from .folders import find_pictures, picture_chunks
 from .item import Unit
+from .links import leaves
 from .row_chunks import METADATA, check_rows, row_chunks
-from .rows import BOX_FORMATS
+from .rows import BOX_FORMATS, check_not_all_alike, items_of
 
 KINDS = ("sa1b", "webdataset", "imagefolder", "layouts", "coco")
 UNIT_SIZE = 10_000  # pictures
@@ -70,6 +71,7 @@ def open_source(
         check_rows(units)
     else:
         units = _imagefolder(path, box_format, unit_size)
+    check_not_all_alike(items_of(units))
     return list(units)
 
 
@@ -131,6 +133,10 @@ def _imagefolder(path: Path, box_format: str | None, unit_size: int) -> Sequence
     if len(files) > 1:
         raise ValueError(f"{path} has both {' and '.join(METADATA)}; keep one of them, or name it as the source")
     if files:
+        if path.is_dir() and leaves(path, files[0]):
+            raise ValueError(
+                f"{files[0]} is a link to a file outside of {path}; copy that file there, or give {files[0]} itself"
+            )
         chunks = row_chunks(files[0], files[0].absolute().parent.name, "imagefolder", box_format, unit_size)
         check_rows(chunks)
         return chunks

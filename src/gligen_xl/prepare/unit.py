@@ -20,17 +20,22 @@ from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
 from ..data.shards import Row, read_header
+from ..limits import MAX_BATCH, MAX_WORKERS
+from ..public import public_name
 from .ahead import Decoders
+from .archives import Archive
 from .captions import CaptionTable
 from .detect import Detector
 from .encode import Encoder, load_vae
 from .frame import BUCKET_GRID
-from .framing import Framed, Framing
-from .item import Item, Skipped, Unit
+from .framing import Framed, Framing, Reason
+from .item import BAD_TEXT, Item, Skipped, Unit, text_fault
 from .report import UnitReport
 from .settings import Settings
+from .tars import count_unread
 from .views import views
 
+NO_CAPTION, TOO_FEW, NOT_FINITE = "no caption", "too few boxes", "its latents are not finite"
 WORK_FOLDER = ".prepared"  # beside the shards: what is done, and what is made on the way
 
 _Entry = tuple[int, np.ndarray, Row]  # place in the batch, picture (h, w, 3) uint8, row
@@ -50,8 +55,10 @@ class UnitMaker:
     def __init__(
         self, out: str | Path, settings: Settings, *, workers: int = 0, device: str = "cpu", batch_size: int = 8
     ):
-        if workers < 0 or batch_size < 1:
-            raise ValueError(f"workers is {workers}, batch_size {batch_size}; expected at least 0 and 1")
+        if not 0 <= workers <= MAX_WORKERS or not 1 <= batch_size <= MAX_BATCH:
+            raise ValueError(
+                f"workers is {workers}, batch_size {batch_size}; expected 0 to {MAX_WORKERS}, and 1 to {MAX_BATCH}"
+            )
         self.out, self.settings, self.batch_size = Path(out), settings, batch_size
         dtype = getattr(torch, settings.dtype)
         seed = settings.seed if settings.latents == "sample" else None
@@ -71,7 +78,7 @@ class UnitMaker:
             )
         self.captions = None
         if settings.captions is not None:
-            self.captions = _open_captions(settings.captions, self.out / WORK_FOLDER)
+            self.captions = open_captions(settings.captions, self.out / WORK_FOLDER)
         self.decoders = Decoders(workers, settings.framing, batch_size)
 
     def make(self, unit: Unit, progress: Progress = lambda weight, pictures: None) -> tuple[UnitReport, list[str]]:
@@ -129,14 +136,18 @@ class UnitMaker:
             report.seen += 1
             progress(item.done - behind, 1)
             behind = item.done
+            count_unread(report.unread, item.unread)
             if isinstance(item, Skipped):
-                report.skip(item.image_id, item.reason)
-            elif isinstance(framed, str):
-                report.skip(item.image_id, framed)
+                report.skip(item.image_id, item.reason, _told(item.place, item.detail))
+            elif isinstance(framed, Reason):
+                report.skip(item.image_id, str(framed), _told(item.place, framed.detail))
             elif framed is not None:
                 report.spend("decode", framed.seconds)
-                report.dropped_boxes.update(item.dropped)
+                for reason, number in item.dropped.items():
+                    report.drop(reason, number, _told(item.place, item.dropped_examples.get(reason, "")))
                 yield item, framed
+        if isinstance(unit, Archive):
+            count_unread(report.unread, unit.reading.unread)
         progress(unit.weight - behind, 0)
 
     def _read(self, unit: Unit, report: UnitReport) -> Iterator[Item | Skipped]:
@@ -152,14 +163,8 @@ class UnitMaker:
             yield item
 
     def _captioned(self, item: Item | Skipped) -> Item | Skipped:
-        if isinstance(item, Skipped):
-            return item
-        if self.captions is not None:
-            item = replace(item, caption=self.captions.get(item.image_id) or "")
         needed = self.captions is not None or (self.detector is not None and self.detector.reads_captions)
-        if needed and not item.caption.strip():
-            return Skipped(image_id=item.image_id, reason="no caption", done=item.done)
-        return item
+        return captioned(item, self.captions, needed=needed)
 
     # Detect, encode, write ---------------------------------------------------------------------------------------
 
@@ -175,20 +180,26 @@ class UnitMaker:
                 frame = framed.frames[place]
                 found = list(views(item, frame, framed.pixels[place], self.settings, report))
                 if not found:
-                    lost.setdefault(number, "too few boxes")
+                    lost.setdefault(number, TOO_FEW)
                 for pixels, row in found:
                     groups.setdefault(frame.size, []).append((number, pixels, row))
             for size, group in groups.items():
                 finite = self._write(group, place, size, writers, report)
                 used.update(number for (number, _, _), good in zip(group, finite, strict=True) if good)
                 for k in np.flatnonzero(~finite):
-                    lost.setdefault(group[k][0], "its latents are not finite")
+                    lost.setdefault(group[k][0], NOT_FINITE)
         report.used += len(used)
         for number, reason in sorted(lost.items()):
             if number in used:
                 report.incomplete[reason] += 1
             else:
-                report.skip(batch[number][0].image_id, reason)
+                item = batch[number][0]
+                report.skip(item.image_id, reason, _told(item.place, self._lost(item, reason)))
+
+    def _lost(self, item: Item, reason: str) -> str:
+        if reason == NOT_FINITE:
+            return "the VAE gave infinities or NaN, in float32 too"
+        return f"it has {len(item.boxes)} boxes before those are dropped; expected {self.settings.min_boxes} that stay"
 
     def _write(
         self, group: list[_Entry], place: int, size: tuple[int, int], writers: _Writers, report: UnitReport
@@ -201,6 +212,7 @@ class UnitMaker:
             writers.add(place, size, latents[finite], rows)
         report.written += len(rows)
         report.boxes += sum(len(row.boxes) for row in rows)
+        report.rows_without_boxes += sum(not row.boxes for row in rows)
         report.bytes += latents[finite].nbytes
         return finite
 
@@ -230,7 +242,8 @@ class _Writers:
         path = f"{resolution}/{name}" if len(framing.resolutions) > 1 else name
         if path not in self.writers:
             self._check_place(self.out / path)
-            metadata = {"resolution": str(resolution), "vae": self.settings.vae, **self.encoder.metadata}
+            name = public_name(self.settings.vae, hub=True)  # shards are shared
+            metadata = {"resolution": str(resolution), "vae": name, **self.encoder.metadata}
             metadata["prepared"] = self.settings.fingerprint
             self.writers[path] = ShardWriter(self.out / path, latents.shape[1:], metadata)
         self.writers[path].add(latents, rows)
@@ -262,7 +275,34 @@ class _Writers:
             writer.discard()
 
 
-def _open_captions(source: str, folder: Path) -> CaptionTable:
+def captioned(item: Item | Skipped, captions: CaptionTable | None, *, needed: bool) -> Item | Skipped:
+    """The picture with the caption that is joined; or why it is left out.
+
+    Args:
+        needed: a picture without a caption is left out.
+    """
+    if isinstance(item, Skipped):
+        return item
+    if captions is not None:
+        item = replace(item, caption=captions.get(item.image_id) or "")
+    reason = detail = ""
+    if fault := next(filter(None, map(text_fault, (item.caption, *item.phrases))), ""):
+        reason, detail = BAD_TEXT, fault
+    elif needed and not item.caption.strip():
+        lack = "no id of the captions ends as" if captions is not None else "the detector looks for what one names:"
+        reason, detail = NO_CAPTION, f"{lack} {item.image_id!r:.80}"
+    if not reason:
+        return item
+    return Skipped(
+        image_id=item.image_id, reason=reason, detail=detail, done=item.done, where=item.place, unread=item.unread
+    )
+
+
+def _told(place: str, detail: str) -> str:
+    return f"{place}: {detail}" if detail else ""
+
+
+def open_captions(source: str, folder: Path) -> CaptionTable:
     """The first time it is read whole, which takes minutes for ten million."""
     with tqdm(desc="reading captions", unit="caption", unit_scale=True, leave=False, disable=None) as bar:
 

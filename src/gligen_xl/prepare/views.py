@@ -6,16 +6,17 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from ..data.shards import Row
+from ..data.shards import MIRRORED, Row
 from .frame import Frame, move_boxes
 from .item import Item
 from .report import UnitReport
 from .settings import Settings
 
-MIRRORED = "-mirrored"  # after the image id
+NO_PHRASE = "without a phrase"  # why a box is dropped
 _SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards|side)?\b", re.IGNORECASE)
 
 
@@ -29,13 +30,9 @@ def views(
     """
     moved = move_boxes(frame, item.boxes, settings.min_share)
     named = [k for k, which in enumerate(moved.kept) if item.phrases[which].strip()]
-    for reason, count in (
-        ("cut away by the crop", moved.cut_away),
-        ("without width or height", moved.degenerate),
-        ("without a phrase", len(moved.kept) - len(named)),
-    ):
-        if count:
-            report.dropped_boxes[reason] += count
+    faults = moved.faults | {which: NO_PHRASE for which in moved.kept if not item.phrases[which].strip()}
+    for which, reason in faults.items():
+        report.drop(reason, 1, partial(_described, item, which, frame))
     if len(named) < settings.min_boxes:
         return
     row = Row(
@@ -51,6 +48,19 @@ def views(
     )
     for mirrored in _sides(item, settings):
         yield (np.ascontiguousarray(pixels[:, ::-1]), mirror(row, frame)) if mirrored else (pixels, row)
+
+
+def _described(item: Item, which: int, frame: Frame) -> str:
+    """A box as it stands in its source, as far as that is known: for the one who has to mend it."""
+    box, (height, width) = item.boxes[which], frame.original
+    shares, pixels = ([round(float(v * s), 3) for v, s in zip(box, scale, strict=True)] for scale in (
+        (1, 1, 1, 1), (width, height, width, height))
+    )  # fmt: skip
+    return (
+        f"{item.place}: {item.phrases[which]!r:.40} at {shares} (xyxy; in pixels {pixels} of {width} x {height}); "
+        f"expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, and {frame.size[1]} x {frame.size[0]} pixels show "
+        f"{[round(v, 3) for v in frame.region]} of it"
+    )
 
 
 def mirror(row: Row, frame: Frame) -> Row:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..suggestions import did_you_mean
+from ..yaml_files import read_yaml
 
 _FOLDER = Path(__file__).parent
 
@@ -55,12 +56,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe file {path}")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8-sig"), _NothingTwice)
-    except OSError:
-        raise
+        settings = read_yaml(path, _NothingTwice)
     except _Twice as error:
         raise ValueError(f"{path} has {error} twice; leave one of them out") from error
-    except Exception as error:  # also numbers and dates that Python cannot hold, and what is nested without end
+    except ValueError as error:  # also numbers and dates that Python cannot hold
+        if str(path) in str(error):
+            raise
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}; expected settings, one NAME: VALUE a line")

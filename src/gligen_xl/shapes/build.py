@@ -158,7 +158,7 @@ class _Denoising:
     def batch(self, position: int) -> Batch:
         if self._iterator is None:
             process = PartialState(cpu=True)
-            share = {"rank": process.process_index, "ranks": process.num_processes}
+            share: dict[str, Any] = {"rank": process.process_index, "ranks": process.num_processes}
             start = position // self._order.batch_size * self._order.batch_size
             self._iterator = iter(batches(self._dataset, self._order, start=start, stop=self._stop, **share))
         return next(self._iterator)

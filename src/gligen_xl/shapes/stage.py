@@ -12,19 +12,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..train.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from ..train.checkpoint import last_whole, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from ..train.ema import EMA
 
 
@@ -57,8 +52,10 @@ def run_stage(
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMA(trained, config.ema_decay)
     position = 0
-    if checkpoints := list_checkpoints(folder):
-        tensors, state = load_checkpoint(checkpoints[-1])
+    with process.main_process_first():  # the first puts damaged ones aside
+        whole = last_whole(folder, _check)
+    if whole:
+        _, tensors, state = whole
         modules.load_state_dict(tensors["model"])
         ema.load(tensors["ema"], state["ema_steps"])
         load_optimizer_tensors(optimizer, tensors["optimizer"])
@@ -97,9 +94,17 @@ def run_stage(
         if step % config.checkpoint_every == 0 or step == total_steps:
             tensors = {"model": modules.state_dict(), "ema": ema.average, "optimizer": optimizer_tensors(optimizer)}
             if process.is_main_process:
-                save_checkpoint(folder, position, tensors, {"ema_steps": ema.steps, "seed": seed}, keep=1)
+                save_checkpoint(folder, position, tensors, {"ema_steps": ema.steps, "seed": seed}, keep=2)
     process.wait_for_everyone()
     ema.copy_to_parameters()
+
+
+def _check(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Whether a checkpoint has all that a stage goes on from."""
+    if missing := sorted({"model", "ema", "optimizer"} - tensors.keys()):
+        raise ValueError(f"{path} is damaged: it has no {missing[0]}.safetensors")
+    if type(state.get("ema_steps")) is not int:
+        raise ValueError(f"{path / 'state.json'} is damaged: it has no ema_steps")
 
 
 def _average_gradients(parameters: Iterable[Tensor]) -> None:

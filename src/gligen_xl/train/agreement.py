@@ -33,7 +33,8 @@ def check_form(form: AdapterConfig, config: TrainConfig, phrase_dim: int | None 
 
 # The base is known by its fingerprint; what an adapter began from no longer matters.
 _MAY_CHANGE = {
-    "out", "data", "model", "init_adapter", "resolution", "micro_batch", "deterministic", "gradient_checkpointing",
+    "out", "data", "model", "variant", "without_boxes", "init_adapter", "resolution", "micro_batch",
+    "deterministic", "gradient_checkpointing",
     "compile", "compile_backend", "shard_optimizer", "offload_optimizer", "process_timeout", "skip_limit", "workers",
     "cache_gb", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "track", "validation",
 }  # fmt: skip

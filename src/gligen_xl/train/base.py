@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from ..adapter import AdapterConfig, attach, detach, is_attached, load_adapter_state_dict
 from ..adapter.convert import read_published
 from ..data.batch import ShardDataset
+from ..files import read_json
+from ..hub import INDEX_NAME, check_variant
 from ..phrases import phrase_width
 from ..pipelines import GroundingMixin
 from ..pipelines.auto import load_pipeline
@@ -27,7 +30,9 @@ def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) 
         ValueError: a part that training needs is not there.
     """
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]
-    pipeline: Any = load_pipeline(config.model, dtype=dtype)
+    check_base_files(config)
+    loading = {"variant": config.variant} if config.variant else {}
+    pipeline: Any = load_pipeline(config.model, dtype=dtype, **loading)
     for name in (*pipeline._expected_encoders(), "unet", "vae"):
         if getattr(pipeline, name) is None:
             raise ValueError(f"{config.model} has no {name}, which training needs; expected a whole pipeline")
@@ -45,9 +50,25 @@ def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) 
     return pipeline
 
 
+def check_base_files(config: TrainConfig) -> None:
+    """Whether the base, where it is a folder, has the files of `config.variant`.
+
+    Raises:
+        ValueError: it has not; or it is no folder of files.
+    """
+    path = Path(config.model).expanduser()
+    if config.variant and (path.is_file() or (config.model == "shapes" and not path.is_dir())):
+        raise ValueError(f"variant is {config.variant}, but {config.model} has no variants; leave it out")
+    if path.is_dir() and (path / INDEX_NAME).is_file():
+        index = read_json(path / INDEX_NAME)
+        parts = {*index} if isinstance(index, dict) else set()
+        files = [file.relative_to(path).as_posix() for file in path.glob("*/*") if file.parent.name in parts]
+        check_variant(files, config.variant, config.model)
+
+
 def needs_vae(config: TrainConfig) -> bool:
     """Whether the VAE has work to do: pictures of the validation, or those of the shapes world."""
-    pictures = config.validation.data is not None and config.validation.pictures > 0
+    pictures = config.validation.wanted and config.validation.pictures > 0
     return pictures or any(
         source.partition(":")[0] == "shapes" for source in [*config.sources, config.validation.data or ""]
     )

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 from ..data.batch import Augmentation
 from ..data.mixture import turns_of
 from ..dtypes import dtype_name
+from ..limits import MAX_BATCH, MAX_PICTURES, MAX_SIDE, MAX_STEPS, MAX_WORKERS
+from ..public import redacted_values
 
 
 class Expected(NamedTuple):
@@ -30,6 +32,10 @@ SHARE_OF_RUN = Expected("a share of the run, above 0 and up to 1", lambda value:
 DECAY = Expected("0 or more, and less than 1", lambda value: 0 <= value < 1)
 COUNT = Expected("0 or more", lambda value: value >= 0)
 AT_LEAST_1 = Expected("at least 1", lambda value: value >= 1)
+
+
+def up_to(limit: int, *, least: int = 1) -> Expected:
+    return Expected(f"{least} to {limit}", lambda value: least <= value <= limit)
 
 
 def _check(options: Any, group: str = "", **expected: Expected) -> None:
@@ -192,7 +198,11 @@ class Validation:
     """What is looked at while training; all counts in samples of the run or pictures.
 
     Args:
-        data: folder of held-out shards, or "shapes:COUNT"; without, there is no validation.
+        data: folder of held-out shards, or "shapes:COUNT"; by default images of the training's own data, see held_out.
+        held_out: where data is not set, this share of the images of the training's data is kept out of the training and
+            validated on: 0.05 in every recipe. At least one image and at most 500 of each source; of fewer than 10
+            images none, and those of the training are looked at. Of data that is drawn ("shapes:COUNT") 256 other
+            scenes are drawn. 0, without data: no validation.
         every: samples between validations.
         gain_every: samples between looks at the grounding gain alone, which costs little; by default only with all.
         loss_samples: held-out samples for the grounding gain.
@@ -201,10 +211,12 @@ class Validation:
         guidance_scale: of those pictures.
         detector: finds the objects again, for box metrics: a folder or repository of one (see
             `gligen_xl.evaluate.find_detector`), or "shapes" for the shapes world. It stands on the device beside the
-            model.
+            model. By default that of the shapes world on the embedded model, where it knows all phrases; else, and with
+            "none", grounding gain and pictures are all.
     """
 
     data: str | None = None
+    held_out: float = 0.0
     every: int = 320_000
     gain_every: int | None = None
     loss_samples: int = 256
@@ -217,20 +229,27 @@ class Validation:
         _check(
             self,
             "validation.",
+            held_out=Expected("a share, 0 or more and at most 0.5", lambda value: 0 <= value <= 0.5),
             every=AT_LEAST_1,
             gain_every=AT_LEAST_1,
-            loss_samples=AT_LEAST_1,
-            pictures=COUNT,
-            steps=AT_LEAST_1,
+            loss_samples=up_to(MAX_PICTURES),
+            pictures=up_to(MAX_PICTURES, least=0),
+            steps=up_to(MAX_STEPS),
             guidance_scale=FINITE,
         )
         for name in ("gain_every", "detector"):
-            if self.data is None and (value := getattr(self, name)) is not None:
+            if not self.wanted and (value := getattr(self, name)) is not None:
                 raise ValueError(
-                    f"validation.{name} is {value}, but validation.data is not set: there is no validation"
+                    f"validation.{name} is {value}, but validation.data is not set: there is no validation "
+                    "(validation.held_out 0.05 takes it from the training's data)"
                 )
-        if self.detector and not self.pictures:
+        if self.detector not in (None, "none") and not self.pictures:
             raise ValueError(f"validation.detector is {self.detector}, but validation.pictures is 0: none to look at")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a validation."""
+        return self.data is not None or self.held_out > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +263,8 @@ class TrainConfig:
             "shapes:COUNT", pictures of the shapes world, drawn and encoded into `out` first. Several with their
             weights, as {shards-a: 0.9, shards-b: 0.1}, are mixed in that proportion of samples.
         out: folder of the run; a run that stands there is continued.
+        variant: of the base's files, as fp16; by default the plain ones.
+        without_boxes: it is meant that no image of the data has a box that counts; else that is an error.
         init_adapter: what to start from, in place of a fresh adapter: an adapter folder, that of a run, or any other
             form that `gligen-xl convert` reads (pipeline or gated U-Net folder, GLIGEN file, Hub repository).
         resolution: pixels that the data has to be prepared for, that of other sizes is refused; by default any.
@@ -264,8 +285,8 @@ class TrainConfig:
             same to the bit, and exchanged once more a step.
         offload_optimizer: moments, average and a copy of the weights are in main memory, and the CPU steps them: takes
             45 % less of a GPU's memory (SDXL, by the dry run), and longer. The rounding is another than a GPU's.
-        process_timeout: seconds that a process waits for the others before it ends with an error; more than a
-            validation and a checkpoint take.
+        process_timeout: seconds that a process waits for the others, or for a batch of a loading process, before it
+            ends with an error; more than a validation and a checkpoint take.
         skip_limit: steps of which loss or gradients are not finite are left out; so many in a row end the run.
         workers: data loading processes.
         window: samples are mixed within so many shards at a time; by default within all, or as many of a URL's as half
@@ -281,6 +302,8 @@ class TrainConfig:
     data: dict[str, float] | str
     out: str
     model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    variant: str | None = None
+    without_boxes: bool = False
     init_adapter: str | None = None
     resolution: int | None = None
     samples: int = 32_000_000
@@ -317,14 +340,17 @@ class TrainConfig:
                 object.__setattr__(self, name, _SHORT_NAMES[dtype_name(getattr(self, name))])
         _check(
             self,
-            resolution=Expected("a positive multiple of 8 pixels", lambda value: value > 0 and value % 8 == 0),
-            samples=AT_LEAST_1,
-            batch_size=AT_LEAST_1,
-            micro_batch=AT_LEAST_1,
+            resolution=Expected(
+                f"a positive multiple of 8 pixels, up to {MAX_SIDE}",
+                lambda value: 0 < value <= MAX_SIDE and value % 8 == 0,
+            ),
+            samples=up_to(2**62),  # a position is a number of 64 bits
+            batch_size=up_to(MAX_BATCH),
+            micro_batch=up_to(MAX_BATCH),
             seed=Expected("0 to 2**31 - 1", lambda value: 0 <= value < 2**31),
             process_timeout=AT_LEAST_1,
             skip_limit=AT_LEAST_1,
-            workers=COUNT,
+            workers=up_to(MAX_WORKERS, least=0),
             window=AT_LEAST_1,
             cache_gb=POSITIVE,
             log_every=AT_LEAST_1,
@@ -347,7 +373,7 @@ class TrainConfig:
             raise ValueError(f"samples is {self.samples}, less than one batch of {self.batch_size}")
         for name, source in [*(("data", source) for source in self.sources), ("validation.data", self.validation.data)]:
             kind, _, count = (source or "").partition(":")
-            if kind == "shapes" and not (count.isdecimal() and int(count)):
+            if kind == "shapes" and not (count.isdecimal() and len(count) < 9 and 0 < int(count) <= 100 * MAX_PICTURES):
                 raise ValueError(f"{name} is {source!r}; expected a folder of shards, or shapes:COUNT as shapes:50000")
         if not self.sources:
             raise ValueError("data names no folder; expected one, or several as {FOLDER: WEIGHT}")
@@ -364,7 +390,8 @@ class TrainConfig:
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The settings as they are written down, shown and compared: without passwords and keys of addresses."""
+        return redacted_values(asdict(self))
 
 
 # Names of settings ---------------------------------------------------------------------------------------------------

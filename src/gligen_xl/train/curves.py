@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..charts import BOTTOM, LEFT, RIGHT, SPANS, TOP, WIDTH, Curve, chart, short, x_axis
+from ..text import html_text
 
 __all__ = ["Curve", "chart", "heat_strip", "short"]
 
@@ -55,7 +55,7 @@ def heat_strip(columns: Sequence[tuple[float, Mapping[str, float]]], *, end: flo
             edge = TOP + height * first / len(names)
             parts.append(f'<line class="cut" x1="{x0}" x2="{x1}" y1="{edge:.1f}" y2="{edge:.1f}"/>')
         middle = TOP + height * (first + number / 2) / len(names) + 4
-        parts.append(f'<text class="tick" x="{x0 - 6}" y="{middle:.1f}" text-anchor="end">{html.escape(group)}</text>')
+        parts.append(f'<text class="tick" x="{x0 - 6}" y="{middle:.1f}" text-anchor="end">{html_text(group)}</text>')
     parts += x_axis(end, lambda samples: x0 + (x1 - x0) * samples / end, bottom=TOP + height)
     svg = f'<svg viewBox="0 0 {WIDTH} {TOP + height + BOTTOM}" role="img">{"".join(parts)}</svg>'
     return svg, largest

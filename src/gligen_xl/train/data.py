@@ -1,38 +1,126 @@
-"""The data of a run: folders of shards, or shards of the shapes world that are drawn first."""
+"""The data of a run, and what it is validated on: folders of shards, or of the shapes world, which are drawn first."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..data.batch import ShardDataset
+from ..data.box_statistics import BoxStatistics, of_shards
+from ..data.held_out import HeldOut
 from ..fingerprint import fingerprint
 from ..pipelines import GroundingMixin
 from .config import TrainConfig
 
+DRAWN_FOR_VALIDATION = "shapes:256"  # where the training's data is drawn
 
-def open_data(config: TrainConfig, pipeline: GroundingMixin) -> ShardDataset:
-    """All sources of a run, in their order; what has to be drawn is drawn into its folder."""
+
+def is_drawn(source: str) -> bool:
+    """Whether its pictures are drawn when the run begins."""
+    return source.partition(":")[0] == "shapes"
+
+
+def validation_data(config: TrainConfig) -> str | None:
+    """What is validated on, beside what is held out of the training's own data."""
+    if config.validation.data is None and config.validation.held_out and all(map(is_drawn, config.sources)):
+        return DRAWN_FOR_VALIDATION
+    return config.validation.data
+
+
+def shares_held_out(config: TrainConfig, share: float) -> list[float]:
+    """Of each source, the share of its images that is kept out of the training; none of what is drawn."""
+    return [0.0 if is_drawn(source) else share for source in config.sources]
+
+
+def open_data(config: TrainConfig, pipeline: GroundingMixin, held_out: float = 0.0) -> ShardDataset:
+    """All sources of a run, in their order; what has to be drawn is drawn into its folder.
+
+    Args:
+        held_out: share of the images that is kept out.
+    """
     folders = [_folder(source, pipeline, Path(config.out) / "data") for source in config.sources]
-    return ShardDataset(folders, config.augmentation, config.seed, cache_bytes=int(config.cache_gb * 1e9))
+    return ShardDataset(
+        folders,
+        config.augmentation,
+        config.seed,
+        cache_bytes=int(config.cache_gb * 1e9),
+        held_out=shares_held_out(config, held_out),
+    )
 
 
 def held_out_folder(config: TrainConfig, pipeline: GroundingMixin) -> str | Path | None:
-    """Where the shards for validation are; None without."""
-    data = config.validation.data
+    """Where the shards for validation are; None without, or where images of the training's data are held out."""
+    data = validation_data(config)
     return data and _folder(data, pipeline, Path(config.out) / "validation-data", held_out=True)
 
 
 def _folder(data: str, pipeline: GroundingMixin, drawn: Path, *, held_out: bool = False) -> str | Path:
     """The folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
-    kind, _, count = data.partition(":")
-    if kind != "shapes":
+    if not is_drawn(data):
         return data
     from ..shapes.data import write_shards
     from ..shapes.world import TRAINING_SEED, VALIDATION_SEED
 
+    count = data.partition(":")[2]
     folder = drawn / f"shapes-{count}-{fingerprint(pipeline.vae)}"
     if held_out:
         write_shards(pipeline.vae, folder, int(count), seed=VALIDATION_SEED, captions="plain")
     else:
         write_shards(pipeline.vae, folder, int(count), seed=TRAINING_SEED, captions="ground")
     return folder
+
+
+# In words -----------------------------------------------------------------------------------------------------------
+
+
+def boxes_in_words(source: str, statistics: BoxStatistics, min_score: float) -> str:
+    return f"{source}: {statistics} (of a score above {min_score:g})"
+
+
+def check_boxes(config: TrainConfig, source: str, statistics: BoxStatistics, scored: BoxStatistics) -> None:
+    """Refuse a source none of whose images has a box that counts.
+
+    Args:
+        statistics: of all boxes. scored: of those that are above `augmentation.min_score`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.without_boxes:
+        return
+    if statistics.boxes and not scored.boxes:
+        least = f"{config.augmentation.min_score:g} or less (augmentation.min_score)"
+        scored.check(source, f"its {statistics.boxes:,} boxes have scores of {least}")
+    scored.check(source, "prepare it again, and look at what its report says of boxes")
+
+
+def source_statistics(config: TrainConfig, dataset: ShardDataset) -> list[str]:
+    """How many boxes the images of each source have, in words.
+
+    Raises:
+        ValueError: those of one have none that counts.
+    """
+    lines = []
+    for source, shards in zip(config.sources, dataset.sources, strict=True):
+        min_score = config.augmentation.min_score
+        scored = of_shards(shards, min_score)
+        check_boxes(config, source, of_shards(shards), scored)
+        lines.append(boxes_in_words(source, scored, min_score))
+    return lines
+
+
+def held_out_in_words(config: TrainConfig, share: float, parts: list[HeldOut]) -> list[str]:
+    """What is validated on, for the log and the dry run.
+
+    Args:
+        share: that is kept out of the training. parts: of each source.
+    """
+    if data := validation_data(config):
+        return [f"validation: on {data}"]
+    if not share:
+        return ["validation: none (validation.held_out 0.05 takes it from the training's data)"]
+    held = {source: part for source, part in zip(config.sources, parts, strict=True) if part.images}
+    if not held:
+        count = sum(part.of for part in parts)
+        return [f"validation: on the {count} images of the training itself, too few to keep any out of it"]
+    counts = ", ".join(f"{part.images} of {source}" for source, part in held.items())
+    return [f"validation: on images that are kept out of the training (validation.held_out {share:g}): {counts}"]

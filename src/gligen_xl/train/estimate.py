@@ -24,7 +24,7 @@ from .base import needs_vae
 from .config import TrainConfig
 from .footprint import GPUKernels, LiveBytes
 from .known_bases import BaseParts, base_parts
-from .precheck import check_before, local_shards
+from .precheck import check_before, local_shards, validation_in_words
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors that keep 32-bit moments, and numbers that share a scale
@@ -115,7 +115,7 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
         main_memory=main_memory,
         checkpoint={"average": trained, "weights": trained, "optimizer": moments},
         kept=checkpoints_kept(config) + 1,
-        notes=[f"base: {base.source}", where_from, *notes],
+        notes=[f"base: {base.source}", where_from, *notes, *validation_in_words(config)],
     )
 
 

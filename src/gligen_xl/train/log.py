@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,14 +27,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import whole_file, write_json
+from ..data.workers import Stuck
+from ..files import naming, whole_file, write_json
+from ..public import redacted
+from ..text import printable
 from ..versions import versions
 from .config import TrainConfig
 from .report import refresh_report
 from .steps import Skipped, Steps
 from .validate import describe
 
+_LOGGER = logging.getLogger(__name__)
 CLOCKED = ("samples_per_s", "waiting", "peak_memory_gb")  # what depends on the machine's day, not on the run
+
+LINES = "metrics.jsonl"
 
 _T = TypeVar("_T")
 
@@ -65,8 +72,8 @@ class RunLog:
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", {"config": self.config.to_dict(), "versions": versions()})
-            truncate_metrics(self.out / "metrics.jsonl", self.start)
-            self.file = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
+            truncate_metrics(self.out / LINES, self.start)
+            self.file = (self.out / LINES).open("a", encoding="utf-8")
         self.accelerator.init_trackers("tracking")
         seconds = 0.1 if sys.stderr.isatty() else 30  # in a file each writing stays
         self.bar = tqdm(
@@ -83,25 +90,43 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.bar.close()
-        if self.file:
-            self.file.close()
+        with suppress(OSError):
+            self.bar.close()
         if kind is None:
-            self.accelerator.end_training()
-        else:  # another process may be gone: nothing that waits for it
-            for tracker in self.accelerator.trackers:
+            if self.file:
+                with naming(self.out / LINES):
+                    self.file.close()
+            with naming(self.out / "tracking"):
+                self.accelerator.end_training()
+            return
+        with suppress(Exception):  # the error that is on its way says more
+            if self.file:
+                self.file.close()
+            for tracker in self.accelerator.trackers:  # another process may be gone: nothing that waits for it
                 tracker.finish()
 
     def say(self, text: str) -> None:
         if self.main:
-            self.bar.write(text)
+            with suppress(OSError):  # a terminal that is gone ends no run
+                self.bar.write(printable(redacted(text)))
 
-    def waiting_for(self, batches: Iterable[_T]) -> Iterator[_T]:
-        """The batches; the time until each comes is the time waited for data."""
+    def waiting_for(self, batches: Iterable[_T], *, alone: bool = True) -> Iterator[_T]:
+        """The batches; the time until each comes is the time waited for data.
+
+        Args:
+            alone: no other process makes the steps too: they may end early, where the run is asked to stop and no
+                batch comes.
+        """
         iterator = iter(batches)
         while True:
             began = time.perf_counter()
-            batch = next(iterator, None)
+            try:
+                batch = next(iterator, None)
+            except Stuck as error:
+                if not alone:
+                    raise
+                self.say(str(error))
+                return
             self._clock.waited += time.perf_counter() - began
             if batch is None:
                 return
@@ -118,7 +143,8 @@ class RunLog:
         """Take note of the step that ended at `position` (see `Steps.add`); returns whether a line is due."""
         self.steps.add(losses, quarters, norm)
         self._clock.steps += 1
-        self.bar.update(self.config.batch_size)
+        with suppress(OSError):
+            self.bar.update(self.config.batch_size)
         return position // self.config.batch_size % self.config.log_every == 0
 
     def look(self) -> None:
@@ -142,7 +168,8 @@ class RunLog:
         """Look, and have all lines on the disk itself, before a checkpoint that begins after them."""
         self.look()
         if self.file:
-            os.fsync(self.file.fileno())
+            with naming(self.out / LINES):
+                os.fsync(self.file.fileno())
 
     def write(self, position: int, factor: float, gates: Mapping[str, float]) -> None:
         """The line that is due.
@@ -201,10 +228,12 @@ class RunLog:
     def _record(self, kind: str, position: int, values: Mapping[str, Any]) -> None:
         if self.file:
             written = {name: _finite(value) for name, value in values.items()}
-            self.file.write(json.dumps({"kind": kind, "samples": position, **written}) + "\n")
-            self.file.flush()
+            with naming(self.out / LINES):
+                self.file.write(json.dumps({"kind": kind, "samples": position, **written}) + "\n")
+                self.file.flush()
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-        self.accelerator.log(numbers, step=position)
+        with naming(self.out / "tracking"):
+            self.accelerator.log(numbers, step=position)
 
 
 class _Clock:
@@ -232,15 +261,21 @@ def _finite(value: Any) -> Any:
 
 
 def truncate_metrics(path: Path, position: int) -> None:
-    """Leave out the lines after `position`, which a continued run will write again, and a half-written last one."""
+    """Leave out the lines after `position`, which a continued run will write again, and those that are broken.
+
+    Half of a last line is what a kill leaves; of other broken ones a warning tells.
+    """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept, broken = [], 0
+    for line in lines:
         try:
             if json.loads(line)["samples"] <= position:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError, RecursionError):
-            continue
+            broken += bool(line.strip()) and line is not lines[-1]
+    if broken:
+        _LOGGER.warning("%s: %s lines are broken and were left out", path, broken)
     with whole_file(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")

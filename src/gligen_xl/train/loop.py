@@ -17,7 +17,7 @@ stopped.
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from .base import check_fit, fresh_adapter, load_base
 from .checkpoint import save_checkpoint
 from .conditioning import Conditioner
 from .config import Objective, TrainConfig
-from .data import held_out_folder, open_data
+from .data import held_out_folder, held_out_in_words, is_drawn, open_data, source_statistics
 from .ema import EMA
 from .log import RunLog
 from .objective import denoising_loss, timesteps_of
@@ -56,7 +56,7 @@ from .reached import Reached
 from .report import refresh_report
 from .run_lock import only_run_in
 from .shares import Shares
-from .signals import StopRequest, stop_requests
+from .signals import StopRequest, steps_begin, stop_requests
 from .start import start_adapter
 from .steps import Steps
 from .validate import Validator
@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     processes = Processes(accelerator, config.process_timeout)
     with (
+        processes,
         only_run_in(Path(config.out), is_main=processes.is_main),
         deterministic_algorithms(config.deterministic),
         stop_requests() as request,
@@ -91,7 +92,7 @@ def _go_on(
     config: TrainConfig, accelerator: Accelerator, processes: Processes, reached: Reached, request: StopRequest
 ) -> Path:
     """From what is reached to the end, or until it is asked to stop."""
-    out = Path(config.out)
+    out, config = Path(config.out), reached.settled()
 
     # The frozen base, and the adapter on it
     pipeline = load_base(config, accelerator.device, draws=processes.is_main)
@@ -105,21 +106,27 @@ def _go_on(
 
     # The data, and its order
     with processes.main_first():  # what it draws, the others find
-        dataset = open_data(config, pipeline)
-        held_out = held_out_folder(config, pipeline)
+        dataset = open_data(config, pipeline, reached.held_out_share)
+        validation = held_out_folder(config, pipeline)
+    share, digest = reached.held_out_share, dataset.held_out_digest()
+    told = [*source_statistics(config, dataset), *held_out_in_words(config, share, dataset.held_out)]
+    validates = config.validation.wanted
     check_fit(dataset, pipeline, config.resolution)
     weights = list(config.sources.values())
     reached.check_data(dataset.groups, weights)
+    reached.check_held_out(digest)
     windows = reached.state.get("windows") or dataset.windows(config.window)
     order = dataset.order(config.batch_size, config.seed, weights=weights, windows=windows)
     stop = config.samples // config.batch_size * config.batch_size
     validator = None
-    if held_out and processes.is_main:
+    if validates and processes.is_main:
         validator = Validator(
-            config.validation, held_out, pipeline, conditioner, scheduler,
+            config.validation, validation or dataset, pipeline, conditioner, scheduler,
             config.augmentation, config.batch_size, config.seed, int(config.cache_gb * 1e9),
+            shapes=config.model == "shapes" or any(map(is_drawn, config.sources)),
         )  # fmt: skip
         check_fit(validator.dataset, pipeline)
+        told += validator.notes
 
     # What changes in a run
     if not reached.checkpoint and not config.init_adapter:
@@ -149,7 +156,8 @@ def _go_on(
         model: Any = accelerator.prepare(unet)
     loader = batches(
         dataset, order, start=position, stop=stop, workers=config.workers,
-        rank=accelerator.process_index, ranks=accelerator.num_processes,
+        rank=accelerator.process_index, ranks=accelerator.num_processes, timeout=config.process_timeout,
+        asked=lambda: request.came,
     )  # fmt: skip
 
     def backward(batch: Batch, objective: Objective, weight: float) -> Tensor:
@@ -188,6 +196,7 @@ def _go_on(
             "base": base,
             "ema_steps": ema.steps,
             "groups": dataset.groups,
+            "held_out": {"share": share, "digest": digest} if share else None,
             "weights": weights,
             "windows": windows,
             "log": steps.state(),
@@ -204,13 +213,20 @@ def _go_on(
         """Whether the step that ended at `position` passed a multiple of `every`."""
         return every is not None and position // every > (position - config.batch_size) // every
 
-    with RunLog(accelerator, config, position, steps, image_ids) as log:
+    def stopped_after(saved: Path) -> Path:
+        log.say(f"stopped at {position} of {stop} samples; the same command continues from {saved}")
+        return saved
+
+    with RunLog(accelerator, config, position, steps, image_ids) as log, closing(iter(loader)) as upcoming:
         if 0 < position < stop:
             log.say(f"continues from {reached.checkpoint}, {position:,} of {stop:,} samples")
+        for line in told:
+            log.say(line)
+        steps_begin()
         if processes.any(request.came):
             log.say("stopped before the first step; the same command begins again")
             return out
-        for batch in log.waiting_for(loader):
+        for batch in log.waiting_for(upcoming, alone=processes.count == 1):
             factor, objective = config.optimization.rate(position, stop), config.objective.at(position, stop)
             batch = batch.to(accelerator.device)
             losses = backward(batch, objective, config.optimization.attention(position, stop))
@@ -226,7 +242,7 @@ def _go_on(
             if log.step(position, losses, quarters, norm):
                 log.write(position, factor, gate_values(unet))
             whole = due(config.validation.every) or position == stop
-            if held_out and (whole or due(config.validation.gain_every)):
+            if validates and (whole or due(config.validation.gain_every)):
                 log.look()
                 with log.paused():
                     with ema.applied():
@@ -242,8 +258,10 @@ def _go_on(
                     saved = checkpoint()
                     processes.wait()
                 if stopped and position < stop:
-                    log.say(f"stopped at {position} of {stop} samples; the same command continues from {saved}")
-                    return saved
+                    return stopped_after(saved)
+        if position < stop:  # no batch came, and the run was asked to stop
+            log.settle()
+            return stopped_after(checkpoint() if position > reached.position else reached.checkpoint or out)
         average = shares.collect(ema.average)
 
     finished = out / FINISHED

@@ -9,36 +9,43 @@ from typing import Any
 from ..adapter import AdapterConfig
 from ..adapter.convert import ENDINGS
 from ..adapter.store import CONFIG_NAME
+from ..data.box_statistics import of_shards
+from ..data.held_out import hold_out
 from ..data.published import SCALING_FACTOR
 from ..data.remote import is_remote
 from ..data.shards import Shard, shard_stems
 from ..files import read_json
 from ..hub import names_repository
+from ..manifest import check_listed
 from ..phrases import phrase_width
 from .agreement import check_form, check_same_run
-from .base import check_fit
-from .checkpoint import list_checkpoints
+from .base import check_base_files, check_fit
+from .checkpoint import list_checkpoints, read_state
 from .config import TrainConfig
+from .data import boxes_in_words, check_boxes, held_out_in_words, is_drawn, shares_held_out, validation_data
 from .known_bases import PUBLISHED, BaseParts
+from .reached import check_state
 
 _PUBLISHED_ADAPTERS = ("jiuntian/gligen-xl-1024",)  # of the recipes; of the published form
 _PUBLISHED_FORM = AdapterConfig(cross_attention_dim=2048, phrase_dim=2048)  # the widths are not looked at
 
 
 def reached_position(config: TrainConfig) -> int | None:
-    """Samples that the run in `config.out` has seen, by its last checkpoint; None where no run stands.
+    """Samples that the run in `config.out` has seen, by its last whole checkpoint; None where no run stands.
+
+    Of the large files only the sizes are looked at.
 
     Raises:
         ValueError: the run there was begun with other settings.
     """
     for checkpoint in reversed(list_checkpoints(config.out)):
         try:
-            state = read_json(checkpoint / "state.json")
-            former, position = state["config"], int(state["position"])
-        except (OSError, ValueError, KeyError, TypeError):  # damaged: the run goes on from the one before
+            state = read_state(checkpoint)
+            check_state(checkpoint, state)
+        except (OSError, ValueError):  # damaged: the run goes on from the one before
             continue
-        check_same_run(former, config)
-        return position
+        check_same_run(state["config"], config)
+        return state["position"]
     return None
 
 
@@ -49,23 +56,33 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
         base: its parts; without, data is not looked at, and no more is known of the adapter than its form.
 
     Returns:
-        What could not be looked at, for people.
+        For people: how many boxes the images of the data have, and what could not be looked at.
 
     Raises:
         ValueError: settings, data, base or adapter do not fit each other, or the run that stands in `out`.
         FileNotFoundError: the validation's data or the adapter to begin from is not there.
     """
     notes = []
+    check_base_files(config)
     if reached_position(config) is None and config.init_adapter:
         notes += _check_init_adapter(config.init_adapter, config, base)
-    held_out = config.validation.data
-    if held_out and not _is_drawn(held_out) and not is_remote(held_out) and not Path(held_out).exists():
+    held_out = validation_data(config)
+    if held_out and not is_drawn(held_out) and not is_remote(held_out) and not Path(held_out).exists():
         raise FileNotFoundError(f"validation.data {held_out} is not there; expected a folder of held-out shards")
     detector = config.validation.detector
-    if detector not in (None, "shapes") and not Path(detector).is_dir() and not names_repository(detector):
+    if detector not in (None, "none", "shapes") and not Path(detector).is_dir() and not names_repository(detector):
         raise FileNotFoundError(
-            f"validation.detector {detector} is not there; expected shapes, a folder or a repository"
+            f"validation.detector {detector} is not there; expected shapes, none, a folder or a repository"
         )
+    for source in config.sources:
+        if shards := local_shards(source):
+            min_score = config.augmentation.min_score
+            scored = of_shards(shards, min_score)
+            check_boxes(config, source, of_shards(shards), scored)
+            notes.append(boxes_in_words(source, scored, min_score))
+    if held_out and not config.without_boxes and (shards := local_shards(held_out)):
+        where = f"validation.data {held_out}"
+        of_shards(shards, config.augmentation.min_score).check(where, "grounding gain and pictures are taken of boxes")
     if base is not None:
         for source in config.sources:
             _check_data(source, config.model, base, config.resolution)
@@ -74,22 +91,27 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
     return notes
 
 
+def validation_in_words(config: TrainConfig) -> list[str]:
+    """What the run of `config`, if it is new, is validated on, as far as the data is here."""
+    share = config.validation.held_out if config.validation.data is None else 0.0
+    sources = zip(config.sources, shares_held_out(config, share), strict=True)
+    parts = [hold_out(local_shards(source), part) for source, part in sources]
+    if share and not validation_data(config) and not any(part.of for part in parts):
+        return [f"validation: on images that are kept out of the training (validation.held_out {share:g})"]
+    return held_out_in_words(config, share, parts)
+
+
 def local_shards(source: str) -> list[Shard]:
     """The shards of a folder, without their tables; none where it is not here.
 
     Raises:
         ValueError: it is a file.
     """
-    if is_remote(source) or _is_drawn(source) or not Path(source).exists():
+    if is_remote(source) or is_drawn(source) or not Path(source).exists():
         return []
     if Path(source).is_file():
         raise ValueError(f"{source} is a file; expected a folder of shards")
     return [Shard(stem, with_table=False) for stem in shard_stems(source)]
-
-
-def _is_drawn(source: str) -> bool:
-    """Whether its pictures are drawn when the run begins."""
-    return source.partition(":")[0] == "shapes"
 
 
 def _check_data(source: str, model: str, base: BaseParts, resolution: int | None = None) -> None:
@@ -127,7 +149,12 @@ def _form(path: Path) -> AdapterConfig | None:
         if (folder / CONFIG_NAME).is_file():
             if not any(folder.glob("gligen_adapter*.safetensors")):
                 raise FileNotFoundError(f"{folder} is not an adapter folder: it has no weights")
-            return AdapterConfig.from_dict(read_json(folder / CONFIG_NAME).get("config", {}))
+            check_listed(folder, [CONFIG_NAME])
+            check_listed(folder, sizes_only=True)
+            description = read_json(folder / CONFIG_NAME)
+            if not isinstance(description, dict):
+                raise ValueError(f"{folder / CONFIG_NAME} does not describe an adapter")
+            return AdapterConfig.from_dict(description.get("config", {}))
     if not any(file.name.endswith(ENDINGS) for folder in (path, path / "unet") for file in folder.glob("*")):
         raise FileNotFoundError(f"init_adapter {path} holds no weights; expected an adapter in any of its forms")
     return None

@@ -24,8 +24,10 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from .config import TrainConfig
+from .peers import Peers, ended, meet
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -33,12 +35,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ValueError: a way of sharing the work that training does not know, or a tracker that is not installed.
+        RuntimeError: another process of the run does not come, or cannot begin.
     """
+    trackers = _trackers(config)
+    meet(config.process_timeout)
     hook = DDPCommunicationHookType.BF16 if config.gradient_compression == "bf16" else DDPCommunicationHookType.NO
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on a CPU do not hear of each other
         mixed_precision=config.precision,
-        log_with=_trackers(config) or None,
+        log_with=trackers or None,
         project_dir=Path(config.out),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout)),
@@ -46,6 +51,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook),
         ],
     )
+    if config.precision == "fp16" and accelerator.device.type == "cpu":  # for which accelerate does neither
+        accelerator.scaler, accelerator.native_amp = GradScaler("cpu"), True
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"accelerate is set up for {accelerator.distributed_type.value}, which training does not know. Launch it "
@@ -70,8 +77,23 @@ class Processes:
         self.count, self.rank = accelerator.num_processes, accelerator.process_index
         self.is_main = accelerator.is_main_process
         self._group: Any = None
+        self._peers: Peers | None = None
         if self.count > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self._peers = Peers(self.rank, self.count, self.from_main)
+
+    def __enter__(self) -> Processes:
+        """The block is the run: an error that leaves it ends those of the others, with its reason."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._peers is None:
+            return
+        if isinstance(error, RuntimeError) and _is_of_the_network(error) and (reason := self._peers.reason(2)):
+            self._peers.leave()
+            raise RuntimeError(ended(reason)) from error
+        reason = "" if error is None else " ".join(str(error).split()) or type(error).__name__
+        self._peers.leave(reason, 2 if error is not None else 0)
 
     def any(self, came: bool) -> bool:
         """Whether it holds for any of them; all have to ask."""
@@ -148,6 +170,13 @@ class Processes:
                 f"another process of this run is gone, or was not heard of in time (process_timeout): {error}. "
                 "The last checkpoint stands; the same command continues"
             ) from error
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    """Whether it is of the exchange between processes."""
+    if isinstance(error, dist.DistError) or isinstance(error.__cause__, RuntimeError):
+        return True
+    return any(name in str(error) for name in ("gloo", "NCCL", "Connection closed", "Connection reset"))
 
 
 def _trackers(config: TrainConfig) -> Any:

@@ -6,25 +6,27 @@ stage_adapter("runs/mine", "to-look-at", repository="someone/mine", license="ope
 
 from __future__ import annotations
 
-import re
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..adapter import read_adapter, write_adapter
 from ..adapter.store import CONFIG_NAME, only_weights
 from ..files import read_json, whole_folder
-from ..hub import names_repository, upload
-from .card import CardFacts, model_card
-from .checkpoint import list_checkpoints
+from ..hub import upload
+from ..public import public, redacted
+from .card import CardFacts, is_repository, model_card
+from .checkpoint import last_whole_adapter, list_checkpoints
 from .record import RunRecord, is_run, picture_bytes, read_run
 
 CARD_NAME = "README.md"
+_GATES = (".alpha_attn", ".alpha_dense")
 _PICTURE_SIZE = {"width": 1600, "height": 6400, "quality": 90}
-_HUB_NAMES = ("model", "base_model", "init_adapter", "converted_from")  # settings that may name a repository
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def publish_adapter(
             )
         except Exception as error:  # of the network and of the Hub: each library has its own kinds
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            reason = reason.replace(token, "...") if token else reason
+            reason = redacted(reason.replace(token, "...") if token else reason)
             raise OSError(
                 f"{repository} was not uploaded: {reason}. It takes a network and a token with the right to write "
                 "there (hf auth login, or HF_TOKEN); --dry_run FOLDER writes what would be uploaded"
@@ -99,7 +101,7 @@ def stage_adapter(
         ValueError: a name is none of the Hub, or `folder` is not empty.
     """
     for name in filter(None, (repository, base_model)):
-        if not names_repository(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if not is_repository(name):
             raise ValueError(f"{name!r} does not name a repository of the Hub; expected OWNER/NAME")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -116,12 +118,19 @@ def stage_adapter(
             form=form,
             parameters=sum(value.numel() for value in state.values()),
             about=about,
-            base_model=about.get("base_model"),
+            base_model=base if isinstance(base := about.get("base_model"), str) else None,
+            gate=_mean_gate(state),
             run=run,
             pictures=_write_pictures(run, partial) if run else {},
         )
         (partial / CARD_NAME).write_text(model_card(facts), encoding="utf-8")
     return folder
+
+
+def _mean_gate(state: Mapping[str, Tensor]) -> float | None:
+    """Mean |tanh| of the gates among an adapter's weights."""
+    gates = [value.double().tanh().abs().mean().item() for name, value in state.items() if name.endswith(_GATES)]
+    return sum(gates) / len(gates) if gates else None
 
 
 def find_source(source: str | Path) -> Source:
@@ -131,48 +140,29 @@ def find_source(source: str | Path) -> Source:
         if not is_run(folder):
             raise FileNotFoundError(f"{folder} is neither the folder of a run nor an adapter (it has no {CONFIG_NAME})")
         finished = folder / "adapter"
-        whole = [finished] if (finished / CONFIG_NAME).is_file() else list_checkpoints(folder)
-        if not whole:
+        whole = finished if (finished / CONFIG_NAME).is_file() else last_whole_adapter(folder)
+        if whole is None:
             raise FileNotFoundError(f"the run in {folder} has no finished adapter and no checkpoint yet")
-        folder = whole[-1]
+        folder = whole
     of_run = folder.resolve().name == "adapter" or folder.resolve() in list_checkpoints(folder.resolve().parent)
     if not of_run or not is_run(folder.resolve().parent):
         return Source(folder, None)
-    samples = read_json(folder / CONFIG_NAME).get("samples")
+    description = read_json(folder / CONFIG_NAME)
+    samples = description.get("samples") if isinstance(description, dict) else None
     run = read_run(folder.resolve().parent)
     return Source(folder, run if not isinstance(samples, int) else run.until(samples))
 
 
-def public(value: Any, name: str = "") -> Any:
-    """Settings without the machine they were made on: paths and addresses become their last names."""
-    if isinstance(value, dict):
-        return {public_name(str(key)): public(inner, str(key)) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(inner, name) for inner in value]
-    return public_name(value, hub=name in _HUB_NAMES) if isinstance(value, str) else value
-
-
-def public_name(text: str, *, hub: bool = False) -> str:
-    """What may be said of a path: "/home/me/shards-512" -> "shards-512", "s3://bucket/set?key" -> "set".
-
-    Args:
-        hub: it may be a repository's name, which stays; as do addresses of the Hub.
-    """
-    if text.startswith("hf://") or (hub and names_repository(text) and not Path(text).exists()):
-        return text
-    if "://" in text:
-        text = text.split("://", 1)[1].split("?")[0].split("#")[0].rpartition("@")[2]
-    return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
-
-
 def _write_pictures(run: RunRecord, folder: Path) -> dict[str, int]:
-    """The first and the last validation's pictures; file -> samples seen."""
+    """The pictures of the first and the last validation that can be read; file -> samples seen."""
+    readable = {}
+    for order in (sorted(run.pictures), sorted(run.pictures, reverse=True)):
+        for samples in order:
+            with suppress(OSError):  # half of a file: the next one is taken
+                readable[samples] = readable.get(samples) or picture_bytes(run.pictures[samples], **_PICTURE_SIZE)
+                break
     written = {}
-    for samples in sorted({min(run.pictures), max(run.pictures)}) if run.pictures else []:
-        try:
-            picture = picture_bytes(run.pictures[samples], **_PICTURE_SIZE)
-        except OSError:  # half of a file
-            continue
+    for samples, picture in sorted(readable.items()):
         file = f"images/validation-{samples:08d}.jpg"
         (folder / "images").mkdir(exist_ok=True)
         (folder / file).write_bytes(picture)

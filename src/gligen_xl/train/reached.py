@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from ..adapter import AdapterConfig
 from .agreement import check_same_run
-from .checkpoint import list_checkpoints, load_checkpoint
-from .config import TrainConfig
+from .checkpoint import last_whole, load_checkpoint
+from .config import TrainConfig, Validation
+from .data import is_drawn
 from .processes import Processes
-
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Reached:
         settings = json.dumps(config.to_dict(), sort_keys=True)
         if processes.from_main(settings) != settings:
             raise ValueError(f"process {processes.rank} was started with other settings than the first")
-        found = _last_whole(config.out) if processes.is_main else None
+        found = last_whole(config.out, _check) if processes.is_main else None
         name = processes.from_main(found[0].name if found else "")
         if not name:
             return cls(config)
@@ -73,6 +71,49 @@ class Reached:
                 f"the run in {self.config.out} was begun on another base than what {self.config.model} is now"
             )
 
+    @property
+    def held_out_share(self) -> float:
+        """Of the images of the training's data, the share that is kept out of the training since the run began."""
+        options = self.config.validation
+        if not self.checkpoint:
+            drawn = all(map(is_drawn, self.config.sources))
+            return options.held_out if options.data is None and not drawn else 0.0
+        return (self.state.get("held_out") or {"share": 0.0})["share"]
+
+    def settled(self) -> TrainConfig:
+        """The settings with the validation that the run was begun with, where they leave it open.
+
+        A run that was begun without images that are held out cannot do without them later.
+
+        Raises:
+            ValueError: another share is to be held out than the run was begun with.
+        """
+        options, share = self.config.validation, self.held_out_share
+        if not self.checkpoint or options.data is not None or not options.held_out:
+            return self.config
+        if all(map(is_drawn, self.config.sources)):
+            return self.config
+        if share and share != options.held_out:
+            raise ValueError(
+                f"the run in {self.config.out} was begun with validation.held_out {share:g}, now it is "
+                f"{options.held_out:g}; continue it with its own settings, or choose another folder"
+            )
+        if share or not isinstance(former := self.state["config"].get("validation"), dict):
+            return self.config
+        data = former.get("data")
+        settled = replace(options, held_out=0.0, data=data if isinstance(data, str) else None) if data else Validation()
+        return replace(self.config, validation=settled)
+
+    def check_held_out(self, digest: str) -> None:
+        """Whether the same images are held out as since the run began."""
+        former = self.state.get("held_out") if self.checkpoint else None
+        if former and former["digest"] != digest:
+            raise ValueError(
+                f"the run in {self.config.out} was begun with other images held out for validation: {self.config.data} "
+                "has changed; give back the former data, or begin another run with init_adapter "
+                f"{self.checkpoint}"
+            )
+
     def check_data(self, groups: list[int], weights: list[float]) -> None:
         """Whether it is the data, by numbers of samples and weights, that the run was begun with."""
         if not self.checkpoint:
@@ -86,21 +127,69 @@ class Reached:
             raise ValueError(f"the run in {self.config.out} was begun with data of the weights {former}, not {weights}")
 
 
-def _last_whole(out: str) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """The newest checkpoint that is not damaged, what it holds; those after it are moved out of the way."""
-    damaged: list[tuple[Path, Exception]] = []
-    for path in reversed(list_checkpoints(out)):
-        try:
-            tensors, state = load_checkpoint(path)
-        except (ValueError, FileNotFoundError) as error:
-            damaged.append((path, error))
-            continue
-        for other, why in damaged:
-            aside = other.with_name(f"damaged-{other.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            other.rename(aside)
-            _LOGGER.warning("%s; it was moved to %s, and the run goes on from %s", why, aside, path)
-        return path, tensors, state
-    if damaged:
-        raise ValueError(f"{damaged[-1][1]}; there is no whole checkpoint before it")
-    return None
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # torch's own names
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "adapter": ("the form of an adapter", lambda value: isinstance(value, dict)),
+    "base": ("a fingerprint", lambda value: isinstance(value, str)),
+    "ema_steps": ("a number of steps", lambda value: type(value) is int and value >= 0),
+    "groups": ("numbers of samples", lambda value: _are_counts(value)),
+    "config": ("the settings of the run", lambda value: isinstance(value, dict)),
+    "scaler": ("the state of a loss scaler", lambda value: value is None or _is_scaler(value)),
+}
+_OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "weights": (
+        "a number for each source",
+        lambda value: isinstance(value, list) and _are_numbers(dict(enumerate(value))),
+    ),
+    "windows": (
+        "a number for each source",
+        lambda value: isinstance(value, list) and _are_counts([n or 0 for n in value]),
+    ),
+    "log": ("numbers of skipped steps", lambda value: _are_numbers(value)),
+    "held_out": ("what is held out", lambda value: value is None or _is_held_out(value)),
+}
+
+
+def check_state(path: Path, state: dict[str, Any]) -> None:
+    """Whether the state of a checkpoint has what a run goes on from.
+
+    Raises:
+        ValueError: a key is missing, or its value is of another kind.
+    """
+    for name, (expected, holds) in {**_KINDS, **_OPTIONAL}.items():
+        if name not in state:
+            if name in _KINDS:
+                raise ValueError(f"{path / 'state.json'} is damaged: it has no {name}")
+        elif not holds(state[name]):
+            raise ValueError(f"{path / 'state.json'} is damaged: {name} is {state[name]!s:.60}; expected {expected}")
+    try:
+        AdapterConfig.from_dict(state["adapter"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / 'state.json'} is damaged: adapter: {error}") from error
+
+
+def _check(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    check_state(path, state)
+    if missing := sorted({"weights", "gligen_adapter", "optimizer"} - tensors.keys()):
+        raise ValueError(f"{path} is damaged: it has no {missing[0]}.safetensors")
+    if tensors["weights"].keys() != tensors["gligen_adapter"].keys():
+        raise ValueError(f"{path} is damaged: its weights and their average have other names")
+    if "log" in tensors and not {"losses", "quarters", "norms"} <= tensors["log"].keys():
+        raise ValueError(f"{path} is damaged: log.safetensors is not that of a run")
+
+
+def _is_held_out(value: Any) -> bool:
+    """Whether this is {"share", "digest"}."""
+    return isinstance(value, dict) and _are_numbers({"": value.get("share")}) and isinstance(value.get("digest"), str)
+
+
+def _is_scaler(value: Any) -> bool:
+    return _are_numbers(value) and (not value or value.keys() >= _SCALER)
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())

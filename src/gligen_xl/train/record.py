@@ -11,14 +11,16 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from PIL import Image
 
 from ..adapter.store import CONFIG_NAME
 from ..files import read_json
+from .config import TrainConfig
 
 Row = dict[str, Any]
 Point = tuple[float, float]  # samples seen, value
@@ -68,7 +70,8 @@ class RunRecord:
         checkpoints are not in it."""
         total, before = 0.0, 0
         for row in self.training:
-            if speed := row.get("samples_per_s"):
+            speed = row.get("samples_per_s", 0)
+            if _is_number(speed) and speed > 0:
                 total += (row["samples"] - before) / speed
             before = row["samples"]
         return total
@@ -93,15 +96,16 @@ def read_run(folder: str | Path) -> RunRecord:
 
     Raises:
         FileNotFoundError: it has neither config.json nor metrics.jsonl.
-        ValueError: config.json is broken.
+        ValueError: config.json is broken, or a setting in it is of another kind.
     """
     folder = Path(folder)
     settings, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not is_run(folder):
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has neither config.json nor metrics.jsonl")
     document = read_json(settings) if settings.is_file() else {}
-    if not isinstance(document, dict) or not isinstance(document.get("config", {}), dict):
+    if not isinstance(document, dict) or not isinstance(document.get("versions", {}), dict | None):
         raise ValueError(f"{settings} does not hold the settings of a run")
+    check_kinds(document.get("config", {}), settings)
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
     lines = [line for line in text.split("\n") if line.strip()]
     rows = [row for row in map(_parsed, lines) if row]
@@ -116,6 +120,55 @@ def read_run(folder: str | Path) -> RunRecord:
         finished=(folder / "adapter" / CONFIG_NAME).is_file(),
         unread=len(lines) - len(rows),
     )
+
+
+def check_kinds(config: Any, path: Path) -> None:
+    """Whether settings, as far as a run has such, are of the kinds that they have in a run. They may be incomplete.
+
+    Raises:
+        ValueError: one is of another kind; it names the file and the setting.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} does not hold the settings of a run: its config is {config!s:.60}")
+    for group, kind in ({"": TrainConfig} | _GROUPS).items():
+        values = config if kind is TrainConfig else config.get(group)
+        if not isinstance(values, dict | None):
+            raise ValueError(f"{path} is damaged: {group} is {values!r:.60}; expected settings")
+        hints = get_type_hints(kind)
+        for name, value in (values or {}).items():
+            if name in hints and name not in _GROUPS and not _is_of(value, hints[name]):
+                full = f"{group}.{name}" if group else name
+                raise ValueError(f"{path} is damaged: {full} is {value!r:.60}; expected {_in_words(hints[name])}")
+
+
+_GROUPS: dict[str, Any] = {
+    entry.name: entry.default_factory for entry in fields(TrainConfig) if is_dataclass(entry.default_factory)
+}
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of the type that a setting has."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, kind) for kind in inner)
+    if origin is Literal:
+        return isinstance(value, str)  # of which there may be more in another version
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(item, inner[1]) for item in value.values())
+    if hint in (int, float):
+        return _is_number(value)
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_in_words(kind) for kind in get_args(hint))
+    if get_origin(hint) is Literal:
+        return "a text"
+    words = {int: "a number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return words.get(hint, str(get_origin(hint) or hint).replace("<class '", "a ").replace("'>", ""))
 
 
 def is_run(folder: Path) -> bool:
@@ -142,8 +195,11 @@ def picture_bytes(path: Path, *, width: int, height: int, quality: int = 85) -> 
     Raises:
         OSError: the file is no picture, or half of one.
     """
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of a damaged file, as Pillow has them
+        raise OSError(f"{path} is no picture that can be read: {error}") from error
     picture.thumbnail((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=quality, optimize=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -17,6 +18,7 @@ import yaml
 from ..charts import SMOOTHED, Curve, chart, short
 from ..files import whole_file
 from ..page import charts, figure, page, text, tiles
+from ..public import public, redacted
 from .curves import heat_strip
 from .record import Row, RunRecord, evenly, picture_bytes, read_run, series
 from .summary import METRICS, duration, in_words, percent, plain
@@ -46,10 +48,11 @@ def refresh_report(folder: str | Path) -> None:
     try:
         write_report(folder)
     except Exception as error:  # whatever it is, days of training are worth more
-        warnings.warn(f"the report of {folder} was not written: {error}", stacklevel=2)
+        warnings.warn(f"the report of {folder} was not written: {redacted(str(error))}", stacklevel=2)
 
 
 def report_page(run: RunRecord) -> str:
+    run = replace(run, config=public(run.config))  # pages are shared
     name = run.folder.resolve().name
     end = float(max(run.config.get("samples") or 0, run.samples, 1))
     sections = [

@@ -17,11 +17,7 @@ def only_run_in(out: Path, *, is_main: bool) -> AbstractContextManager[None]:
         is_main: whether this process is the one that writes; the others hold nothing.
 
     Raises:
-        ValueError: another run is at work there, as one whose launcher was killed while its processes were not; or
-            there can be no folder.
+        ValueError: another run is at work there; or there can be no folder.
     """
-    busy = (
-        f"another run is at work in {out}; wait for it, or end its processes (a launcher that was killed leaves them "
-        "behind), or choose another folder"
-    )
+    busy = f"another run is at work in {out}; wait for it, or end its processes, or choose another folder"
     return only_one(out / ".lock", busy, PATIENCE) if is_main else nullcontext()

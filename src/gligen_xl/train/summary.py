@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from .record import RunRecord
@@ -20,7 +22,9 @@ def in_words(run: RunRecord) -> str:
     config = run.config
     if not config:
         return f"{run.samples:,} samples seen; the settings of the run (config.json) are missing."
-    whole, batch = config.get("samples") or run.samples, config.get("batch_size") or 1
+    whole, batch = (
+        int(numbers(config).get(name) or usual) for name, usual in (("samples", run.samples), ("batch_size", 1))
+    )
     state = "finished" if run.finished else "unfinished"
     sentences = [
         f"An adapter for {config.get('model', 'its base')}, trained on {data_in_words(config.get('data'))}.",
@@ -33,20 +37,37 @@ def in_words(run: RunRecord) -> str:
 
 def data_in_words(data: Any) -> str:
     if isinstance(data, dict):
-        whole = sum(data.values()) or 1
-        return ", ".join(f"{name} ({percent(weight / whole)})" for name, weight in data.items())
+        weights = numbers(data)
+        whole = sum(weights.values()) or 1
+        shares = {name: f" ({percent(weights[name] / whole)})" if name in weights else "" for name in data}
+        return ", ".join(f"{name}{share}" for name, share in shares.items())
     return str(data)
+
+
+def numbers(settings: Any) -> dict[str, float]:
+    """Those settings that are numbers; files of others may hold anything."""
+    settings = settings if isinstance(settings, Mapping) else {}
+    return {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
 
 
 def recipe_in_words(config: dict[str, Any]) -> str:
     """Optimizer, schedule, form of the adapter, dropouts: those that the settings tell."""
-    options, form, data, objective = (
-        config.get(name) or {} for name in ("optimization", "adapter", "augmentation", "objective")
-    )
+    groups = ("optimization", "adapter", "augmentation", "objective")
+    options, form, data, objective = (numbers(config.get(name)) for name in groups)
+    texts: dict[str, Any] = {}
+    for name in ("optimization", "adapter"):
+        group = config.get(name)
+        texts |= (
+            {key: value for key, value in group.items() if isinstance(value, str)} if isinstance(group, Mapping) else {}
+        )
     parts = []
     if "learning_rate" in options:
         gates = options.get("gate_learning_rate")
-        kind = _OPTIMIZERS.get(options.get("optimizer", "adamw"), options.get("optimizer"))
+        kind = _OPTIMIZERS.get(texts.get("optimizer", "adamw"), texts.get("optimizer"))
         parts.append(f"{kind} at {options['learning_rate']:g}" + ("" if gates is None else f" (gates {gates:g})"))
     if warmup := options.get("warmup_samples"):
         parts.append(f"warm-up over {warmup:,} samples")
@@ -54,7 +75,7 @@ def recipe_in_words(config: dict[str, Any]) -> str:
         parts.append(f"falling to 0 over the last {percent(decay)}")
     if ema := options.get("ema_decay"):
         parts.append(f"average of decay {ema:g}")
-    if precision := config.get("precision"):
+    if isinstance(precision := config.get("precision"), str):
         parts.append(f"base in {_PRECISIONS.get(precision, precision)}")
     if gamma := objective.get("snr_gamma"):
         parts.append(f"min-SNR weighting with gamma {gamma:g}")
@@ -64,7 +85,7 @@ def recipe_in_words(config: dict[str, Any]) -> str:
         parts.append(f"timesteps drawn with density t**{bias:g}{fading}")
     if (weight := objective.get("box_weight", 1)) != 1:
         parts.append(f"pixels in boxes weighted {weight:g}")
-    parts.append(f"a fuser on {blocks_in_words(form.get('blocks', 'all'), form.get('every', 1))}")
+    parts.append(f"a fuser on {blocks_in_words(texts.get('blocks', 'all'), int(form.get('every', 1)))}")
     if bias := form.get("grounding_logit_bias"):
         parts.append(f"grounding logit bias {bias:g}")
     if slots := data.get("slots"):

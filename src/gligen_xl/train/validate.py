@@ -22,6 +22,7 @@ from ..data.batch import Augmentation, Batch, ShardDataset
 from ..evaluate.detectors import find_detector
 from ..evaluate.metrics import point_metrics
 from ..evaluate.scores import score_picture
+from ..evaluate.wanted import Detector
 from ..generate import generate
 from ..layout import Layout
 from ..pipelines import GroundingMixin
@@ -31,21 +32,24 @@ from .config import Validation
 from .objective import denoising_loss
 
 _SHOWN = 8  # pictures in the grid
+_LEAST = 64  # losses: of fewer samples each is taken several times, with other noise
 
 
 class Validator:
     """Looks at the adapter on the pipeline's U-Net; holds nothing that changes from one call to the next.
 
     Args:
-        data: folder of held-out shards, or a URL of one.
+        data: folder of held-out shards, or a URL of one; or the data of the training, whose held-out images are taken.
         cache_bytes: of the disk, for shards from a URL.
         augmentation: that of the training, for its slots and its least box score.
+        shapes: whether the shapes world's own detector is to find objects, where no other is named and it knows all
+            phrases.
     """
 
     def __init__(
         self,
         options: Validation,
-        data: str | Path,
+        data: str | Path | ShardDataset,
         pipeline: GroundingMixin,
         conditioner: Conditioner,
         scheduler: DDPMScheduler,
@@ -53,19 +57,41 @@ class Validator:
         batch_size: int,
         seed: int,
         cache_bytes: int,
+        *,
+        shapes: bool = False,
     ):
         self.options, self.pipeline, self.conditioner, self.scheduler = options, pipeline, conditioner, scheduler
         self.batch_size, self.seed = batch_size, seed
         whole = Augmentation(
             drop_grounding=0, drop_caption=0, min_score=augmentation.min_score, slots=augmentation.slots
         )
-        self.dataset = ShardDataset(data, whole, seed, cache_bytes=cache_bytes)
+        if isinstance(data, ShardDataset):
+            self.dataset = data.held_out_samples(whole)
+        else:
+            self.dataset = ShardDataset(data, whole, seed, cache_bytes=cache_bytes)
         layouts = (self._layout(number) for number in range(len(self.dataset)))
         self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
-        self.detector = find_detector(options.detector, device=pipeline.unet.device) if options.detector else None
-        if self.detector:
-            for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
-                self.detector.wanted(phrase)  # complains now, not after hours
+        self.notes: list[str] = []  # for the log
+        self.detector = self._choose_detector(shapes)
+
+    def _choose_detector(self, shapes: bool) -> Detector | None:
+        """The one that is asked for, which has to know all phrases; or the one of the shapes world, if it does."""
+        name = self.options.detector
+        if name == "none" or not self.layouts or (name is None and not shapes):
+            return None
+        detector = find_detector(name or "shapes", device=self.pipeline.unet.device)
+        for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
+            try:
+                detector.wanted(phrase)  # complains now, not after hours
+            except ValueError:
+                if name is not None:
+                    raise
+                self.notes.append(
+                    f"validation: grounding gain and pictures alone, as the detector of the shapes world does not know "
+                    f"{phrase!r} (validation.detector names another one)"
+                )
+                return None
+        return detector
 
     def _layout(self, number: int) -> Layout:
         """A held-out sample as a layout, with the boxes that training would keep and the size of its picture."""
@@ -140,7 +166,7 @@ class Validator:
 
     def _batches(self) -> Iterator[Batch]:
         """The held-out samples, always the same with the same noise; each batch of one latent shape."""
-        count = min(self.options.loss_samples, len(self.dataset))
+        count = min(self.options.loss_samples, max(len(self.dataset), _LEAST))
         numbers = np.arange(count) * len(self.dataset) // count
         times = (np.random.default_rng(self.seed).permutation(count) + 0.5) / count
         groups = np.searchsorted(np.cumsum(self.dataset.groups), numbers, side="right")
