@@ -105,7 +105,7 @@ def test_generate_from_flags_and_the_same_seed_is_the_same_picture(capsys, model
     [
         ((), "either --layout FILE, or --prompt"),
         (("--layout", "none.jsonl"), "no layout file none.jsonl"),
-        (("--layout", "x", "--prompt", "y"), "either --layout FILE, or --prompt"),
+        (("--layout", "x", "--prompt", "y"), "not both"),
         (("--prompt", "a", "--phrase", "b"), "1 phrases but 0 boxes"),
         (("--prompt", "a", "--phrase", "b", "--box", "0", "0", "300", "200"), "looks like pixels"),
         (("--prompt", "a", "--phrase", "b", "--box", "x"), "--box is 'x'; expected numbers"),
@@ -260,7 +260,7 @@ def test_a_second_command_leaves_the_pictures_of_the_first(model, layouts, tmp_p
         (("--compare", "nowhere"), "nowhere is no evaluation"),
         (("--fid", "nowhere"), "nowhere holds no pictures"),
         (("--clip", "nowhere"), "no CLIP model folder nowhere"),
-        (("--segmenter", "sam"), "--segmenter is for colours"),
+        (("--segmenter", "some/sam"), "--segmenter is for colours"),
         (("--beta", 1, 7), "shares of the steps, 0 to 1"),
         (("--seed", 10**20), "--seed is 1"),
         (("--out", "FILE"), "file is a file; expected a folder"),

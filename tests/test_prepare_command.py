@@ -178,7 +178,7 @@ def test_wrong_input_is_one_line(capsys, source, tiny, tmp_path):
         ((tmp_path / "nowhere", *good), "there is no .*nowhere"),
         ((tmp_path / "empty", *good), "empty holds nothing; expected one of"),
         ((tmp_path / "text", *good), "holds readme.txt; expected one of"),
-        ((source, *good[2:], "--vae", tmp_path / "no-vae"), "no-vae is not to be had"),
+        ((source, *good[2:], "--vae", tmp_path / "no-vae"), "no VAE folder .*no-vae"),
         ((source, *good, "--part", "4/3"), "part is '4/3'; expected k/n"),
         ((source, *good, "--kind", "pictures"), "--kind"),
         ((source, *good, "--kind", "coco"), "coco needs instances"),

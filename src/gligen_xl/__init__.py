@@ -8,6 +8,8 @@ Names are imported when they are first used, so that `import gligen_xl` and the 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .quiet import hold_back_notes
+
 if TYPE_CHECKING:
     from .adapter import AdapterConfig
     from .layout import Layout
@@ -35,6 +37,8 @@ __all__ = [
     "StableDiffusionXLGLIGENPipeline",
     "__version__",
 ]
+
+hold_back_notes()
 
 _HOMES = {"AdapterConfig": ".adapter", "Layout": ".layout"}
 

@@ -78,7 +78,7 @@ def demo(out: str | Path, *, steps: int = 30, seed: int = 0) -> str:
             num_inference_steps=steps,
             guidance_scale=2.0,
         )
-        drawn[name] = list(tqdm(pictures, desc=name, total=len(LAYOUTS), unit="picture"))
+        drawn[name] = list(tqdm(pictures, desc=name, total=len(LAYOUTS), unit="picture", disable=None))
         found = detector.detect(drawn[name], LAYOUTS)
         scores = [score_picture(layout, "", here, detector) for layout, here in zip(LAYOUTS, found, strict=True)]
         metrics[name] = point_metrics([score for of_picture in scores for score in of_picture.objects])

@@ -82,6 +82,30 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def reading(path: str | Path, expected: str) -> Iterator[None]:
+    """Any error that arises while a file is read becomes one that names it and says what was expected there.
+
+    Args:
+        expected: for the error, as "the configuration of a run".
+
+    Raises:
+        OSError: as it came, where it names its file. ValueError: all others.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if (isinstance(error, OSError) and error.filename is not None) or (
+            isinstance(error, ValueError | OSError) and str(path) in str(error)
+        ):
+            raise
+        text = " ".join(str(error).split())
+        what = text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{path} is not {expected}: {what}") from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """As UTF-8. A file name that is not text, and has surrogates for its bytes, is written with JSON's escapes."""
     with whole_file(path) as partial:
@@ -98,6 +122,23 @@ def read_json(path: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
         return json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_object(path: str | Path, what: str) -> dict[str, Any]:
+    """A JSON object; anything else is a ValueError that names the file.
+
+    Args:
+        what: for the error, as "the index of a pipeline".
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}; expected {what}, a JSON object")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_text(path: str | Path) -> str:

@@ -34,6 +34,24 @@ def generate(
         settings: further arguments of the pipeline's call, as num_inference_steps, guidance_scale, image. A picture
             is one for all the layouts; one to start from is resized to a layout's width and height, where it has them.
     """
+    batches = generate_batches(
+        pipeline, layouts, beta=beta, seed=seed, grounded=grounded, batch_size=batch_size, **settings
+    )
+    for batch in batches:
+        yield from batch
+
+
+def generate_batches(
+    pipeline: GroundingMixin,
+    layouts: Sequence[Layout],
+    *,
+    beta: float | Sequence[float] = 0.3,
+    seed: int = 0,
+    grounded: bool = True,
+    batch_size: int = 8,
+    **settings: Any,
+) -> Iterator[list[Image.Image]]:
+    """As `generate`, the pictures of each call of the pipeline together."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
 
@@ -51,7 +69,7 @@ def generate(
             if grounded:
                 grounding["gligen_phrases"] = [list(layout.phrases) for _, layout in part]
                 grounding["gligen_boxes"] = [list(layout.boxes) for _, layout in part]
-            yield from pipeline(
+            yield pipeline(
                 [layout.prompt for _, layout in part],
                 negative_prompt=None if plain else [layout.negative_prompt for _, layout in part],
                 gligen_scheduled_sampling_beta=beta,

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, create_repo, snapshot_download, upload_folder
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .limits import check_model_settings, check_safetensors
 
@@ -70,14 +81,76 @@ def _local_folder(
     if files is not None and check is not None:
         check(files)
     first = choose if isinstance(choose, list) else [INDEX_NAME]
-    try:
+    with reaching(source, f"no {what} folder {source}"):
         root = Path(snapshot_download(str(source), allow_patterns=first, **hub))
-    except Exception as error:  # of the network, of the Hub, of the cache: each library has its own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no {what} folder {source}, and no such repository was reached: {reason}") from error
     if isinstance(choose, list) or files is None:
         return root
-    return Path(snapshot_download(str(source), allow_patterns=choose(files, root), **hub))
+    with reaching(source, f"no {what} folder {source}"):
+        return Path(snapshot_download(str(source), allow_patterns=choose(files, root), **hub))
+
+
+@contextmanager
+def reaching(repository: str | Path, lacking: str = "") -> Iterator[None]:
+    """Whatever the Hub, the network or the cache raises becomes one line: which repository, why, and what to do.
+
+    Each of the libraries under huggingface_hub has its own kinds, and those of its newer ones are no OSErrors.
+
+    Args:
+        lacking: what is not on this machine either, for the error, as "no pipeline folder owner/name".
+
+    Raises:
+        FileNotFoundError: there is no such repository, or it cannot be had. Other errors: as they came.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := _reason(error, str(repository))) is None:
+            raise
+        start = f"{lacking}, and no such repository was reached" if lacking else f"{repository} cannot be had"
+        raise FileNotFoundError(f"{start}: {reason}") from error
+
+
+_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "ssl", "socket")
+_ELSEWHERE = "or give a folder that is on this machine"
+
+
+def _reason(error: Exception, name: str) -> str | None:
+    """Why a repository could not be had, and what to do; None where it is no matter of the Hub."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+
+    def came(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if came(GatedRepoError):
+        return f"agree to its conditions at https://huggingface.co/{name} first, then run hf auth login"
+    if came(RevisionNotFoundError):
+        return "it has no such revision"
+    if came(RepositoryNotFoundError):
+        return "the Hub has none of that name that you may read; look at the name, or run hf auth login"
+    if came(HFValidationError):
+        return "that cannot be the name of one, owner/name"
+    if came(OfflineModeIsEnabled) or (came(LocalEntryNotFoundError) and HF_HUB_OFFLINE):
+        return f"HF_HUB_OFFLINE is set, and it was not fetched before; unset that, {_ELSEWHERE}"
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub refused it ({_first_line(error)}); try again later, {_ELSEWHERE}"
+    if came(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
+        type(cause).__module__.partition(".")[0] in _NETWORK for cause in causes
+    ):
+        return f"the Hub cannot be reached ({_first_line(causes[-1])}); look at the network, {_ELSEWHERE}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def model_files(files: list[str], variant: str | None = None) -> list[str]:
+    """Of a repository that is one model: its settings, and one copy of its weights (see `pipeline_files`)."""
+    inner = pipeline_files([f"model/{name}" for name in files if "/" not in name], variant)
+    return [name.removeprefix("model/") for name in inner]
 
 
 def upload(folder: str | Path, repo_id: str, message: str, *, private: bool | None = None, **options: Any) -> Any:

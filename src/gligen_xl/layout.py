@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -23,6 +24,7 @@ from .limits import MAX_BOXES, MAX_NAME, MAX_PHRASE, MAX_PROMPT, MAX_SIDE, MAX_U
 
 Box = tuple[float, float, float, float]
 
+_NO_TEXT = re.compile("[\ud800-\udfff]")
 TOLERANCE = 0.005  # a box may overstep the picture by this much, from rounding, and is then clipped
 
 
@@ -57,6 +59,8 @@ class Layout:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
                 raise ValueError(f"{name} is {_short(value)}; expected {kinds.__name__}")
+        for name in ("prompt", "negative_prompt", "id"):
+            _check_text(name, getattr(self, name) or "")
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -117,6 +121,7 @@ def validate_phrases(phrases: Any) -> tuple[str, ...]:
             raise ValueError(f"phrases[{k}] is {_short(phrase)}; expected a string")
         if not phrase.strip():
             raise ValueError(f"phrases[{k}] is empty; say what should stand in box {k}")
+        _check_text(f"phrases[{k}]", phrase)
         if len(phrase) > MAX_PHRASE:
             raise ValueError(
                 f"phrases[{k}] has {len(phrase)} characters, {_short(phrase)}; expected at most {MAX_PHRASE}"
@@ -148,10 +153,13 @@ def _validate_box(k: int, box: Any) -> Box:
     if not all(map(math.isfinite, (x0, y0, x1, y1))):
         raise ValueError(f"boxes[{k}] is {_short(values)}; expected finite numbers")
     if max(x0, y0, x1, y1) > 2:
-        raise ValueError(
-            f"boxes[{k}] is {_short(values)}, which looks like pixels; divide x by the picture's width and y by its "
-            "height, so that all lie in 0-1"
-        )
+        if max(x0, y0, x1, y1) <= 100 and min(x0, y0, x1, y1) >= 0:
+            advice = (
+                "which look like percent; divide by 100 (or, if they are pixels, by the picture's width and height)"
+            )
+        else:
+            advice = "which looks like pixels; divide x by the picture's width and y by its height"
+        raise ValueError(f"boxes[{k}] is {_short(values)}, {advice}, so that all lie in 0-1")
     if min(x0, y0, x1, y1) < -TOLERANCE or max(x0, y0, x1, y1) > 1 + TOLERANCE:
         raise ValueError(f"boxes[{k}] is {_short(values)}, outside the picture; expected 0 <= x, y <= 1")
     x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) for value in (x0, y0, x1, y1))
@@ -162,6 +170,14 @@ def _validate_box(k: int, box: Any) -> Box:
             "(corners, not width and height)"
         )
     return x0, y0, x1, y1
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuse what no tokenizer and no file can hold: half of a pair of UTF-16, from broken JSON or other bytes."""
+    if found := _NO_TEXT.search(text):
+        raise ValueError(
+            f"{name} is {_short(text)}; its letter {found.start()}, {found[0]!a}, is half of one; write it as UTF-8"
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -202,14 +218,16 @@ def read_layouts(path: str | Path) -> list[Layout]:
     try:
         whole = json.loads(text)
         entries = [(f"item {k}", item) for k, item in enumerate(whole)] if isinstance(whole, list) else [("", whole)]
-    except json.JSONDecodeError as whole_error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for a layout") from error
+    except ValueError as whole_error:  # of the syntax, or a number of too many digits
         entries = []
         for number, line in enumerate(text.split("\n"), start=1):  # prompts may hold other line ends
             line = line.removeprefix("\ufeff")  # of a file that was put behind another
             if line.strip():
                 try:
                     entries.append((f"line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     # A broken file of one object is not JSONL: then the error of the whole is the telling one.
                     shown = f"line {number}: {error}" if entries else str(whole_error)
                     raise ValueError(f"{path} is neither JSON nor JSONL: {shown}") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import WITHOUT_BOXES, Parser, say
+from .common import WITHOUT_BOXES, Parser, say, watched
+from .values import check_folder
 
 HELP = "Whether shards can be trained on: every latent and every row looked at."
 
@@ -12,18 +13,18 @@ HELP = "Whether shards can be trained on: every latent and every row looked at."
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("folder", help="of shards: NAME.safetensors with NAME.parquet")
     parser.add_argument("--without_boxes", action="store_true", help=WITHOUT_BOXES)
-    return (parser.parse_args(words),)
+    arguments = parser.parse_args(words)
+    check_folder(arguments.folder, "a folder of shards")
+    return (arguments,)
 
 
 def run(arguments: Namespace) -> None:
-    from tqdm import tqdm
-
     from ..data.check import check_shards
 
     report = check_shards(
         arguments.folder,
         without_boxes=arguments.without_boxes,
-        progress=lambda stems: tqdm(stems, desc="check", unit="shard"),
+        progress=lambda stems: watched(stems, "check", len(stems), unit="shard"),
     )
     say(report)
     if report.problems:

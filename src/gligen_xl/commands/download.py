@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import Parser, say
+from .common import Parser, say, watched
+from .values import check_out
 
 HELP = "The published sets of SA-1B latents and boxes, whole or in part, checked."
 
@@ -14,12 +15,12 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--archives", help="which, as 0-9,17; by default all (368 MB each at 512, 1.47 GB at 1024)")
     parser.add_argument("--revision", help="of the repository")
     parser.add_argument("--out", required=True, help="folder; the same command continues")
-    return (parser.parse_args(words),)
+    arguments = parser.parse_args(words)
+    check_out(arguments.out)
+    return (arguments,)
 
 
 def run(arguments: Namespace) -> None:
-    from tqdm import tqdm
-
     from ..prepare.download import download
 
     paths = download(
@@ -27,6 +28,6 @@ def run(arguments: Namespace) -> None:
         arguments.out,
         archives=arguments.archives,
         revision=arguments.revision,
-        progress=lambda files: tqdm(files, desc="download", unit="file"),
+        progress=lambda files: watched(files, "download", len(files), unit="file"),
     )
     say(f"{len(paths)} files in {arguments.out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,19 +13,23 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from ..public import redacted
+from ..suggestions import did_you_mean
 from ..text import printable
 from .common import (
     Parser,
-    UsageError,
     best_device,
+    check_generation,
     load,
     model_arguments,
     parse_part,
     quiet_imports,
+    refuse_beside,
     say,
+    settle_guidance,
     usable_device,
     watched,
 )
+from .values import UsageError, check_file, check_folder, check_out, check_source, count, is_there
 
 if TYPE_CHECKING:
     from ..evaluate.clip import ClipScorer
@@ -54,7 +58,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] 
         help="of layouts that are drawn: coco-mig and coco-position without a file",
     )
     add("--real", help="with a file of layouts: folder of their real pictures, named by id")
-    add("--count", type=int, help="how many layouts, the first ones; by default all, and 256 of shapes")
+    add("--count", type=count, help="how many layouts, the first ones; by default all, and 256 of shapes")
     add("--out", default="evaluation", help="folder for pictures, detections and the report")
     add("--beta", type=float, nargs="+", help="shares of the steps to evaluate; by default 1 and 0.4, with a sweep 1")
     add("--sweep", action="append", default=[], help="beta=0,0.2,0.4,1 or guidance_scale=1,2,5; may be repeated")
@@ -79,6 +83,10 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] 
         sweep[name] = sweep.get(name, []) + values
     _check(arguments, parser)
     arguments.beta = arguments.beta or ([1.0] if sweep else [1.0, 0.4])
+    _check_values(arguments, sweep)
+    _check_paths(arguments)
+    if part is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("--part shares the work out, as torchrun does; give one of the two")
     return arguments, part, sweep
 
 
@@ -92,6 +100,7 @@ def _sweep(text: str) -> tuple[str, list[float]]:
 
 DRAWN = ("coco-position", "coco-mig")  # where the folder has no published file
 COCO = ("coco", "coco-2014", "coco-2017", *DRAWN)
+SWEPT = ("beta", "guidance_scale")
 # What is refused beside --pictures, and beside --generate_only and --part.
 GENERATING = (
     "model", "config", "variant", "adapter", "dtype", "offload", "steps", "guidance_scale", "seed", "batch_size",
@@ -104,9 +113,7 @@ def _check(arguments: Namespace, parser: Parser) -> None:
     """Refuse what would be ignored."""
 
     def refuse(names: Iterable[str], why: str) -> None:
-        for name in names:
-            if arguments[name] != parser.get_default(name):
-                raise UsageError(f"--{name} {why}")
+        refuse_beside(arguments, parser, names, why)
 
     layouts = arguments.layouts
     if arguments.pictures:
@@ -125,6 +132,61 @@ def _check(arguments: Namespace, parser: Parser) -> None:
         refuse(["real"], "is for the control of real pictures, which is not scored here; leave it out")
 
 
+def _check_values(arguments: Namespace, sweep: Mapping[str, Sequence[float]]) -> None:
+    """Shares of the steps, and what a sweep may be of."""
+    from ..pipelines.schedule import GroundingSchedule
+
+    for name in sweep:
+        if name not in SWEPT:
+            raise UsageError(
+                f"a sweep of {name!r}; expected one of {', '.join(SWEPT)}, as --sweep beta=0,0.4,1"
+                f"{did_you_mean(name, SWEPT)}"
+            )
+    for beta in [*arguments.beta, *sweep.get("beta", ())]:
+        try:
+            GroundingSchedule.parse(beta)
+        except ValueError as error:
+            raise UsageError(str(error).replace("gligen_scheduled_sampling_beta", "--beta")) from None
+    for scale in sweep.get("guidance_scale", ()):
+        if not 0 <= scale < float("inf"):
+            raise UsageError(f"--sweep guidance_scale is {scale}; expected a number of at least 0")
+    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
+        raise UsageError(f"--threshold is {arguments.threshold}; expected a score between 0 and 1")
+
+
+def _check_paths(arguments: Namespace) -> None:
+    """Folders and files that are named have to be there, before anything is loaded."""
+    if arguments.layouts not in ("shapes", *COCO):
+        if not is_there(arguments.layouts):
+            raise FileNotFoundError(
+                f"no layout file {arguments.layouts}, and no such protocol; there are shapes, {', '.join(COCO)}"
+                f"{did_you_mean(arguments.layouts, ('shapes', *COCO))}"
+            )
+        check_file("layouts", arguments.layouts, "a layout file")
+    if arguments.pictures:
+        check_folder(arguments.pictures, "a folder of pictures")
+    else:
+        check_generation(arguments)
+    if arguments.coco:
+        check_folder(arguments.coco, "the folder of COCO's annotations and pictures")
+    if arguments.real:
+        check_folder(arguments.real, "a folder of pictures")
+    if arguments.compare and not is_there(arguments.compare):
+        raise FileNotFoundError(f"{arguments.compare} is no evaluation (--compare): there is no such folder")
+    for name, what in (("clip", "CLIP model"), ("segmenter", "segmenter")):
+        if arguments[name]:
+            check_source(name, arguments[name], what)
+    if arguments.detector and arguments.detector != "shapes" and "/" not in arguments.detector:
+        if not is_there(arguments.detector):
+            raise UsageError(
+                f"no detector {arguments.detector!r}; expected 'shapes', a folder, or a Hub repository (owner/name)"
+                f"{did_you_mean(arguments.detector, ('shapes',))}"
+            )
+    elif arguments.detector:
+        check_source("detector", arguments.detector, "detector", known=("shapes",))
+    check_out(arguments.out)
+
+
 def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, list[float]]) -> int:
     quiet_imports()
     from ..evaluate import find_protocol
@@ -141,9 +203,6 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
     if arguments.layout_seed and "layout_seed" not in protocol.parameters:
         raise UsageError(f"--layout_seed is of drawn layouts; these are of {protocol.parameters['file']}")
     layouts = keyed(protocol.layouts)
-    # Rather found out now than after an hour of generating.
-    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
-        raise UsageError(f"--out {arguments.out} is a file; expected a folder, or none yet")
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     _look_at_others(arguments, protocol)
     if arguments.pictures:
@@ -184,8 +243,7 @@ def _real_pictures(arguments: Namespace) -> Path:
 
 def _settle(arguments: Namespace) -> None:
     """What `load` would fill in, and one GPU a process."""
-    if arguments.guidance_scale is None:
-        arguments.guidance_scale = 2.0 if arguments.model == "shapes" else 5.0
+    settle_guidance(arguments)
     if arguments.device is None and (device := best_device()) == "cuda":
         arguments.device = f"{device}:{os.environ.get('LOCAL_RANK', 0)}"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from .common import WITHOUT_BOXES, Parser, say
+from .common import WITHOUT_BOXES, Parser, say, watched
+from .values import check_folder, check_out
 
 HELP = "The published sets of SA-1B latents and boxes (.npy) to shards; nothing in them is run."
 
@@ -15,12 +16,15 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--sizes", help="folder of tables of six columns: the original sizes that others lack")
     parser.add_argument("--out", required=True, help="folder for the shards; those of the same files are kept")
     parser.add_argument("--without_boxes", action="store_true", help=WITHOUT_BOXES)
-    return (parser.parse_args(words),)
+    arguments = parser.parse_args(words)
+    for name in ("latents", "boxes", "sizes"):
+        if arguments[name] is not None:
+            check_folder(arguments[name], "a folder of .npy files")
+    check_out(arguments.out)
+    return (arguments,)
 
 
 def run(arguments: Namespace) -> None:
-    from tqdm import tqdm
-
     from ..prepare.imports import import_published
 
     report = import_published(
@@ -28,7 +32,7 @@ def run(arguments: Namespace) -> None:
         arguments.boxes,
         arguments.out,
         sizes=arguments.sizes,
-        progress=lambda names: tqdm(names, desc="import", unit="archive"),
+        progress=lambda names: watched(names, "import", len(names), unit="archive"),
     )
     say(f"{report}\nin {arguments.out}")
     if any(what not in ("written", "already there") for what in report.archives.values()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from .common import DTYPES, WITHOUT_BOXES, Parser, UsageError, best_device, parse_part, quiet_imports, say
+from .common import WITHOUT_BOXES, Parser, parse_part, quiet_imports, say, usable_device
+from .values import UsageError, check_out, check_source, count, device, dtype
 
 HELP = "Pictures to shards, for training: COCO, YOLO, Pascal VOC, Hugging Face, webdatasets, SA-1B, or your own."
 
@@ -29,7 +32,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--classes", help="JSON or YAML of category -> phrase, or null to leave it out")
     parser.add_argument("--images", help="folder of the pictures, where they do not stand with their annotations")
     parser.add_argument("--split", help="of the source, as train, val, test; by default all of it")
-    parser.add_argument("--unit_size", type=int, default=10_000, help="pictures a shard, of sources without archives")
+    parser.add_argument("--unit_size", type=count, default=10_000, help="pictures a shard, of sources without archives")
 
     parser.add_argument("--resolution", action="append", default=[], help="pixels, by default 512; once for each")
     parser.add_argument("--buckets", action="store_true", help="SDXL's aspect-ratio buckets in place of centre crops")
@@ -58,44 +61,50 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--latents", choices=["sample", "mean"], default="sample", help="of the VAE's posterior")
     parser.add_argument("--seed", type=int, default=0, help="of samples and random flips")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of VAE and detector; overflows are repeated"
+        "--dtype", type=dtype, default="float32", help="of VAE and detector, as fp16; overflows are repeated"
     )
-    parser.add_argument("--at_once", type=int, default=1, help="pictures a pass of a network; may change last bits")
+    parser.add_argument("--at_once", type=count, default=1, help="pictures a pass of a network; may change last bits")
 
-    parser.add_argument("--device", help="cpu, cuda, ...; by default the best there is")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures detected and encoded together")
+    parser.add_argument("--device", type=device, help="cpu, cuda, ...; by default the best there is")
+    parser.add_argument("--batch_size", type=count, default=8, help="pictures detected and encoded together")
     parser.add_argument("--workers", type=int, default=1, help="decoding processes; 0 decodes beside the rest")
     parser.add_argument("--part", default="1/1", help="k/n: only every n-th unit, for arrays of jobs")
     parser.add_argument("--runner", choices=["local", "ray"], default="local", help="ray: units on a Ray cluster")
     parser.add_argument(
-        "--runners", type=int, help="with ray: units at a time; by default as many as there is room for"
+        "--runners", type=count, help="with ray: units at a time; by default as many as there is room for"
     )
     arguments = parser.parse_args(words)
-    try:
-        arguments.resolution = [int(text) for text in arguments.resolution] or [512]
-    except ValueError as error:
-        raise UsageError(
-            f"--resolution is {', '.join(map(str, arguments.resolution))}; expected pixels, as 512"
-        ) from error
+    arguments.resolution = [_resolution(text, arguments.vae) for text in arguments.resolution] or [512]
+    arguments.part = parse_part(arguments.part)
     return (arguments,)
 
 
+def _resolution(text: str, vae: str | None) -> int:
+    """Pixels. Of the usual VAE they are a multiple of 8; another one is asked when it is loaded."""
+    if not text.strip().isascii() or not text.strip().isdecimal():
+        raise UsageError(f"--resolution is {text}; expected pixels, as 512")
+    if vae is None and int(text) % 8:
+        raise UsageError(f"--resolution is {text}; expected a multiple of 8 pixels, as 512")
+    return int(text)
+
+
+def _check_paths(arguments: Namespace) -> None:
+    """Refuse, before anything is loaded, what is not there or cannot be written."""
+    if arguments.vae is not None:
+        check_source("vae", arguments.vae, "VAE", file=True, known=("shapes",))
+    if arguments.detector is not None:
+        check_source("detector", arguments.detector, "detector", known=("shapes",))
+    if arguments.runners is not None and arguments.runner != "ray":
+        raise UsageError("--runners is of --runner ray; leave it out")
+    check_out(arguments.out)
+
+
 def run(arguments: Namespace) -> None:
-    quiet_imports()
+    _check_paths(arguments)
     from tqdm import tqdm
 
-    from ..prepare.run import Machine, prepare
     from ..prepare.sources import open_source
 
-    part = parse_part(arguments.part)
-    settings = _settings(arguments)
-    machine = Machine(
-        workers=arguments.workers,
-        device=arguments.device or best_device(),
-        batch_size=arguments.batch_size,
-        runner=arguments.runner,
-        runners=arguments.runners,
-    )
     units = open_source(
         arguments.source,
         kind=arguments.kind,
@@ -107,9 +116,21 @@ def run(arguments: Namespace) -> None:
         other_uses=[path for path in (arguments.out, arguments.captions) if path],
         unit_size=arguments.unit_size,
     )
+    settings = _settings(arguments)
+    quiet_imports()
+    from ..prepare.run import Machine, prepare
+
+    machine = Machine(
+        workers=arguments.workers,
+        device=usable_device(arguments.device),
+        batch_size=arguments.batch_size,
+        runner=arguments.runner,
+        runners=arguments.runners,
+    )
+    part = arguments.part
     weight = sum(unit.weight for unit in units[part[0] - 1 :: part[1]])
     form = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-    with _interrupts() as check, tqdm(total=weight, desc="prepare", bar_format=form) as bar:
+    with _interrupts() as check, tqdm(total=weight, desc="prepare", bar_format=form, disable=None) as bar:
         report = prepare(
             units, arguments.out, settings, machine,
             source=_name(arguments), part=part, progress=_Shown(bar, check),
@@ -161,20 +182,32 @@ def _settings(arguments: Namespace) -> Any:
 
 
 class _Shown:
-    """Weight and pictures on a progress bar: how far, how fast, how long still."""
+    """Weight and pictures on a progress bar: how far, how fast, how long still. Where there is none, as in a job's
+    file, a line a minute."""
+
+    EVERY = 60.0  # seconds between lines
 
     def __init__(self, bar: Any, check: Callable[[], None]):
-        self.bar, self.check, self.pictures = bar, check, 0
+        self.bar, self.check, self.pictures, self.weight, self.before = bar, check, 0, 0, 0
+        self.began = self.said = time.monotonic()
+        self._silent = getattr(bar, "disable", False)  # tqdm has no clock then
 
     def __call__(self, weight: int, pictures: int) -> None:
         self.check()
         self.pictures += pictures
+        self.weight += weight
         if not pictures and not self.pictures:
-            self.bar.initial += weight  # done before: no part of the speed
-        elapsed = self.bar.format_dict["elapsed"] or 1e-9
-        text = f"prepare: {self.pictures} pictures, {self.pictures / elapsed:.1f}/s"
-        self.bar.set_description_str(text, refresh=False)
-        self.bar.update(weight)
+            self.before += weight  # done before: no part of the speed
+            self.bar.initial = self.before
+        now = time.monotonic()
+        elapsed = now - self.began if self._silent else self.bar.format_dict["elapsed"]
+        text = f"prepare: {self.pictures} pictures, {self.pictures / (elapsed or 1e-9):.1f}/s"
+        if not self._silent:
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(weight)
+        elif now - self.said >= self.EVERY:
+            self.said = now
+            print(f"{text}, {100 * self.weight / max(self.bar.total or 0, 1):.0f}%", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from .common import DTYPES, Parser, UsageError, quiet_imports
+from .common import Parser, quiet_imports
+from .values import UsageError, check_folder, check_out, dtype
 
 HELP = "Upload an adapter to the Hub, with a model card written from its run."
 
@@ -17,12 +18,16 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--repository", required=True, help="OWNER/NAME on the Hub; it is made where there is none")
     parser.add_argument("--license", required=True, help="of the adapter, as the Hub names it: apache-2.0, openrail++")
     parser.add_argument("--base_model", help="OWNER/NAME of the base, where the run had it from a folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="to save in; as it is by default")
+    parser.add_argument("--dtype", type=dtype, help="to save in, as fp16; as it is by default")
     parser.add_argument("--private", action="store_true", help="where the repository is made")
     parser.add_argument("--token_file", help="a file that holds the token; by default HF_TOKEN or hf auth login")
     parser.add_argument("--token", help="the token itself, which other users of the machine can read; better a file")
     parser.add_argument("--dry_run", metavar="FOLDER", help="write what would be uploaded there, and upload nothing")
-    return (parser.parse_args(words),)
+    arguments = parser.parse_args(words)
+    check_folder(arguments.source, "the folder of a run, of a checkpoint or of an adapter")
+    if arguments.dry_run is not None:
+        check_out(arguments.dry_run, "dry_run")
+    return (arguments,)
 
 
 def run(arguments: Namespace) -> None:

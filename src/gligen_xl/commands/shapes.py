@@ -8,7 +8,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from ..files import whole_file
-from .common import Parser, UsageError, quiet_imports, say
+from .common import Parser, quiet_imports, say
+from .values import check_folder, check_out, check_source, count, seed
 
 HELP = "The embedded tiny world: demo, drawing, building its model."
 
@@ -18,8 +19,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[str, Namespace]:
     demo = Parser(description="Generate a handful of layouts with grounding on and off, and say how well it went.")
     demo.add_argument("--out", default="demo", help="folder for pictures, grid.png and table.md")
     draw = Parser(description="Draw scenes of the world, with their layouts.")
-    draw.add_argument("--count", type=int, default=16, help="how many")
-    draw.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    draw.add_argument("--count", type=count, default=16, help="how many")
+    draw.add_argument("--seed", type=seed, default=0, help="another seed, other scenes")
     draw.add_argument("--out", default="scenes", help="folder for pictures, layouts.jsonl and metadata.jsonl (prepare)")
     build = Parser(description="Train the embedded model from nothing (hours). The same command continues.")
     build.add_argument("--out", default="runs/shapes", help="folder for data, checkpoints and the model")
@@ -32,11 +33,17 @@ def parse(parser: Parser, words: list[str]) -> tuple[str, Namespace]:
     actions.add_subcommand("build", build, help="train the embedded model from nothing")
     actions.add_subcommand("pack", pack, help="a base and its adapter into one folder")
     arguments = parser.parse_args(words)
-    return arguments.action, arguments[arguments.action]
+    chosen = arguments[arguments.action]
+    check_out(chosen.out)
+    if arguments.action == "pack":
+        check_folder(chosen.base, "the folder of a pipeline")
+        check_source("adapter", chosen.adapter, "adapter")
+    return arguments.action, chosen
 
 
 def run(action: str, arguments: Namespace) -> None:
-    quiet_imports()
+    if action != "draw":
+        quiet_imports()
     if action == "demo":
         from ..demo import demo
 
@@ -57,11 +64,7 @@ def _draw_scenes(arguments: Namespace) -> None:
     from ..layout import write_layouts
     from ..shapes.world import draw, sample_scene, scene_layout
 
-    if arguments.count < 1:
-        raise UsageError(f"--count is {arguments.count}; expected at least 1")
     out, seed, layouts = Path(arguments.out), arguments.seed, []
-    if seed < 0:
-        raise UsageError(f"--seed is {seed}; expected 0 or more")
     for index in range(arguments.count):
         layouts.append(scene_layout(scene := sample_scene(seed, index), seed=seed, index=index))
         with whole_file(out / f"{layouts[-1].id}.png") as partial:

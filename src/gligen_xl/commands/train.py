@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..train.signals import STOPPED, before_the_end
-from .common import Parser, UsageError, quiet_imports, say
+from .common import Parser, quiet_imports, say
+from .values import UsageError, check_out, check_source, is_there
 
 HELP = "Train an adapter, or continue the run that stands in its folder."
 
@@ -27,8 +28,9 @@ def parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
 def _parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
     parser.epilog = ENDINGS
     parser.usage = "gligen-xl train RECIPE [--data DATA] [--out OUT] [--SETTING VALUE ...]"
-    quiet_imports()
     from ..recipes import find_recipe, read_settings, recipe_names
+
+    recipe = find_recipe(words[0], quick="--quick" in words) if words and not words[0].startswith("-") else None
     from ..train.config import TrainConfig, check_names
 
     parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
@@ -38,14 +40,18 @@ def _parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
     parser.add_argument("--processes", type=int, help="of the dry run: that share the batch; by default as launched")
     parser.add_class_arguments(TrainConfig)
     _common_first(parser)
-    if not words or words[0].startswith("-"):
+    if recipe is None:
         parser.parse_args(words)  # --help, or the error that the recipe is missing
         raise UsageError("name the recipe first: gligen-xl train RECIPE ...")
     words = _spelled_out(words)
-    recipe = find_recipe(words[0], quick="--quick" in words)
     for file in (recipe, *_settings_files(words)):
         check_names(read_settings(file), str(file))
-    parsed = parser.parse_args(["--settings", str(recipe), *words])
+    try:
+        parsed = parser.parse_args(["--settings", str(recipe), *words])
+    except UsageError as error:
+        if "to be given" in str(error):
+            raise UsageError(f"{words[0]} and the options together are no run: {error}") from error
+        raise
     try:
         arguments = parser.instantiate(parsed)
     except TypeError as error:
@@ -105,6 +111,17 @@ def _settings_files(words: Sequence[str]) -> list[str]:
     ]
 
 
+def _check_paths(config: Any) -> None:
+    """Refuse, before anything is loaded, folders that are not there or cannot be written. A run that is finished has
+    no need of its data."""
+    check_source("model", config.model, "pipeline", file=True, known=("shapes",))
+    finished = Path(config.out, "adapter").is_dir()
+    for source in config.sources if not finished else ():
+        if not source.startswith("shapes:") and "://" not in source and not is_there(source):
+            raise FileNotFoundError(f"data {source} is not there; expected a folder of shards, a URL, or shapes:COUNT")
+    check_out(config.out)
+
+
 def run(config: Any, dry_run: int | None) -> int:
     """Args: dry_run: the processes to describe the run for, in place of running it."""
     import yaml
@@ -112,6 +129,7 @@ def run(config: Any, dry_run: int | None) -> int:
     settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
     main = os.environ.get("RANK", "0") == "0"
     if dry_run is not None:
+        quiet_imports()
         from ..train.estimate import describe, estimate
 
         described = describe(estimate(config, dry_run))
@@ -120,6 +138,8 @@ def run(config: Any, dry_run: int | None) -> int:
         return 0
 
     with _telling_others(begins=True):
+        _check_paths(config)
+        quiet_imports()
         from ..train.loop import FINISHED, train
         from ..train.precheck import check_before, reached_position
 

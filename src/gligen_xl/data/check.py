@@ -99,7 +99,7 @@ def _shape(shard: Shard) -> Iterator[str]:
     resolution = shard.metadata.get("resolution", "")
     _, height, width = (shard.downsampling * side for side in shard.latent_shape)
     if resolution.isdigit() and not 0.7 <= height * width / max(int(resolution), 1) ** 2 <= 1.3:
-        yield f"its pictures have {height} x {width} pixels, its resolution is {resolution}"
+        yield f"its pictures have {width} x {height} pixels, its resolution is {resolution}"
 
 
 def _latents(shard: Shard) -> Iterator[str]:

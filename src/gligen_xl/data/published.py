@@ -97,7 +97,7 @@ def _row(columns: list[Any]) -> PublishedRow:
     if len(columns) == 6 and columns[5] is not None:
         height, width = (int(value) for value in _numbers(columns[5]))
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-            raise ValueError(f"the original size is {height} x {width}; expected 1 to {MAX_SIDE} pixels")
+            raise ValueError(f"the original size is {width} x {height}; expected 1 to {MAX_SIDE} pixels")
         size = (height, width)
     corners = xyxy_from_cxcywh(boxes.astype(np.float32))
     return PublishedRow(int(index), str(caption), corners, scores.astype(np.float32), phrases, size)

@@ -60,7 +60,7 @@ class Kept:
         for line in kept.split(b"\n"):
             try:
                 entry = json.loads(line)
-            except ValueError:  # cut short
+            except (ValueError, RecursionError):  # cut short
                 continue
             try:
                 key, picture, asked, found = (entry[name] for name in ("key", "picture", "asked", "found"))

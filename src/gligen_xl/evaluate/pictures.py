@@ -285,6 +285,6 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             about = json.loads(picture.info.get(METADATA_KEY, "{}"))
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}

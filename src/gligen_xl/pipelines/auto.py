@@ -12,10 +12,12 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from ..adapter.pickles import read_checkpoint
-from ..files import read_json
+from ..files import first_line
+from ..hub import local_folder, model_files, reaching
 from ..limits import check_safetensors
 from .grounding import GroundingMixin
-from .loading import INDEX_NAME, pipeline_folder
+from .loading import pipeline_folder
+from .parts import read_index
 from .sd import StableDiffusionGLIGENInpaintPipeline, StableDiffusionGLIGENPipeline
 from .sdxl import (
     StableDiffusionXLGLIGENControlNetImg2ImgPipeline,
@@ -76,9 +78,10 @@ def load_pipeline(
     if single:
         settings = {"config": config} if config else {}
         try:
-            return CLASSES[kind].from_single_file(str(folder), torch_dtype=dtype, **settings, **parts, **loading)  # type: ignore[attr-defined]
+            with reaching("the settings of its base", f"{model} needs the settings of its base (--config FOLDER)"):
+                return CLASSES[kind].from_single_file(str(folder), torch_dtype=dtype, **settings, **parts, **loading)  # type: ignore[attr-defined]
         except SingleFileComponentError as error:
-            raise ValueError(f"{model} is no whole checkpoint: {str(error).strip().splitlines()[0]}") from error
+            raise ValueError(f"{model} is no whole checkpoint: {first_line(error)}") from error
     return CLASSES[kind].from_pretrained(folder, dtype=dtype, **parts, **loading)
 
 
@@ -86,12 +89,14 @@ def _controlnet(source: str, dtype: torch.dtype) -> ControlNetModel:
     """A ControlNet of a folder or repository.
 
     Raises:
+        FileNotFoundError: there is none.
         ValueError: its files lack a tensor, or are of another model than its settings.
     """
+    folder = local_folder(source, "ControlNet", lambda files, _: model_files(files))
     try:
-        loaded: Any = ControlNetModel.from_pretrained(source, torch_dtype=dtype, output_loading_info=True)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"the ControlNet {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        loaded: Any = ControlNetModel.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True)
+    except Exception as error:  # diffusers has its own kinds for each way of being wrong
+        raise ValueError(f"the ControlNet {source} cannot be loaded: {first_line(error)}") from error
     net, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the ControlNet {source} is not whole: it lacks {len(missing)} tensors, as {missing[0]}")
@@ -102,8 +107,8 @@ def _controlnet(source: str, dtype: torch.dtype) -> ControlNetModel:
 def _is_xl(model: Path) -> bool:
     """SDXL has two text encoders; in a checkpoint in one file they are called conditioner."""
     if model.is_dir():
-        index = read_json(model / INDEX_NAME)
-        return (index.get("text_encoder_2") or [None])[0] is not None
+        kind = read_index(model).get("text_encoder_2")
+        return isinstance(kind, list) and bool(kind) and kind[0] is not None
     try:
         if model.suffix == ".safetensors":
             check_safetensors(model)
@@ -113,5 +118,5 @@ def _is_xl(model: Path) -> bool:
             loaded = read_checkpoint(model, map_location="meta")
             names = list(map(str, loaded.get("state_dict", loaded)))
     except SafetensorError as error:
-        raise ValueError(f"{model} is damaged or not a checkpoint: {str(error).splitlines()[0]:.100}") from error
+        raise ValueError(f"{model} is damaged or not a checkpoint: {first_line(error):.100}") from error
     return any(name.startswith("conditioner.") for name in names)

@@ -34,6 +34,7 @@ from ..files import read_json, write_json
 from ..hub import INDEX_NAME, OPTIONS, check_variant, local_folder, pipeline_files, upload
 from ..phrases import phrase_width
 from ..public import clean_model_folder
+from .parts import check_parts, check_tokenizers, naming_part, read_index
 from .weights import check_loaded, check_shards, check_values, lacks, misfit, without_values
 
 ADAPTER_SUBFOLDER = "gligen_adapter"
@@ -163,7 +164,8 @@ class AdapterLoaderMixin(DiffusionPipeline):
         # One type for all parts: left to itself, transformers keeps the files' type and diffusers does not.
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or torch.float32)
         folder = pipeline_folder(pretrained_model_name_or_path, kwargs)
-        index = read_json(folder / INDEX_NAME)
+        index = read_index(folder)
+        check_parts(folder, index, kwargs)
         if "Inpaint" in cls.__name__ and "unet" not in kwargs and _is_gligen_inpainting(folder, index):
             raise ValueError(
                 f"the nine channels of {folder}'s U-Net are GLIGEN's own, not those of {cls.__name__}; load it with "
@@ -173,7 +175,8 @@ class AdapterLoaderMixin(DiffusionPipeline):
         parts = [name for name in index if name not in kwargs and (folder / name).is_dir()]
         check_shards(folder, parts, variant)
         try:
-            pipeline = super().from_pretrained(str(folder), **kwargs)
+            with naming_part(folder):
+                pipeline = super().from_pretrained(str(folder), **kwargs)
         except SafetensorError as error:  # transformers does not say of which file
             damaged = ", ".join(map(str, filter(_is_damaged, sorted(folder.rglob("*.safetensors"))))) or folder
             raise ValueError(f"{damaged}: damaged or not a safetensors file: {error}") from error
@@ -184,6 +187,8 @@ class AdapterLoaderMixin(DiffusionPipeline):
                 raise ValueError(str(error).replace("this gated U-Net", str(folder / "unet"))) from error
             raise
         check_loaded(pipeline, folder, parts, variant)
+        names = ("tokenizer", "tokenizer_2")
+        check_tokenizers(folder, {name: getattr(pipeline, name, None) for name in names if name not in kwargs})
         adapter = folder / ADAPTER_SUBFOLDER
         if pipeline.unet is None:
             return pipeline

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import PNDMScheduler
-
 
 @dataclass(frozen=True)
 class GroundingSchedule:
@@ -50,6 +48,8 @@ def step_of(scheduler: Any, evaluation: int) -> int:
     Some schedulers ask it several times a step: Heun's and the two KDPM2 twice, but once in the last; PNDM twice in its
     first step, or, where it begins with Runge-Kutta steps, four times in each of the first three.
     """
+    from diffusers import PNDMScheduler  # here, so that a share is checked before it is imported
+
     if isinstance(scheduler, PNDMScheduler):
         if scheduler.config["skip_prk_steps"]:
             return max(evaluation - 1, 0)

@@ -12,6 +12,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..files import read_json, write_json
+from ..hub import reaching
+from ..suggestions import did_you_mean
 
 SETS = {
     "sa1b-sdxl-512": "jiuntian/sa1b-sdxl-latents-512",
@@ -51,7 +53,10 @@ def download(
         ValueError: no such set or archives, too little space on the disk, or a file that is not what the Hub says.
     """
     if which not in SETS and "/" not in which:
-        raise ValueError(f"there is no set {which!r}; there are {', '.join(SETS)}, and repositories (owner/name)")
+        raise ValueError(
+            f"there is no set {which!r}; there are {', '.join(SETS)}, and repositories (owner/name)"
+            f"{did_you_mean(which, SETS)}"
+        )
     repository, out = SETS.get(which, which), Path(out)
     files = _chosen(_files(repository, revision, token), archives, repository)
     out.mkdir(parents=True, exist_ok=True)
@@ -64,11 +69,11 @@ def download(
             f"{free / 2**30:.1f}. Name fewer archives, or another folder"
         )
     for file in progress(missing):
-        path = Path(
-            hf_hub_download(
+        with reaching(repository):
+            fetched = hf_hub_download(
                 repository, file.name, repo_type="dataset", revision=revision, token=token, local_dir=str(out)
             )
-        )
+        path = Path(fetched)
         found = _sha256(path)
         if path.stat().st_size != file.size or found != (file.sha256 or found) or not _is_blob(path, file):
             path.unlink()
@@ -93,7 +98,8 @@ def archive_numbers(text: str) -> set[int]:
 
 
 def _files(repository: str, revision: str | None, token: str | None) -> list[RemoteFile]:
-    info = HfApi(token=token).dataset_info(repository, revision=revision, files_metadata=True)
+    with reaching(repository):
+        info = HfApi(token=token).dataset_info(repository, revision=revision, files_metadata=True)
     found = []
     for entry in info.siblings or []:
         if re.fullmatch(r"sa_\d+\.npy", entry.rfilename):

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..data.published import SCALING_FACTOR
 from ..data.shards import DOWNSAMPLING
 from ..files import write_json
+from ..hub import local_folder, model_files, pipeline_files
 
 SDXL_VAE = {
     "_class_name": "AutoencoderKL",
@@ -52,19 +53,25 @@ def load_vae(name: str) -> AutoencoderKL:
         from ..shapes.model import model_folder
 
         name = str(model_folder())
-    options: dict[str, Any] = {"subfolder": "vae"} if (Path(name) / "vae" / "config.json").is_file() else {}
     try:
+        folder = local_folder(name, "VAE", lambda files, _: _vae_files(files))
         loaded: Any = AutoencoderKL.from_pretrained(
-            name, torch_dtype=torch.float32, output_loading_info=True, **options
+            str(folder / "vae" if (folder / "vae" / "config.json").is_file() else folder),
+            torch_dtype=torch.float32,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the VAE {name} is not to be had ({str(error).splitlines()[0]}); give a folder (--vae)"
-        ) from error
+    except Exception as error:  # diffusers has its own kinds for each way of being wrong
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ValueError(f"the VAE {name} is not to be had ({text}); give a folder (--vae)") from error
     vae, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # diffusers would go on with numbers by chance
         raise ValueError(f"the VAE {name} lacks {len(missing)} weights of its own config.json, as {missing[0]}")
     return vae.eval()
+
+
+def _vae_files(files: list[str]) -> list[str]:
+    """Of a repository of a VAE, or of a pipeline."""
+    return model_files(files) if "config.json" in files else [n for n in pipeline_files(files, None) if n[:4] == "vae/"]
 
 
 def _load_vae_file(path: Path) -> AutoencoderKL:

@@ -213,7 +213,7 @@ class _Made:
         sizes = {row.index: row.original_size for row in read_boxes(archive.sizes)} if archive.sizes else {}
         height, width = (side * DOWNSAMPLING for side in content.latents.shape[2:])
         if height != width:
-            raise ValueError(f"{archive.latents}: latents of {height} x {width} pixels; the published ones are square")
+            raise ValueError(f"{archive.latents}: latents of {width} x {height} pixels; the published ones are square")
         kept, written, without_size = [], [], 0
         skipped: Counter[str] = Counter()
         dropped: Counter[str] = Counter()

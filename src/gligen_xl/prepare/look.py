@@ -91,5 +91,5 @@ def _decode(vae: AutoencoderKL, shard: Shard, place: int) -> Image.Image:
 
 
 def _line(number: int, shard: Shard, row: Row, layout: Layout) -> str:
-    size = f"{row.original_height} x {row.original_width}"
+    size = f"{row.original_width} x {row.original_height}"
     return printable(f"{number}: {row.image_id} ({shard.stem.name}, {size}, {len(layout.boxes)} boxes) {row.caption}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ..suggestions import did_you_mean
 from ..yaml_files import read_yaml
 
 _FOLDER = Path(__file__).parent
@@ -36,6 +37,7 @@ def find_recipe(name: str, *, quick: bool = False) -> Path:
             short = f"; {name} has no short form" if quick and name in recipe_names() else ""
             raise ValueError(
                 f"there is no recipe {wanted!r}{short}; there are {', '.join(recipe_names())}, or a YAML file"
+                f"{did_you_mean(wanted, recipe_names())}"
             )
     elif quick:
         raise ValueError(f"--quick is for recipes by name; {name} is a file, its own samples decide")
@@ -57,6 +59,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = read_yaml(path, _NothingTwice)
     except _Twice as error:
         raise ValueError(f"{path} has {error} twice; leave one of them out") from error
+    except ValueError as error:  # also numbers and dates that Python cannot hold
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}; expected settings, one NAME: VALUE a line")
     return settings

@@ -39,7 +39,7 @@ def write_shards(vae: AutoencoderKL, out: Path, count: int, *, seed: int, captio
         stem = out / f"shapes-{seed}-{first:07d}-{size}"
         if stem.with_name(stem.name + ".parquet").exists():
             continue
-        with tqdm(total=size, desc=stem.name, unit="picture") as bar:
+        with tqdm(total=size, desc=stem.name, unit="picture", disable=None) as bar:
             latents = []
             for start in range(first, first + size, ENCODED_AT_ONCE):
                 part = min(ENCODED_AT_ONCE, first + size - start)

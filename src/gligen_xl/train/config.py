@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..data.batch import Augmentation
 from ..data.mixture import turns_of
+from ..dtypes import dtype_name
 from ..limits import MAX_BATCH, MAX_PICTURES, MAX_SIDE, MAX_STEPS, MAX_WORKERS
 from ..public import redacted_values
 
@@ -20,6 +21,8 @@ class Expected(NamedTuple):
     words: str
     holds: Callable[[float], bool]
 
+
+_SHORT_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # as accelerate calls them
 
 POSITIVE = Expected("a positive number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Expected("0 or a positive number", lambda value: 0 <= value < math.inf)
@@ -270,7 +273,8 @@ class TrainConfig:
         micro_batch: samples of one forward pass on one process; by default its whole share of the batch. Less takes
             less memory and gives the same step.
         seed: everything random follows from it and the position.
-        precision: of the frozen base and the computation; the adapter itself is kept in float32.
+        precision: of the frozen base and the computation: no (float32), fp16 or bf16, by any of their names; the
+            adapter itself is kept in float32.
         deterministic: kernels that add in the same order each time, so that a run on a GPU that was stopped ends with
             the bits of one that was not. On a CPU it is so anyway.
         gradient_checkpointing: less memory, a third more time.
@@ -306,12 +310,12 @@ class TrainConfig:
     batch_size: int = 64
     micro_batch: int | None = None
     seed: int = 0
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    precision: Literal["no", "fp16", "bf16", "fp32", "float32", "float16", "half", "bfloat16"] = "no"
     deterministic: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
     compile_backend: str = "inductor"
-    gradient_compression: Literal["no", "bf16"] = "no"
+    gradient_compression: Literal["no", "bf16", "bfloat16"] = "no"
     shard_optimizer: bool = False
     offload_optimizer: bool = False
     process_timeout: int = 1800
@@ -331,6 +335,9 @@ class TrainConfig:
     validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self) -> None:
+        for name in ("precision", "gradient_compression"):  # one name each, to be compared and written down
+            if getattr(self, name) != "no":
+                object.__setattr__(self, name, _SHORT_NAMES[dtype_name(getattr(self, name))])
         _check(
             self,
             resolution=Expected(

@@ -244,7 +244,7 @@ def describe(made: Estimate) -> str:
     config, (height, width) = made.config, made.resolution
     lines = [*made.notes, "", *_table("parameters", made.parameters, "{:,}")]
     each = f"each of {made.processes} GPUs" if made.processes > 1 else "the GPU"
-    head = f"memory of {each} in GiB, {made.micro_batch} samples at a time of {height} x {width} pixels"
+    head = f"memory of {each} in GiB, {made.micro_batch} samples at a time of {width} x {height} pixels"
     total = {"together": sum(made.memory.values())}
     lines += ["", *_table(head, _scaled(made.memory | total, 2**30), "{:.2f}")]
     lines += ["and about 1 GiB for the device's own libraries; pictures of a validation are not in it"]

@@ -112,7 +112,7 @@ _watch: _Watch | None = None
 def answer_signals(words: Sequence[str]) -> bool:
     """Answer signals from now on, if these are the words of `gligen-xl train`; whether that began here."""
     global _watch
-    if list(words[:1]) != ["train"] or _watch is not None:
+    if next((word for word in words if word != "--traceback"), None) != "train" or _watch is not None:
         return False
     if threading.current_thread() is not threading.main_thread():
         return False
