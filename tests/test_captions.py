@@ -128,7 +128,7 @@ def sources(folder, names):
     images = [{"id": name.removesuffix(".png"), "file_name": name} for name, _ in files]
     (folder / "coco.json").write_text(json.dumps({"images": images, "categories": [{"id": 1, "name": "dog"}]}))
     yield "webdataset", {"path": folder / "a.tar"}
-    yield "folder", {"path": folder / "set"}
+    yield "folder", {"path": folder / "set", "kind": "imagefolder"}  # beside a table that is not its own
     yield "layouts", {"path": folder / "set" / "mine.jsonl"}
     yield "coco", {"path": folder / "set", "instances": folder / "coco.json"}
     write_jsonl(folder / "set" / "metadata.jsonl", [{"file_name": f"./{name}"} for name, _ in files])

@@ -232,7 +232,7 @@ def test_what_is_no_vae_is_refused(vae, tmp_path):
     }
     wrong = {
         "empty": (None, None, "not to be had"),
-        "no-json": ("{", stored, "not to be had .*not a valid JSON"),
+        "no-json": ("{", stored, "not to be had .*not valid JSON"),
         "no-weights": (json.dumps(config), None, "not to be had"),
         "cut-short": (json.dumps(config), stored[:1000], "not to be had"),
         "other-width": (json.dumps(config | {"latent_channels": 8}), stored, "not to be had .*expected shape"),

@@ -632,7 +632,7 @@ def coco(images=4):
             {"id": 2, "image_id": 10, "category_id": 1, "bbox": [0, 0, 8, 8], "iscrowd": 0},
             {"id": 3, "image_id": 12, "category_id": 1, "bbox": [0, 0, 8, 8], "iscrowd": 0},
             {"id": 4, "image_id": 12, "category_id": 1, "bbox": [0, 0, 80, 40], "iscrowd": 1},
-            {"id": 5, "image_id": 10, "category_id": 1, "bbox": [0, 0, "8", 8], "iscrowd": 0},
+            {"id": 5, "image_id": 10, "category_id": 1, "bbox": [0, 0, "x", 8], "iscrowd": 0},
             {"id": 6, "image_id": 99, "category_id": 1, "bbox": [0, 0, 8, 8], "iscrowd": 0},
         ],
         "categories": [{"id": 1, "name": "person", "supercategory": "x"}, {"id": 3, "name": "dog"}],
@@ -652,7 +652,7 @@ def test_coco(tmp_path, unit_size):
     found = items(**where, unit_size=unit_size)
     good = kept(found)
     assert list(good) == ["10", "11", "12"]
-    assert reasons(found) == {"13": rows.MISSING}
+    assert reasons(found) == {"13": rows.MISSING, "99": "annotations of an image that the file does not list"}
     assert good["12"].phrases == ("dog", "person")
     np.testing.assert_allclose(good["12"].boxes, [(0.25, 0.25, 0.75, 0.75), (0, 0, 0.1, 0.2)], atol=1e-7)
     assert (good["12"].size, good["12"].scores, good["12"].dropped) == ((HEIGHT, WIDTH), (1.0, 1.0), {"crowd": 1})
@@ -691,8 +691,11 @@ def test_coco_files_that_contradict_themselves(tmp_path):
     cases = [
         ("{", "is not a COCO instances file: not JSON"),
         ("[]", "is not a COCO instances file: not JSON"),
-        ({"images": []}, "has no categories and no images"),
-        (broken(lambda c: c["categories"].pop()), "annotations are of category 3, which its categories lack"),
+        ({"images": []}, "has no images"),
+        (
+            broken(lambda c: c["categories"].clear()),
+            "category_id of 6 of 6 annotations is not in the file, as 3",
+        ),
         (broken(lambda c: c["images"].append(c["images"][0])), "two images have the id 10"),
         (broken(lambda c: c["categories"].append(c["categories"][0])), "two categories have the id 1"),
         (broken(lambda c: c["images"][1].pop("file_name")), "has no 'file_name'"),
@@ -711,7 +714,7 @@ def test_coco_files_that_contradict_themselves(tmp_path):
 
 def test_coco_paths_and_sizes(tmp_path):
     content = coco()
-    content["images"][0]["file_name"] = "../val/0.jpg"
+    content["images"][0]["file_name"] = "../val/none.jpg"
     content["images"][1]["file_name"] = "/etc/passwd"
     del content["images"][2]["height"]
     names = ["a\ud800.jpg", "n" * 300, "loop.jpg", "a\0.jpg"]
@@ -723,6 +726,7 @@ def test_coco_paths_and_sizes(tmp_path):
         "10": rows.OUTSIDE, "11": rows.OUTSIDE, "13": rows.MISSING, "20": rows.NO_PATH, "23": rows.NO_PATH,
         "21": "file cannot be read (File name too long)",
         "22": "file cannot be read (Too many levels of symbolic links)",
+        "99": "annotations of an image that the file does not list",
     }  # fmt: skip
     assert kept(found)["12"].size == (HEIGHT, WIDTH)
 
@@ -779,8 +783,8 @@ def test_arguments_that_do_not_go_together(tmp_path):
         ({"kind": "coc"}, "kind is 'coc'; expected auto, sa1b, "),
         ({"kind": "coco"}, r"coco needs instances \(--instances\)"),
         ({"box_format": "xyxy"}, "sa1b has a format of its own; leave it out"),
-        ({"kind": "sa1b", "instances": instances}, "instances and classes are of kind coco; this is sa1b"),
-        ({"classes": instances}, "instances and classes are of kind coco; this is sa1b"),
+        ({"kind": "sa1b", "instances": instances}, "instances is of kind coco; this is sa1b"),
+        ({"classes": instances}, "classes is of kind coco, yolo, voc, huggingface; this is sa1b"),
         ({"unit_size": 0}, "unit_size is 0; expected a positive number"),
         ({"kind": "layouts"}, "is not a file"),
     ):

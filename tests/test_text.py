@@ -95,7 +95,7 @@ def test_labels_are_drawn_on_one_line_whatever_they_hold():
 
     for hidden, seen in (("\u202eabc", "\\u202eabc"), ("a\nb\tc", "a b c"), ("\ud800x", "\\ud800x")):
         np.testing.assert_array_equal(drawn(hidden), drawn(seen))
-    assert drawn("x" * 100_000).shape == drawn("x").shape
+    assert drawn("x" * 10_000).shape == drawn("x").shape
 
 
 @pytest.mark.parametrize(
@@ -204,3 +204,13 @@ def test_settings_of_a_model_folder_forget_where_it_was_loaded_from(tmp_path):
         "sample_size": 64,
     }
     assert re.search('"owner/base"', (tmp_path / "model_index.json").read_text())
+
+
+@pytest.mark.parametrize("text", ["x" * 10**6, "a://" * 10**5, "/a" * 10**5, "hf_" * 10**5, "~a" * 10**5])
+def test_long_texts_are_redacted_in_no_time(text, nothing_hangs):
+    assert len(redacted(text)) <= len(text)
+    assert len(public_text(text)) <= len(text)
+
+
+def test_an_address_behind_a_long_word_is_redacted():
+    assert redacted("a" * 100 + "s3://KEY:SECRET@bucket/b") == "a" * 100 + "s3://...@bucket/b"

@@ -15,7 +15,7 @@ from typing import Any
 from .files import read_json, write_json
 
 HIDDEN = "..."
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,40}://[^\s'\"<>]+")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,60}://[^\s'\"<>]+")  # bounded: else a long word takes quadratic time
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")  # of the Hugging Face Hub
 _HARMLESS = frozenset({"download", "partnumber", "region", "revision", "version", "versionid"})  # query parameters
 _HUB_NAMES = frozenset(
@@ -139,6 +139,8 @@ def _distinct(items: Any) -> dict[Any, Any]:
 
 def _redacted_address(address: str) -> str:
     kind, _, rest = address.partition("://")
+    if rest.count("://") > 8:  # no address that anybody uses
+        return f"{kind}://{HIDDEN}"
     if "://" in rest:  # a chain of fsspec, as simplecache::s3://
         return f"{kind}://{_redacted_address(rest)}"
     place, mark, query = rest.partition("?")

@@ -14,8 +14,11 @@ MAX_VALUES = 200_000  # of a file, each alias counted as what it stands for
 MAX_DEPTH = 64
 
 
-def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader) -> Any:
     """What a YAML file holds (JSON is YAML).
+
+    Args:
+        loader: PyYAML's BaseLoader makes texts of all scalars.
 
     Raises:
         ValueError: it is not YAML, or too large; it names the file.

@@ -58,8 +58,11 @@ class Parser(ArgumentParser):
                 options |= inner._options()
         return options
 
-    def format_help(self) -> str:
-        return super().format_help().rstrip() + "\n\n--traceback, anywhere on the line, shows where an error arose.\n"
+    def format_help(self, *arguments: Any, **named: Any) -> str:
+        return (
+            super().format_help(*arguments, **named).rstrip()
+            + "\n\n--traceback, anywhere on the line, shows where an error arose.\n"
+        )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         told = " ".join(message.split())

@@ -16,20 +16,22 @@ from jsonargparse import Namespace
 from .common import WITHOUT_BOXES, Parser, parse_part, quiet_imports, say, usable_device
 from .values import UsageError, check_out, check_source, count, device, dtype
 
-HELP = "Pictures to shards, for training: SA-1B archives, COCO, webdatasets, or a folder of your own."
+HELP = "Pictures to shards, for training: COCO, YOLO, Pascal VOC, Hugging Face, webdatasets, SA-1B, or your own."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     from ..prepare.sources import BOX_FORMATS, KINDS  # a third of a second that other commands need not wait
 
     parser.add_argument(
-        "source", help="folder of pictures with metadata.jsonl, of .tar archives, or a .jsonl of layouts"
+        "source", help="folder of pictures and annotations, or of .tar archives; or a file: data.yaml, .jsonl, .json"
     )
     parser.add_argument("--out", required=True, help="folder for the shards; the same command goes on after a kill")
     parser.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="of the source")
     parser.add_argument("--box_format", choices=BOX_FORMATS, help="of boxes that do not say it themselves")
     parser.add_argument("--instances", help="COCO: the JSON file of annotations; the source is the folder of pictures")
-    parser.add_argument("--classes", help="COCO: JSON or YAML of category -> phrase, or null to leave it out")
+    parser.add_argument("--classes", help="JSON or YAML of category -> phrase, or null to leave it out")
+    parser.add_argument("--images", help="folder of the pictures, where they do not stand with their annotations")
+    parser.add_argument("--split", help="of the source, as train, val, test; by default all of it")
     parser.add_argument("--unit_size", type=count, default=10_000, help="pictures a shard, of sources without archives")
 
     parser.add_argument("--resolution", action="append", default=[], help="pixels, by default 512; once for each")
@@ -72,8 +74,6 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
         "--runners", type=count, help="with ray: units at a time; by default as many as there is room for"
     )
     arguments = parser.parse_args(words)
-    if arguments.classes and not arguments.instances:
-        raise UsageError("--classes is of COCO's categories; give --instances with it")
     arguments.resolution = [_resolution(text, arguments.vae) for text in arguments.resolution] or [512]
     arguments.part = parse_part(arguments.part)
     return (arguments,)
@@ -95,7 +95,9 @@ def _check_paths(arguments: Namespace) -> None:
     if arguments.detector is not None:
         check_source("detector", arguments.detector, "detector", known=("shapes",))
     if arguments.runners is not None and arguments.runner != "ray":
-        raise UsageError("--runners is of --runner ray; leave it out")
+        raise UsageError(
+            f"runners is {arguments.runners} with runner {arguments.runner!r}; --runners is of --runner ray"
+        )
     check_out(arguments.out)
 
 
@@ -111,6 +113,9 @@ def run(arguments: Namespace) -> None:
         box_format=arguments.box_format,
         instances=arguments.instances,
         classes=arguments.classes,
+        images=arguments.images,
+        split=arguments.split,
+        other_uses=[path for path in (arguments.out, arguments.captions) if path],
         unit_size=arguments.unit_size,
     )
     settings = _settings(arguments)
@@ -158,7 +163,8 @@ def _advice(arguments: Namespace, dropped: Mapping[str, int]) -> str:
 def _name(arguments: Namespace) -> str:
     """What the units are of, wherever the command is given."""
     source = str(Path(arguments.source).resolve())
-    return f"{source} with {Path(arguments.instances).resolve()}" if arguments.instances else source
+    instances = f" with {Path(arguments.instances).resolve()}" if arguments.instances else ""
+    return f"{source}{instances}{f', split {arguments.split}' if arguments.split else ''}"
 
 
 def _settings(arguments: Namespace) -> Any:

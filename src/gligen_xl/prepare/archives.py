@@ -16,6 +16,7 @@ from .pictures import ENDINGS, MAX_BYTES
 from .rows import (
     CAPTION_NOT_UTF8,
     RowError,
+    check_caption,
     check_first,
     item_or_why_not,
     read_annotation,
@@ -175,6 +176,7 @@ def _caption(name: str, contents: bytes) -> str:
         raise RowError(CAPTION_NOT_UTF8, f"{name}: {error}") from error
     if fault := text_fault(caption):
         raise RowError(BAD_TEXT, f"{name}: {fault}")
+    check_caption(caption, name)
     return caption
 
 

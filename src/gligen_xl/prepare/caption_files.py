@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 from ..files import decode_text
 from .item import text_fault
 from .links import leaves
-from .rows import clean
+from .rows import clean, text_id
 from .tars import read_samples
+from .yolo_rows import looks_like_rows
 
 IDS = ("__key__", "image_id", "id", "key")
 TEXTS = ("txt", "caption", "text", "prompt")
@@ -70,7 +71,8 @@ def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
                 image_id.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{file}: the caption of {image_id!r} is not Unicode text: {error}") from error
-            yield image_id, caption if length <= LONGEST and not text_fault(caption or "") else None
+            no_caption = length > LONGEST or text_fault(caption or "") or looks_like_rows(caption or "")
+            yield image_id, None if no_caption else caption
 
 
 def _files(source: Path) -> Iterator[Path]:
@@ -150,11 +152,12 @@ def _choose(where: str | Path, names: list[str]) -> tuple[str, str]:
 
 
 def _pair(where: str, names: tuple[str, str], values: Iterable[Any]) -> Pair:
-    image_id, caption = values
-    if isinstance(image_id, int) and not isinstance(image_id, bool):
-        image_id = str(image_id)
-    if not isinstance(image_id, str) or not image_id:
-        raise ValueError(f"{where}: {names[0]} is {image_id!r}; expected the id of a picture")
+    given, caption = values
+    image_id = given
+    if not isinstance(image_id, str):
+        image_id = text_id(image_id)
+    if not image_id:
+        raise ValueError(f"{where}: {names[0]} is {given!r:.80}; expected the id of a picture")
     if not isinstance(caption, str | None):
         raise ValueError(f"{where}: {names[1]} is {str(caption)[:80]!r}; expected a caption")
     return image_id, caption or ""
@@ -176,12 +179,18 @@ def _read_json(path: Path, folder: Path) -> Iterator[Pair]:
         return
     try:
         first: dict[str, str] = {}
-        for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
-            if entry["caption"].strip():
-                first.setdefault(str(entry["image_id"]), entry["caption"])
+        for entry in sorted(content["annotations"], key=lambda entry: _in_order(entry["id"])):
+            if entry["caption"].strip() and (image_id := text_id(entry["image_id"])):
+                first.setdefault(image_id, entry["caption"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected COCO captions, annotations with id, image_id and caption") from error
     yield from first.items()
+
+
+def _in_order(number: int | str) -> tuple[int, str]:
+    """Ids that are numbers, as such or as text, in their order, and words behind them."""
+    text = str(number)
+    return (int(text), "") if text.isdecimal() and len(text) < 20 else (2**64, text)
 
 
 def _read_text(path: Path, folder: Path) -> Iterator[Pair]:

@@ -185,7 +185,7 @@ def _build(path: Path, source: Path, pairs: Iterable[Pair], progress: Callable[[
         if not counts.captions:
             raise ValueError(
                 f"{source} holds no captions: {counts.empty} empty, {counts.refused} over {LONGEST} bytes, "
-                "with control characters, no files, or of names that lead elsewhere"
+                "rows of YOLO labels, with control characters, no files, or of names that lead elsewhere"
             )
         table.execute("CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER)")
         table.executemany("INSERT INTO counts VALUES (?, ?)", asdict(counts).items())

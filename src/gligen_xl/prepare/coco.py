@@ -1,11 +1,11 @@
-"""COCO detection: `instances_*.json`, with category names as phrases, and a folder of pictures."""
+"""COCO detection: an instances file, with category names as phrases, and a folder of pictures."""
 
 from __future__ import annotations
 
 import hashlib
-from array import array
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_text
-from ..yaml_files import read_yaml
+from .class_phrases import LEFT_OUT, check_words, class_phrases
+from .coco_file import CROWD, NO_BOX, CocoFile, read_coco
 from .file_facts import files_identity
+from .image_paths import ImageFinder
 from .item import Item, Skipped
-from .json_members import members
 from .pictures import picture_size
-from .rows import SHARES, clean, convert_boxes, file_within, is_number, item_or_why_not, stated_size, unique
+from .rows import SHARES, clean, convert_boxes, file_within, item_or_why_not, unique
 
-CROWD, LEFT_OUT, NO_BOX = "crowd", "class left out by the mapping", "its box is wrong"
+__all__ = ["CROWD", "LEFT_OUT", "NO_BOX", "CocoChunk", "coco_chunks"]
+
+NO_CATEGORY = "its category is not in the file"  # why a box is dropped
+NO_IMAGE = "annotations of an image that the file does not list"  # why an image is left out
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,8 @@ class CocoChunk:
         image_ids, file_names: of each image. sizes: (n, 2) height and width, 0 where it is not said.
         owners: (m,) the image of each box, counted within the chunk, in order. phrases: of each box.
         boxes: (m, 4) xywh in pixels, float32.
-        dropped: boxes left out, by image and reason.
+        dropped: boxes left out, by image and reason. examples: one of each reason, by reason.
+        orphans: ids of images that annotations are of and the file does not list, and what these are.
     """
 
     name: str
@@ -49,13 +55,16 @@ class CocoChunk:
     owners: np.ndarray
     boxes: np.ndarray
     dropped: Mapping[int, Mapping[str, int]]
+    examples: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    orphans: tuple[tuple[str, str], ...] = ()
 
     @property
     def weight(self) -> int:
         return len(self.image_ids)
 
     def identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256(repr((self.image_ids, self.file_names, self.phrases)).encode("utf-8", "replace"))
+        parts = (self.image_ids, self.file_names, self.phrases, *([self.orphans] if self.orphans else []))
+        digest = hashlib.sha256(repr(parts).encode("utf-8", "replace"))
         for numbers in (self.sizes, self.owners, self.boxes):
             digest.update(numbers.tobytes())
         numbers = {"bytes": self.instances.stat().st_size, "first": self.first, "count": self.weight}
@@ -68,6 +77,9 @@ class CocoChunk:
     def _items(self) -> Iterator[Item | Skipped]:
         for k, image_id in enumerate(self.image_ids):
             yield item_or_why_not(partial(self._item, k), image_id, k + 1, self._where(k))
+        for image_id, detail in self.orphans:
+            where = f"{self.instances}, image_id {image_id}"
+            yield Skipped(image_id=image_id, reason=NO_IMAGE, detail=detail, done=self.weight, where=where)
 
     def _where(self, k: int) -> str:
         return f"{self.instances}, image {self.image_ids[k]} ({self.file_names[k]})"
@@ -87,156 +99,134 @@ class CocoChunk:
             size=size,
             done=k + 1,
             dropped=self.dropped.get(k, {}),
+            dropped_examples=self.examples.get(k, {}),
             where=self._where(k),
         )
 
 
-def coco_chunks(folder: Path, instances: Path, classes: Path | None, unit_size: int) -> list[CocoChunk]:
+def coco_chunks(
+    folder: Path,
+    instances: Path,
+    classes: Path | None,
+    unit_size: int,
+    *,
+    name: str | None = None,
+    prefix: str = "",
+    find_images: bool = False,
+) -> list[CocoChunk]:
     """Units of `unit_size` images each.
 
     Args:
-        classes: JSON or YAML file of `category name: phrase`; a category of phrase null is left out, one that does
-            not stand there keeps its name.
+        classes: see `class_phrases`.
+        name: of the units, before their numbers; by default that of the file. prefix: of the ids of images.
+        find_images: look in the folder for the images as `image_paths` says; else names are taken as they stand there.
 
     Raises:
-        ValueError: the file is not of the kind, contradicts itself, or the mapping does not fit it.
+        ValueError: the file is not of the kind, contradicts itself, or the mapping does not fit it; or none of its
+            annotations is of an image and a category that it lists.
     """
-    content = _read(instances)
-    phrases = _phrases(content.categories, classes)
+    content = read_coco(instances)
+    phrases = class_phrases(set(content.categories.values()), classes)
+    check_words(phrases.values(), str(instances))
+    phrase_of = {number: phrases[category] for number, category in content.categories.items()}
     place = {image_id: k for k, image_id in enumerate(content.ids)}
-    if len(place) < len(content.ids):
-        twice = next(image_id for image_id, n in Counter(content.ids).items() if n > 1)
-        raise ValueError(f"{instances}: two images have the id {twice}")
-    if strange := set(content.categories_of) - set(phrases):
-        raise ValueError(f"{instances}: annotations are of category {min(strange)}, which its categories lack")
-    # Annotations of images that the file does not list have no picture to go with.
     owners = np.array([place.get(image_id, -1) for image_id in content.images_of], np.int64)
+    orphans = _orphans(content, owners, instances)
     boxes = np.array(content.boxes, np.float32).reshape(-1, 4)
     if boxes.size and 0 < boxes.max() <= 1:
         raise ValueError(f"{instances}: {SHARES}, no number is above {boxes.max():g}; COCO's are xywh in pixels")
+    files = _files_in(folder, content.files) if find_images else content.files
     chunks = []
     for first in range(0, len(content.ids), unit_size):
         mine = np.flatnonzero((owners >= first) & (owners < first + unit_size))
         mine = mine[np.argsort(owners[mine], kind="stable")]
-        end, name = first + unit_size, f"{instances.stem}-{len(chunks):05d}"
-        ids = tuple(clean(str(image_id)) for image_id in content.ids[first:end])
-        kept, dropped = _sorted_out(content, phrases, mine, owners - first)
+        end = first + unit_size
+        kept, dropped, examples = _sorted_out(content, phrase_of, mine, owners - first)
         chunk = CocoChunk(
-            name=name,
+            name=f"{name or instances.stem}-{len(chunks):05d}",
             folder=folder,
             instances=instances,
             first=first,
-            image_ids=ids,
-            file_names=tuple(content.files[first:end]),
+            image_ids=tuple(clean(f"{prefix}{image_id}") for image_id in content.ids[first:end]),
+            file_names=tuple(files[first:end]),
             sizes=np.array(content.sizes[first:end], np.int32),
             owners=(owners[kept] - first).astype(np.int32),
-            phrases=tuple(phrases[content.categories_of[k]] or "" for k in kept),
+            phrases=tuple(phrase_of[content.categories_of[k]] or "" for k in kept),
             boxes=boxes[kept],
             dropped=dropped,
+            examples=examples,
+            orphans=orphans if end >= len(content.ids) else (),
         )
         chunks.append(chunk)
     return chunks
 
 
+def _files_in(folder: Path, names: Sequence[str]) -> list[str]:
+    """The images that names mean, as paths below the folder. What is not found, or is found for two different names,
+    stays as it is, and so is not there."""
+    finder = ImageFinder(folder)
+    found = [finder.find(name) for name in names]
+    names_of: dict[str, set[str]] = {}
+    for name, path in zip(names, found, strict=True):
+        if path is not None:
+            names_of.setdefault(path, set()).add(name)
+    return [
+        path if path is not None and (len(names_of[path]) == 1 or path == name) else name
+        for name, path in zip(names, found, strict=True)
+    ]
+
+
+def _orphans(content: CocoFile, owners: np.ndarray, instances: Path) -> tuple[tuple[str, str], ...]:
+    """Images that annotations are of and the file lacks, each with what these are.
+
+    Raises:
+        ValueError: all annotations are of such images, or of categories that are lacking.
+    """
+    count = len(content.images_of)
+    numbers = np.flatnonzero(owners < 0).tolist()
+    strange = [k for k, category in enumerate(content.categories_of) if category not in content.categories]
+    for what, lacking, ids, known in (
+        ("image_id", numbers, content.images_of, content.ids),
+        ("category_id", strange, content.categories_of, list(content.categories)),
+    ):
+        if not lacking:
+            continue
+        some = ", ".join(dict.fromkeys(ids[k] for k in lacking[:5]))
+        there = ", ".join(known[:5]) or "none"
+        told = f"{instances}: the {what} of {len(lacking)} of {count} annotations is not in the file, as {some}"
+        if len(lacking) == count:
+            raise ValueError(f"{told}; its ids are {there}: it is put together wrongly")
+        _LOGGER.warning("%s; they are left out", told)
+    if set(numbers) | set(strange) >= set(range(count)) and count:
+        raise ValueError(f"{instances}: each of its {count} annotations lacks its image or its category in the file")
+    of_image = Counter(content.images_of[k] for k in numbers)
+    first = {content.images_of[k]: content.annotations[k] for k in reversed(numbers)}
+    return tuple(
+        (clean(image_id), f"{number} annotations, the first is {first[image_id]}; expected an entry of its images")
+        for image_id, number in of_image.items()
+    )
+
+
 def _sorted_out(
-    content: _Content, phrases: Mapping[int, str | None], numbers: np.ndarray, owners: np.ndarray
-) -> tuple[list[int], dict[int, Counter[str]]]:
-    """Of the annotations of these numbers, those that are used; and how many are not, by image and reason."""
+    content: CocoFile, phrase_of: Mapping[str, str | None], numbers: np.ndarray, owners: np.ndarray
+) -> tuple[list[int], dict[int, Counter[str]], dict[int, dict[str, str]]]:
+    """Of the annotations of these numbers, those that are used; how many are not, by image and reason; and examples."""
     kept: list[int] = []
     dropped: dict[int, Counter[str]] = {}
+    examples: dict[int, dict[str, str]] = {}
     for k in numbers.tolist():
-        unused = LEFT_OUT if phrases[content.categories_of[k]] is None else None
-        if reason := content.faults.get(k, unused):
-            dropped.setdefault(int(owners[k]), Counter())[reason] += 1
+        category = content.categories_of[k]
+        if k in content.faults:
+            reason, told = content.faults[k]
+        elif category not in phrase_of:
+            reason, told = NO_CATEGORY, f"category_id is {category}"
+        elif phrase_of[category] is None:
+            reason, told = LEFT_OUT, ""
         else:
             kept.append(k)
-    return kept, dropped
-
-
-# The file -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Content:
-    """What is used of an instances file, in columns: images, then annotations."""
-
-    categories: dict[int, str] = field(default_factory=dict)
-    ids: list[int | str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    images_of: list[int | str] = field(default_factory=list)
-    categories_of: list[int] = field(default_factory=list)
-    boxes: array[float] = field(default_factory=lambda: array("f"))  # four each
-    faults: dict[int, str] = field(default_factory=dict)  # annotations that are not used, by number
-
-    def add_category(self, entry: Mapping[str, Any]) -> None:
-        number, name = entry["id"], entry["name"]
-        if not isinstance(number, int) or not isinstance(name, str) or not name.strip():
-            raise ValueError(f"category {entry!r:.80} has no number or no name")
-        if number in self.categories:
-            raise ValueError(f"two categories have the id {number}")
-        self.categories[number] = clean(name)
-
-    def add_image(self, entry: Mapping[str, Any]) -> None:
-        number, file = entry["id"], entry["file_name"]
-        if not isinstance(number, int | str) or not isinstance(file, str):
-            raise ValueError(f"image {entry!r:.80} has no id or no file_name")
-        self.ids.append(number)
-        self.files.append(file)
-        self.sizes.append(stated_size(entry) or (0, 0))
-
-    def add_annotation(self, entry: Mapping[str, Any]) -> None:
-        if "bbox" not in entry and "caption" in entry:
-            raise ValueError("it holds captions; expected instances_*.json, whose annotations have a bbox")
-        image, category, box = entry["image_id"], entry["category_id"], entry.get("bbox")
-        if not isinstance(image, int | str) or not isinstance(category, int):
-            raise ValueError(f"annotation {entry!r:.80} has no image_id or no category_id")
-        sound = isinstance(box, list) and len(box) == 4 and all(is_number(value) and abs(value) < 1e9 for value in box)
-        if entry.get("iscrowd") or not sound:
-            self.faults[len(self.images_of)] = CROWD if entry.get("iscrowd") else NO_BOX
-        self.boxes.extend(box if sound else (0.0, 0.0, 0.0, 0.0))  # type: ignore[arg-type]
-        self.images_of.append(image)
-        self.categories_of.append(category)
-
-
-def _read(instances: Path) -> _Content:
-    content = _Content()
-    add = {
-        "categories": content.add_category,
-        "images": content.add_image,
-        "annotations": content.add_annotation,
-    }
-    text = read_text(instances)
-    try:
-        for key, entry in members(text):
-            if key in add:
-                add[key](_object(key, entry))
-    except KeyError as error:
-        raise ValueError(f"{instances}: one of its images, annotations or categories has no {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{instances} is not a COCO instances file: {error}") from error
-    if lacking := [key for key, found in (("categories", content.categories), ("images", content.ids)) if not found]:
-        raise ValueError(f"{instances} has no {' and no '.join(lacking)}; expected a COCO instances file")
-    return content
-
-
-def _object(key: str, entry: Any) -> Mapping[str, Any]:
-    if not isinstance(entry, dict):
-        raise ValueError(f"one of its {key} is {entry!r:.80}; expected an object")
-    return entry
-
-
-def _phrases(categories: Mapping[int, str], classes: Path | None) -> dict[int, str | None]:
-    """The phrase of each category; None for those left out."""
-    mapping: Any = {}
-    if classes is not None:
-        mapping = read_yaml(classes)
-        if not isinstance(mapping, dict) or not all(
-            isinstance(name, str) and (phrase is None or (isinstance(phrase, str) and phrase.strip()))
-            for name, phrase in mapping.items()
-        ):
-            raise ValueError(f"{classes}: expected a mapping of category name to phrase or null, as person: a person")
-        if strange := sorted(set(mapping) - set(categories.values())):
-            known = ", ".join(sorted(categories.values()))
-            raise ValueError(f"{classes}: there is no category {', '.join(strange)}; there are {known}")
-    return {number: mapping.get(name, name) for number, name in categories.items()}
+            continue
+        image = int(owners[k])
+        dropped.setdefault(image, Counter())[reason] += 1
+        if told:
+            examples.setdefault(image, {}).setdefault(reason, f"annotation {content.annotations[k]}: {told}")
+    return kept, dropped, examples

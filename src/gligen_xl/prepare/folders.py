@@ -19,7 +19,7 @@ from .file_facts import files_identity
 from .item import BAD_TEXT, Item, Skipped, text_fault
 from .links import leaves
 from .pictures import ENDINGS
-from .rows import CAPTION_NOT_UTF8, WRONG_CAPTION, RowError, clean, item_or_why_not, unique
+from .rows import CAPTION_NOT_UTF8, WRONG_CAPTION, RowError, check_caption, clean, item_or_why_not, unique
 from .tars import count_unread
 
 MAX_CAPTION = 2**16  # bytes of a .txt beside a picture
@@ -157,6 +157,7 @@ def _caption(folder: Path, picture: Path) -> str:
         raise RowError(CAPTION_NOT_UTF8, f"{path}: {error}") from error
     if fault := text_fault(caption):
         raise RowError(BAD_TEXT, f"{path}: {fault}")
+    check_caption(caption, str(path))
     return caption
 
 

@@ -22,3 +22,9 @@ def leaves(folder: Path, file: Path) -> bool:
         if parent.parent.name == "snapshots" and parent.parent.parent.joinpath("blobs").is_dir():
             root = parent.parent.parent
     return not target.is_relative_to(root)
+
+
+def refuse_leaving(folder: Path, file: Path) -> None:
+    """Raises ValueError where a file that was found in `folder`, and is to be read, is a link to somewhere else."""
+    if leaves(folder, file):
+        raise ValueError(f"{file} is a link to a file outside of {folder}; copy that file there, or give {file} itself")

@@ -18,7 +18,7 @@ _COUNTERS = ("incomplete", "dropped_boxes", "unread")
 _LEFT_OUT = {  # counts of a caption source, in words
     "duplicates": "of a picture that had one already",
     "empty": "empty",
-    "refused": "too long, with control characters, or no file of the archive",
+    "refused": "too long, rows of YOLO labels, with control characters, or no file of the archive",
 }
 
 

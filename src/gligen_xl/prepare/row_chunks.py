@@ -27,6 +27,7 @@ from .rows import (
     item_or_why_not,
     read_annotation,
     read_row,
+    text_id,
     unique,
 )
 
@@ -105,8 +106,8 @@ class RowChunk:
         """What the row calls itself, or its path without the ending; for a broken row, where it stands."""
         said = {} if isinstance(row, RowError) else row
         given = next((said[key] for key in ("image_id", "id") if said.get(key) is not None), None)
-        if isinstance(given, str | int) and str(given).strip():
-            return clean(str(given))
+        if (name := text_id(given)) is not None:
+            return clean(name)
         path = said.get(PATH_KEYS[self.kind])
         if isinstance(path, str) and path.strip():
             return clean(os.path.splitext(path)[0])  # noqa: PTH122, a Path would change what it does not know

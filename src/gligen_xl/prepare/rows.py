@@ -17,7 +17,9 @@ import numpy as np
 from ..files import decode_text
 from ..layout import Box, xyxy_from_cxcywh, xyxy_from_xywh
 from .item import BAD_TEXT, Annotation, Item, Skipped, Unit, text_fault
+from .objects import read_objects
 from .pictures import PictureError, picture_size
+from .yolo_rows import looks_like_rows
 
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh", "xyxy_pixels", "xywh_pixels", "cxcywh_pixels")
 CAPTION_KEYS = ("text", "caption", "prompt")
@@ -29,9 +31,10 @@ WRONG_BOXES, WRONG_PHRASES, WRONG_SCORES = "its boxes are wrong", "its phrases a
 WRONG_CAPTION, WRONG_SIZE, UNEQUAL = "its caption is wrong", "its size is wrong", "boxes and phrases differ in number"
 WRONG, NUMBERS, NO_FORMAT = "its boxes or phrases are wrong", "phrases are numbers", "its box_format is not known"
 PIXELS, SHARES = "boxes look like pixels", "boxes look like shares of the picture"
+LABELS = "its caption is rows of YOLO labels"
 MISSING, UNREADABLE, TWICE = "file is missing", "file cannot be read", "image_id stands there twice"
 
-OF_ALL = (NUMBERS, NO_FORMAT, PIXELS, SHARES)  # what is so in one row is so in all
+OF_ALL = (NUMBERS, NO_FORMAT, PIXELS, SHARES, LABELS)  # what is so in one row is so in all
 FIRST_ROWS = 100  # in which these are looked for; where so many fail alike, whatever it is, nothing is begun
 
 NO_PHRASE = "no phrase"  # why a box is dropped
@@ -92,6 +95,7 @@ def read_annotation(
     caption = next((row[key] for key in CAPTION_KEYS if row.get(key) is not None), "")
     if not isinstance(caption, str):
         raise RowError(WRONG_CAPTION, f"it is {caption!r:.80}; expected a string")
+    check_caption(caption)
     if row.get("objects") is not None:
         values, phrases, scores = _objects(row["objects"])
         box_format = box_format or "xywh_pixels"
@@ -119,6 +123,16 @@ def read_annotation(
         dropped={NO_PHRASE: len(phrases) - len(kept)} if blank is not None else {},
         dropped_examples={NO_PHRASE: f"phrases[{blank}] is {phrases[blank]!r:.40}"} if blank is not None else {},
     )
+
+
+def check_caption(caption: str, where: str = "it") -> None:
+    """Raises RowError for rows of numbers: a label file of YOLO has the name of a caption, beside an image."""
+    if looks_like_rows(caption):
+        raise RowError(
+            LABELS,
+            f"{where} is {caption.strip()[:40]!r}; YOLO sets are folders with data.yaml or classes.txt (--kind yolo), "
+            "elsewhere boxes are written as boxes and phrases",
+        )
 
 
 def convert_boxes(values: Any, convention: str, size: tuple[int, int] | None) -> list[Box]:
@@ -158,6 +172,13 @@ def stated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     """(height, width), where both are whole numbers that a picture can have."""
     sides = [int(side) for side in (entry.get("height"), entry.get("width")) if is_number(side) and side == int(side)]
     return (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < 2**31 for side in sides) else None
+
+
+def text_id(value: Any) -> str | None:
+    """An id as text, the same for 7, 7.0 and "7", as programs write one or the other; None for what is no id."""
+    if is_number(value) and value == int(value):
+        return str(int(value))
+    return value.strip() or None if isinstance(value, str) else None
 
 
 def clean(name: str) -> str:
@@ -287,10 +308,9 @@ def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _objects(objects: Any) -> tuple[Any, Any, Any]:
-    if not isinstance(objects, Mapping) or "bbox" not in objects:
+    if (read := read_objects(objects)) is None:
         raise RowError(WRONG, f'objects is {objects!r:.80}; expected {{"bbox": [...], "categories": [...]}}')
-    names = objects.get("categories", objects.get("category"))
-    return objects["bbox"], names, objects.get("scores")
+    return read
 
 
 def _convention(given: Any) -> str:

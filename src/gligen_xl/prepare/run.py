@@ -34,6 +34,8 @@ _CHANGES = {  # parts of an identity, in words
     "mtime_ns": "the archive",
     "bytes": "the source's size",
     "sha256": "rows, paths or captions",
+    "labels": "its files of annotations",
+    "classes": "the phrases of the classes",
     "joined_captions": "the joined captions",
     "detector_weights": "the detector's weights",
 }

@@ -11,6 +11,7 @@ from ..data.published import VAE
 from ..limits import MAX_BATCH, MAX_SIDE
 from .framing import Framing
 
+WORK_FOLDER = ".prepared"  # beside the shards: what is done, and what is made on the way
 THRESHOLD = 0.2  # IGLIGEN's, of boxes and of words
 _THRESHOLDS = ("box_threshold", "text_threshold")
 _OF_A_SOURCE = ("captions", "min_boxes", "detector", "detect_text", *_THRESHOLDS)

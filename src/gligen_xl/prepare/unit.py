@@ -31,12 +31,11 @@ from .frame import BUCKET_GRID
 from .framing import Framed, Framing, Reason
 from .item import BAD_TEXT, Item, Skipped, Unit, text_fault
 from .report import UnitReport
-from .settings import Settings
+from .settings import WORK_FOLDER, Settings
 from .tars import count_unread
 from .views import views
 
 NO_CAPTION, TOO_FEW, NOT_FINITE = "no caption", "too few boxes", "its latents are not finite"
-WORK_FOLDER = ".prepared"  # beside the shards: what is done, and what is made on the way
 
 _Entry = tuple[int, np.ndarray, Row]  # place in the batch, picture (h, w, 3) uint8, row
 Progress = Callable[[int, int], None]  # (weight, pictures) that came to an end since the last call
