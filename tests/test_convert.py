@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,7 +239,8 @@ def test_of_a_repository_only_the_unet_is_fetched(tmp_path, monkeypatch):
         asked.update(repo=repo, files=allow_patterns, **options)
         return str(tmp_path)
 
-    monkeypatch.setattr("gligen_xl.hub.HfApi.list_repo_files", lambda *_, **__: files)
+    listing = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr("gligen_xl.hub.HfApi.model_info", lambda *_, **__: listing)
     monkeypatch.setattr("gligen_xl.hub.snapshot_download", fetch)
     _, state, about = read_published("someone/gligen-xl", revision="main")
     same(state, adapter_state_dict(pipeline.unet))

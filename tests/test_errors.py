@@ -224,7 +224,9 @@ def test_a_warning_of_ours_is_one_line(capsys, good, tmp_path):
     boxes = [word for _ in range(6) for word in ("--phrase", "a ring", "--box", "0.1,0.1,0.5,0.5")]
     code, _, error = run(capsys, "generate", "--model", good, "--out", tmp_path, *TINY, *boxes)
     assert code == 0
-    assert error == "gligen-xl generate: warning: a layout has 7 objects, the adapter 4 slots; the first 4 are kept\n"
+    says = "gligen-xl generate: warning: a layout has 7 objects, the adapter 4 slots; the first 4 are kept"
+    assert error.startswith(says)
+    assert len(error.splitlines()) == 1
 
 
 # Odd model folders ----------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ def test_weights_that_are_none_are_named(file, good, tmp_path, capsys):
 def test_odd_settings_of_the_right_kind_name_their_part(good, tmp_path, capsys):
     for file, content, says in [
         ("model_index.json", b"{}", "model_index.json does not name a pipeline"),
-        ("text_encoder/config.json", b"{}", "bad/text_encoder cannot be loaded"),
+        ("text_encoder/config.json", b"{}", "bad/text_encoder: "),
         ("tokenizer/tokenizer_config.json", b"{}", "tokenizer_config.json does not say model_max_length"),
         ("tokenizer/tokenizer.json", b'{"model": {"type": "BPE", "vocab": 5}}', "bad/tokenizer"),
         ("unet/config.json", b'{"block_out_channels": "x"}', "bad/unet"),

@@ -191,7 +191,8 @@ def hub(tmp_path, monkeypatch):
         def serve(self, folder):
             def list_files(api, repo, *, revision=None):
                 self.asked |= {"listed": repo, "listed_revision": revision, "listed_token": api.token}
-                return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+                names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+                return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
             def snapshot(repo, *, allow_patterns, **options):
                 self.asked |= {"repo": repo, "files": allow_patterns, **options}
@@ -204,7 +205,7 @@ def hub(tmp_path, monkeypatch):
                         shutil.copy(path, copy / name)
                 return str(copy)
 
-            monkeypatch.setattr("gligen_xl.hub.HfApi.list_repo_files", list_files)
+            monkeypatch.setattr("gligen_xl.hub.HfApi.model_info", list_files)
             monkeypatch.setattr("gligen_xl.hub.snapshot_download", snapshot)
 
     return Hub()

@@ -75,7 +75,9 @@ def _local_folder(
     files = None
     if not hub.get("local_files_only") and (check is not None or not isinstance(choose, list)):
         try:
-            files = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
+            # Not list_repo_files, which tries an unreachable Hub again for 23 seconds, and says so each time.
+            info = HfApi(token=hub.get("token")).model_info(str(source), revision=hub.get("revision"))
+            files = [sibling.rfilename for sibling in info.siblings or []]
         except Exception:  # no network: then all comes from the cache, or the next lines say why not
             files = None
     if files is not None and check is not None:
