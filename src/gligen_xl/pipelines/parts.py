@@ -53,7 +53,9 @@ def check_parts(folder: Path, index: Mapping[str, Any], given: Collection[str] =
             if not files & _VOCABULARIES:  # transformers would make one that knows no word
                 raise FileNotFoundError(f"{folder / name} has no vocabulary ({', '.join(sorted(_VOCABULARIES))})")
         elif name not in _SETTINGS and not any(file.endswith((".safetensors", ".bin")) for file in files):
-            raise FileNotFoundError(f"there are no weights in {folder / name}; expected a file that ends in .safetensors")
+            raise FileNotFoundError(
+                f"there are no weights in {folder / name}; expected a file that ends in .safetensors"
+            )
 
 
 def check_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:
