@@ -148,7 +148,9 @@ def test_files_beside_pictures_that_are_of_no_use_are_counted(tmp_path, how):
         put(tmp_path / "set" / name, picture())
     for name in ("a.txt", "b/c.txt", "a.json", "b/c.json", "b/c.caption", "lone.txt", ".hidden.json", "README"):
         put(tmp_path / "set" / name, "x")
-    report = prepare(open_source(tmp_path / "set", unit_size=1), tmp_path / "out", how, HERE)
+    with pytest.warns(UserWarning, match=r"a\.json"):
+        units = open_source(tmp_path / "set", kind="imagefolder", unit_size=1)  # who says so means the pictures alone
+    report = prepare(units, tmp_path / "out", how, HERE)
     assert report.total.unread == {".json": 2, ".caption": 1, ".txt": 1}
     assert "  files that were not read, by ending: .json: 2, " in str(report)
 
