@@ -430,6 +430,7 @@ print(json.dumps([measure(*case) for case in cases if gc.collect() >= 0]))
 """
 
 
+@pytest.mark.slow
 def test_a_real_step_takes_what_was_told(tmp_path):
     """Gradients, moments and activations of a model of 51 M parameters, 19 M of them the adapter's, by the memory of
     the process: in float32, without and with gradient checkpointing, and in bfloat16 with a CPU's autocast."""

@@ -143,12 +143,14 @@ def test_a_picture_without_enough_boxes_says_how_many(tmp_path, how):
     )
 
 
-def test_files_beside_pictures_that_are_of_no_use_are_counted(tmp_path, how):
+def test_files_beside_pictures_that_are_of_no_use_are_counted(tmp_path, how, caplog):
     for name in ("a.png", "b/c.png"):
         put(tmp_path / "set" / name, picture())
     for name in ("a.txt", "b/c.txt", "a.json", "b/c.json", "b/c.caption", "lone.txt", ".hidden.json", "README"):
         put(tmp_path / "set" / name, "x")
-    report = prepare(open_source(tmp_path / "set", unit_size=1), tmp_path / "out", how, HERE)
+    units = open_source(tmp_path / "set", kind="imagefolder", unit_size=1)  # who says so means the pictures alone
+    assert "a.json" in caplog.text
+    report = prepare(units, tmp_path / "out", how, HERE)
     assert report.total.unread == {".json": 2, ".caption": 1, ".txt": 1}
     assert "  files that were not read, by ending: .json: 2, " in str(report)
 
