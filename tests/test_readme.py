@@ -47,6 +47,9 @@ def test_every_command_is_understood(name, words, tmp_path, monkeypatch):
     (tmp_path / "scenes").mkdir()
     for file in ("LAYOUTS", "scenes/layouts.jsonl"):
         write_layouts(tmp_path / file, [LAYOUT])
+    for word in words:
+        if re.fullmatch(r"[A-Z_]+(=[\d.]+)?|shards|runs/[\w-]+", word) and word not in ("RECIPE", "LAYOUTS"):
+            (tmp_path / word.partition("=")[0]).mkdir(parents=True, exist_ok=True)
     words = ["sdxl-512" if word == "RECIPE" else word for word in words]
     if words[0] == "train":
         words += ["--data", "SHARDS"] if "--data" not in words else []

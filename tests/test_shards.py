@@ -191,7 +191,9 @@ def test_shards_cost_no_open_files_and_travel_light(stem):
 
 def test_a_row_that_cannot_be_trained_on_is_named(tmp_path):
     good, pixels = row(2), replace(row(2), boxes=[(0.1, 0.1, 0.5, 0.5), (10.0, 20.0, 30.0, 40.0)])
-    with pytest.raises(ValueError, match=r"row 1 .*looks like pixels"):
+    with pytest.raises(
+        ValueError, match=r"row 1 .*boxes\[1\] is \[10\.0, 20\.0, 30\.0, 40\.0\], which look like percent"
+    ):
         write_shard(tmp_path / "a", latents(2), [good, pixels], METADATA)
     with pytest.raises(ValueError, match=r"row 0 .*1 scores but 2 boxes"):
         write_shard(tmp_path / "a", latents(2), [replace(good, scores=[0.5]), good], METADATA)
