@@ -64,17 +64,24 @@ def test_the_full_report_of_the_embedded_adapter(tmp_path):
     rows = table_of(ROOT / "docs" / "evaluation.md", r"`(beta-1|beta-0\.4|off|shuffled|real|empty)`.*")
     assert rows.keys() == value.keys()
     for name, row in rows.items():
-        assert row == pytest.approx([value[name].get(column) for column in columns], abs=0.02), name
+        assert_near(row, value[name], columns, name)
     columns = [column for column in columns if column not in ("success", "picture_success")]
     rows = table_of(ROOT / "README.md", r"(grounding on|for the first 40 %|off|on, scored against).*")
     for row, name in zip(rows.values(), ("beta-1", "beta-0.4", "off", "shuffled"), strict=True):
-        assert row == pytest.approx([value[name][column] for column in columns], abs=0.02), name
+        assert_near(row, value[name], columns, name)
 
     page = (tmp_path / "report.html").read_text()
     fetched = re.findall(r"""(?:src|href)=(?!["']?(?:data:|#))[^\s>]{1,80}""", page)
     assert fetched == []
     assert page.count("<img") >= 2
     assert "<svg" in page
+
+
+def assert_near(row, values, columns, name):
+    """A row of a document says what was measured, to 0.02; or three objects more or less, of the few that are found."""
+    for told, column in zip(row, columns, strict=True):
+        few = 3 / (552 * values["recall_50"]) if column == "shape_of_found" and values["recall_50"] else 0
+        assert told == pytest.approx(values.get(column), abs=max(0.02, few)), (name, column)
 
 
 def table_of(document, first):
