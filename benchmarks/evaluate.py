@@ -21,8 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gligen_xl import Layout
+from gligen_xl.detect.detection import Found
 from gligen_xl.evaluate import ObjectScore, PictureScore, summarize
-from gligen_xl.evaluate.found import Found
 
 RESAMPLES = 1000
 

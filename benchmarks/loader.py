@@ -6,7 +6,7 @@ python benchmarks/loader.py --size 128 --shards 2 --count 2000      # latents of
 
 The other loader is the usual one for the published files: an iterable dataset that loads a pair of `.npy` files,
 shuffles within it, and for each sample filters and converts the boxes, with the default collation. Its files are read
-by the reader of `gligen_xl.data.published`; as that reader checks what it reads, the time without reading is told, too.
+by the reader of `gligen_xl.contrib.sa1b.published`; as that reader checks what it reads, the time without reading is told, too.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from gligen_xl.contrib.sa1b.convert import import_published
+from gligen_xl.contrib.sa1b.published import read_object_array
 from gligen_xl.data import table
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
-from gligen_xl.data.published import read_object_array
-from gligen_xl.prepare.imports import import_published
 
 SLOTS, MIN_SCORE, BATCH = 32, 0.25, 64
 WORDS = ("a", "the", "of", "with", "street", "people", "standing", "red", "building", "tree", "sky", "small", "white")

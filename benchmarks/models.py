@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from gligen_xl.shapes.model import new_tokenizer
+from gligen_xl.toyworld.model import new_tokenizer
 from gligen_xl.train.known_bases import CLIP_BIG_G, CLIP_L, SDXL_UNET, VAE
 
 SDXL_VAE = VAE | {"scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": False}

@@ -20,7 +20,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from models import SMALL_TEXT, SMALL_UNET, SMALL_VAE, parts, peak_memory
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
-from gligen_xl.phrases import embed_phrases
+from gligen_xl.text_embeddings import embed_phrases
 
 PROMPT = "grass with a red circle and a blue star"
 PHRASES, BOXES = ["a red circle", "a blue star"], [[0.1, 0.5, 0.5, 0.9], [0.5, 0.1, 0.9, 0.5]]

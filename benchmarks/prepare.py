@@ -24,8 +24,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from gligen_xl.images.decode import picture_size
 from gligen_xl.prepare.framing import Framing, frame_picture
-from gligen_xl.prepare.pictures import picture_size
 
 HEIGHT, WIDTH = 1500, 2250
 

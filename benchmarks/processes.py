@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from gligen_xl.shapes.model import LATENT_SIZE, TEXT_WIDTH, new_unet
+from gligen_xl.toyworld.model import LATENT_SIZE, TEXT_WIDTH, new_unet
 
 
 def samples_per_second(batch_size: int, threads: int, steps: int) -> float:

@@ -39,12 +39,12 @@ from torch import Tensor
 
 from gligen_xl import AdapterConfig, StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import adapter_parameters, attach
-from gligen_xl.data.batch import Augmentation, Batch, ShardDataset
+from gligen_xl.data.dataset import Augmentation, Batch, ShardDataset
 from gligen_xl.data.loader import batches
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Row
-from gligen_xl.shapes.model import new_tokenizer
-from gligen_xl.shapes.world import vocabulary
+from gligen_xl.toyworld.model import new_tokenizer
+from gligen_xl.toyworld.world import vocabulary
 from gligen_xl.train.conditioning import Conditioner
 from gligen_xl.train.config import Optimization
 from gligen_xl.train.ema import EMA

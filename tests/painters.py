@@ -7,7 +7,7 @@ import time
 import torch
 from PIL import Image
 
-from gligen_xl.evaluate.shapes_layouts import background, scene_picture
+from gligen_xl.toyworld.layouts import background, scene_picture
 
 
 class Painter:

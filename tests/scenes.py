@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from gligen_xl.shapes.world import draw, sample_scene, scene_layout
+from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
 
 def scenes_folder(

@@ -24,8 +24,8 @@ from gligen_xl.adapter import (
     save_adapter,
     set_adapter_scale,
 )
+from gligen_xl.adapter.attach import fusers, transformer_blocks
 from gligen_xl.adapter.layers import Fuser, fourier_features
-from gligen_xl.adapter.model import fusers, transformer_blocks
 from gligen_xl.train.known_bases import SDXL_UNET
 
 PHRASE_DIM, SLOTS = 24, 5

@@ -6,7 +6,7 @@ from test_adapter import config_for, inputs
 from tiny import sdxl_unet
 
 from gligen_xl.adapter import adapter_parameters, attach
-from gligen_xl.adapter.model import fusers
+from gligen_xl.adapter.attach import fusers
 from gligen_xl.train.attention import attention_loss, attention_targets, watch_attention
 from gligen_xl.train.config import Optimization
 

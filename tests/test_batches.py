@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_shards import METADATA, latents, row
 
-from gligen_xl.data.batch import Augmentation, ShardDataset
-from gligen_xl.data.chance import noise_of, noise_seed, uniforms
+from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
-from gligen_xl.data.order import SampleOrder
+from gligen_xl.data.rng import noise_of, noise_seed, uniforms
+from gligen_xl.data.sampler import SampleOrder
 from gligen_xl.data.shard_writer import write_shard
 
 pytestmark = pytest.mark.usefixtures("nothing_hangs")

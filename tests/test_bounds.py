@@ -14,10 +14,10 @@ import torch
 
 from gligen_xl.adapter import AdapterConfig
 from gligen_xl.adapter.convert import read_published
-from gligen_xl.adapter.store import CONFIG_NAME, FORMAT, WEIGHTS_NAME, read_adapter
-from gligen_xl.cli import main
-from gligen_xl.data import plain_pickle
-from gligen_xl.data.published import read_boxes
+from gligen_xl.adapter.io import CONFIG_NAME, FORMAT, WEIGHTS_NAME, read_adapter
+from gligen_xl.cli.main import main
+from gligen_xl.contrib.sa1b import plain_pickle
+from gligen_xl.contrib.sa1b.published import read_boxes
 from gligen_xl.data.shards import TABLE, read_header, read_table
 from gligen_xl.hub import local_folder
 from gligen_xl.layout import Layout, read_layouts
@@ -25,9 +25,9 @@ from gligen_xl.limits import MAX_BOXES, MAX_SIDE, MAX_SLOTS
 from gligen_xl.pipelines.auto import load_pipeline
 from gligen_xl.prepare.settings import Framing, Settings
 from gligen_xl.recipes import read_settings
-from gligen_xl.shapes.model import model_folder
+from gligen_xl.toyworld.model import model_folder
 from gligen_xl.train.config import Optimization, TrainConfig, Validation
-from gligen_xl.yaml_files import read_yaml
+from gligen_xl.yaml_io import read_yaml
 
 MIB = 2**20
 
@@ -74,7 +74,7 @@ def test_one_text_named_over_and_over(tmp_path):
     arrays = table_file(tmp_path / "arrays.npy", [[*row(k)[:4], words] for k in range(2000)])
     for path in (captions, phrases, arrays):
         assert path.stat().st_size < 3 * MIB
-        peak, said = peak_of("from gligen_xl.data.published import read_boxes as act", path)
+        peak, said = peak_of("from gligen_xl.contrib.sa1b.published import read_boxes as act", path)
         assert str(path) in said
         assert "over and over" in said
         assert peak < 200 * MIB
@@ -88,7 +88,7 @@ def test_an_import_of_such_a_table_names_it_and_takes_little(tmp_path):
     text = "c" * 200_000
     table = table_file(tmp_path / "boxes" / "sa_000000.npy", [row(k, caption=text) for k in range(2000)])
     code = """
-from gligen_xl.prepare.imports import import_published
+from gligen_xl.contrib.sa1b.convert import import_published
 def act(*words):
     print(import_published(*words))
 """

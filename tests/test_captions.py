@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gligen_xl.prepare.captions import CaptionTable
+from gligen_xl.prepare.captions.table import CaptionTable
 from gligen_xl.prepare.item import Item
 from gligen_xl.prepare.sources import open_source
 

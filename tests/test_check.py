@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from gligen_xl.cli import main
+from gligen_xl.cli.main import main
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Row, Shard
-from gligen_xl.prepare.look import show_samples
-from gligen_xl.shapes.data import write_shards
-from gligen_xl.shapes.detect import detect
-from gligen_xl.shapes.world import sample_scene
+from gligen_xl.prepare.preview import show_samples
+from gligen_xl.toyworld.data import write_shards
+from gligen_xl.toyworld.detector import detect
+from gligen_xl.toyworld.world import sample_scene
 
 METADATA = {"resolution": "64", "vae": "x", "scaling_factor": "1.0"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gligen_xl.files import whole_file, whole_folder
+from gligen_xl.io import whole_file, whole_folder
 from gligen_xl.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,

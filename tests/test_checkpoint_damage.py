@@ -12,15 +12,15 @@ from tiny import sdxl_pipeline
 from tiny_run import final, write_data
 
 from gligen_xl import manifest
-from gligen_xl.adapter.store import read_adapter
-from gligen_xl.cli import main
-from gligen_xl.shapes.stage import StageConfig, run_stage
+from gligen_xl.adapter.io import read_adapter
+from gligen_xl.cli.main import main
+from gligen_xl.toyworld.stage import StageConfig, run_stage
 from gligen_xl.train.checkpoint import last_whole, list_checkpoints, load_checkpoint
 from gligen_xl.train.config import Optimization, TrainConfig
 from gligen_xl.train.loop import train
 from gligen_xl.train.precheck import check_before, reached_position
 from gligen_xl.train.publish import find_source
-from gligen_xl.train.reached import check_state
+from gligen_xl.train.resume import check_state
 
 FILES = (
     "gligen_adapter.json", "gligen_adapter.safetensors", "log.safetensors", "manifest.json", "optimizer.safetensors",

@@ -15,10 +15,10 @@ from tiny import open_gates, sdxl_pipeline
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline, __version__
 from gligen_xl.adapter import AdapterConfig, adapter_config, attach
-from gligen_xl.cli import COMMANDS, main
+from gligen_xl.cli.main import COMMANDS, main
 from gligen_xl.data.shard_writer import write_shard
+from gligen_xl.images.draw import METADATA_KEY
 from gligen_xl.recipes import find_recipe, recipe_names
-from gligen_xl.show import METADATA_KEY
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_train_without_such_a_recipe(capsys, tmp_path):
 
 
 def test_every_recipe_is_a_configuration():
-    from gligen_xl.commands.common import Parser
+    from gligen_xl.cli.common import Parser
 
     for name in recipe_names():
         config, *_ = COMMANDS["train"].parse(Parser(prog="gligen-xl train"), [name])
@@ -268,7 +268,7 @@ def test_a_second_command_leaves_the_pictures_of_the_first(model, layouts, tmp_p
     ],
 )
 def test_evaluate_complains_before_it_generates(model, layouts, tmp_path, capsys, monkeypatch, words, says):
-    monkeypatch.setattr("gligen_xl.evaluate.pictures.generate", lambda *_, **__: pytest.fail("generated"))
+    monkeypatch.setattr("gligen_xl.evaluate.sampling.generate", lambda *_, **__: pytest.fail("generated"))
     (tmp_path / "file").write_text("")
     words = [tmp_path / "file" if word == "FILE" else word for word in words]
     out = () if "--out" in words else ("--out", tmp_path / "report")

@@ -13,7 +13,7 @@ from test_convert import original_name
 from tiny import grounded, sd_pipeline, sdxl_pipeline, sdxl_unet
 
 from gligen_xl.adapter import adapter_state_dict, read_adapter
-from gligen_xl.show import METADATA_KEY
+from gligen_xl.images.draw import METADATA_KEY
 
 ONE = ("--prompt", "grass", "--phrase", "a ring", "--box", 0.1, 0.2, 0.6, 0.7, "--beta", 1)
 

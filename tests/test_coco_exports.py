@@ -10,10 +10,10 @@ from pycocotools import mask as masks
 from source_items import HEIGHT, WIDTH, dataset, images, in_pixels, items, picture, put, reasons
 
 from gligen_xl.evaluate.protocols import find_protocol
-from gligen_xl.prepare.coco import NO_BOX, NO_CATEGORY, NO_IMAGE
-from gligen_xl.prepare.image_paths import ImageFinder
-from gligen_xl.prepare.segments import segment_box
 from gligen_xl.prepare.sources import open_source, recognise
+from gligen_xl.prepare.sources.coco import NO_BOX, NO_CATEGORY, NO_IMAGE
+from gligen_xl.prepare.sources.image_paths import ImageFinder
+from gligen_xl.prepare.sources.segments import segment_box
 
 BOXES = {"a.jpg": [(1, [20, 10, 60, 30]), (0, [0, 0, 8, 8])], "b.jpg": [(0, [40, 20, 80, 40])], "c.jpg": []}
 

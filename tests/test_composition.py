@@ -24,18 +24,9 @@ from safetensors.torch import load_file
 from tiny import grounded, sdxl_pipeline, sdxl_unet
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from gligen_xl import (
-    StableDiffusionXLGLIGENControlNetPipeline,
-    StableDiffusionXLGLIGENImg2ImgPipeline,
-)
-from gligen_xl.adapter import (
-    adapter_parameters,
-    detached,
-    is_adapter_key,
-    load_adapter_state_dict,
-    lora_targets,
-)
-from gligen_xl.phrases import embed_phrases
+from gligen_xl import StableDiffusionXLGLIGENControlNetPipeline, StableDiffusionXLGLIGENImg2ImgPipeline
+from gligen_xl.adapter import adapter_parameters, detached, is_adapter_key, load_adapter_state_dict, lora_targets
+from gligen_xl.text_embeddings import embed_phrases
 
 LAYOUT = {
     "gligen_phrases": ["a red circle", "a blue star"],

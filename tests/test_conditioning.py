@@ -16,9 +16,9 @@ from transformers import CLIPTextModelWithProjection
 
 from gligen_xl import device
 from gligen_xl.adapter import adapter_parameters, set_grounding_logit_bias
-from gligen_xl.data.batch import Augmentation, Batch, ShardDataset
+from gligen_xl.data.dataset import Augmentation, Batch, ShardDataset
 from gligen_xl.data.shard_writer import write_shard
-from gligen_xl.phrases import embed_phrases
+from gligen_xl.text_embeddings import embed_phrases
 from gligen_xl.train.accumulate import micro_batches, spoiled_unless_finite
 from gligen_xl.train.attention import watch_attention
 from gligen_xl.train.conditioning import Conditioner
@@ -26,7 +26,7 @@ from gligen_xl.train.config import Objective
 from gligen_xl.train.ema import EMA
 from gligen_xl.train.objective import denoising_loss, timesteps_of
 from gligen_xl.train.phrase_cache import PhraseCache
-from gligen_xl.train.steps import Steps
+from gligen_xl.train.step_stats import Steps
 
 SHAPES = ((32, 6), (1, 12), (1, 24), (1, 77))  # those of a CPU
 PHRASES = ["ring", "a red ring", "the small grey stone that lies beside a red ring", "sand", "a star", "two stars"]

@@ -9,8 +9,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from gligen_xl.prepare import ahead
-from gligen_xl.prepare.ahead import Decoders
+from gligen_xl.prepare import decoding
+from gligen_xl.prepare.decoding import Decoders
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import Item
 from gligen_xl.prepare.report import UnitReport
@@ -38,7 +38,7 @@ def test_a_process_that_hangs_or_dies_fails_the_unit(decoders, monkeypatch, noth
     taken = decoders.decode(iter(pictures(8)), UnitReport())
     assert next(taken)[0].image_id == "picture-0"
     (worker,) = (process.pid for process in decoders._pool._processes.values())
-    monkeypatch.setattr(ahead, "LONGEST", 1.0)
+    monkeypatch.setattr(decoding, "LONGEST", 1.0)
     os.kill(worker, number)
     says = "stuck in picture-" if number == signal.SIGSTOP else "a decoding process died"
     with pytest.raises(RuntimeError, match=says):
@@ -51,7 +51,7 @@ def test_a_process_that_hangs_or_dies_fails_the_unit(decoders, monkeypatch, noth
 
 
 def test_a_source_that_hangs_does_not_keep_the_unit_from_failing(decoders, monkeypatch, nothing_hangs):
-    monkeypatch.setattr(ahead, "LONGEST_READ", 0.5)
+    monkeypatch.setattr(decoding, "LONGEST_READ", 0.5)
 
     def hanging():
         yield from pictures(1)

@@ -28,10 +28,10 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
+from gligen_xl.detect.captions import Detector
+from gligen_xl.detect.outputs import Detections, Tokens, candidates, collect
 from gligen_xl.layout import box_iou, xyxy_from_cxcywh
-from gligen_xl.prepare.detect import Detector
-from gligen_xl.prepare.detections import Detections, Tokens, candidates, collect
-from gligen_xl.shapes.world import draw, sample_scene
+from gligen_xl.toyworld.world import draw, sample_scene
 
 WORDS = (
     "a", "man", "rides", "bicycle", "red", "trees", "stand", "behind", "him", ",", "-", "'", "s", "t", "shirt", "lamp",

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gligen_xl.cli import main
-from gligen_xl.prepare.download import archive_numbers, download
+from gligen_xl.cli.main import main
+from gligen_xl.contrib.sa1b.download import archive_numbers, download
 
 CONTENTS = {f"sa_{k:06d}.npy": bytes([k]) * (1000 + k) for k in range(5)}
 
@@ -38,8 +38,8 @@ def hub(monkeypatch):
         path.write_bytes(CONTENTS[name][:-1] + b"?" if name in state.torn else CONTENTS[name])
         return str(path)
 
-    monkeypatch.setattr("gligen_xl.prepare.download.HfApi.dataset_info", info)
-    monkeypatch.setattr("gligen_xl.prepare.download.hf_hub_download", fetch)
+    monkeypatch.setattr("gligen_xl.contrib.sa1b.download.HfApi.dataset_info", info)
+    monkeypatch.setattr("gligen_xl.contrib.sa1b.download.hf_hub_download", fetch)
     return state
 
 
@@ -68,7 +68,7 @@ def test_a_file_that_came_wrong_is_removed_and_the_others_stay(hub, tmp_path):
 
 
 def test_too_little_space_is_found_out_before(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("gligen_xl.prepare.download.shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
+    monkeypatch.setattr("gligen_xl.contrib.sa1b.download.shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(ValueError, match=r"5 files need 1\.0 GiB"):
         download("boxes", tmp_path)
     assert hub.fetched == []

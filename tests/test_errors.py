@@ -15,12 +15,12 @@ from test_cli import fails, run
 from tiny import grounded, sdxl_pipeline
 from tqdm import tqdm
 
-from gligen_xl.cli import COMMANDS, main
-from gligen_xl.commands.errors import one_line, shown
-from gligen_xl.commands.prepare import _Shown
-from gligen_xl.files import reading
-from gligen_xl.shapes import model_folder
-from gligen_xl.show import METADATA_KEY, draw_boxes
+from gligen_xl.cli.errors import one_line, shown
+from gligen_xl.cli.main import COMMANDS, main
+from gligen_xl.cli.prepare import _Shown
+from gligen_xl.images.draw import METADATA_KEY, draw_boxes
+from gligen_xl.io import reading
+from gligen_xl.toyworld import model_folder
 
 ONE = ("--prompt", "grass", "--phrase", "a red circle", "--box", "0.1", "0.2", "0.6", "0.7", "--beta", "1")
 TINY = (*ONE, "--steps", "1", "--width", "16", "--height", "16")
@@ -189,7 +189,7 @@ def test_success_is_silent(good, tmp_path):
         ["push", "adapter", "--repository", "a/b", "--license", "mit", "--base_model", "c/d", "--dry_run", "staged"],
     ]
     script = (
-        "import json, sys; import gligen_xl.cli as cli\n"
+        "import json, sys; import gligen_xl.cli.main as cli\n"
         "for words in json.loads(sys.argv[1]): assert cli.main(words) == 0, words\n"
         "from gligen_xl import StableDiffusionXLGLIGENPipeline"
     )
@@ -328,7 +328,7 @@ def test_a_random_seed_is_written_down(good, tmp_path, capsys):
 
 def test_the_seconds_of_a_picture_in_a_batch_are_its_share(good, tmp_path, capsys, monkeypatch):
     clock = iter([0.0, 6.0, 100.0, 101.0, 200.0])  # begin, first batch, saved, second batch, saved
-    monkeypatch.setattr("gligen_xl.commands.generate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("gligen_xl.cli.generate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(
         "gligen_xl.generate.generate_batches",
         lambda *_, **__: iter([[Image.new("RGB", (8, 8))] * 3, [Image.new("RGB", (8, 8))]]),

@@ -14,8 +14,8 @@ from tiny import sd_pipeline, sdxl_pipeline, sdxl_unet
 from torch.utils.checkpoint import checkpoint
 
 from gligen_xl.adapter import AdapterConfig, adapter_parameters, attach, detach, save_adapter
-from gligen_xl.cli import main
-from gligen_xl.data.batch import Augmentation
+from gligen_xl.cli.main import main
+from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train.checkpoint import list_checkpoints
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation

@@ -14,7 +14,7 @@ from gligen_xl.evaluate import (
     held_out_layouts,
     point_metrics,
 )
-from gligen_xl.shapes.world import draw, sample_scene, scene_layout
+from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
 
 def test_metrics_by_hand():

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from gligen_xl.detect.weights import checksum
 from gligen_xl.evaluate.clip import ClipScore, ClipScorer
-from gligen_xl.evaluate.weights import checksum
 from gligen_xl.layout import Layout
 
 SIDE = 32

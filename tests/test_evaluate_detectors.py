@@ -43,14 +43,14 @@ from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImage
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
-from gligen_xl.evaluate.colour import RANGES, ColourJudge, Segmenter, colour_shares, hsv, pixel_box, split_colour
-from gligen_xl.evaluate.detectors import ColourDetector, ShapesDetector, Wanted, find_detector
-from gligen_xl.evaluate.found import Found
-from gligen_xl.evaluate.network_detectors import _distinct, plain
-from gligen_xl.evaluate.scores import score_picture
+from gligen_xl.detect.colour import RANGES, ColourJudge, Segmenter, colour_shares, hsv, pixel_box, split_colour
+from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detectors import ColourDetector, ShapesDetector, Wanted, find_detector
+from gligen_xl.detect.network_detectors import _distinct, plain
+from gligen_xl.detect.outputs import Detections
+from gligen_xl.evaluate.matching import score_picture
 from gligen_xl.layout import Layout, xyxy_from_cxcywh
-from gligen_xl.prepare.detections import Detections
-from gligen_xl.shapes.world import draw, sample_scene, scene_layout
+from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
 CLASSES = ["person", "car", "bus", "knife", "skis", "sofa", "pottedplant", "teddy bear", "N/A"]
 CLASS_DETECTORS = ["detr", "conditional-detr", "rt-detr", "d-fine", "yolos"]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gligen_xl.evaluate.found import Found
+from gligen_xl.detect.detection import Found
+from gligen_xl.evaluate.matching import ObjectScore, PictureScore, score_picture
 from gligen_xl.evaluate.metrics import paired_difference, point_metrics, summarize
-from gligen_xl.evaluate.scores import ObjectScore, PictureScore, score_picture
 from gligen_xl.layout import Layout
 
 COLOURS, NAMES = ("red", "blue"), ("cat", "dog")

@@ -11,11 +11,11 @@ from PIL import Image
 
 from gligen_xl.evaluate.coco_layouts import CocoPicture, gligen_layouts, layout_to_image_layouts
 from gligen_xl.evaluate.coco_mig import draw_layouts
-from gligen_xl.evaluate.photographs import Photographs, centre_crop, squeeze
 from gligen_xl.evaluate.protocols import PROTOCOLS, find_protocol
+from gligen_xl.evaluate.real_images import Photographs, centre_crop, squeeze
 from gligen_xl.layout import Layout, write_layouts
-from gligen_xl.shapes.detect import detect
-from gligen_xl.shapes.world import HELD_OUT_SEED, draw, sample_scene, scene_layout
+from gligen_xl.toyworld.detector import detect
+from gligen_xl.toyworld.world import HELD_OUT_SEED, draw, sample_scene, scene_layout
 
 CATEGORIES = {1: "person", 2: "cat", 3: "dining table"}
 

@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 
 from gligen_xl import Layout
-from gligen_xl.evaluate.detectors import ShapesDetector, Wanted
-from gligen_xl.evaluate.found import Found
+from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detectors import ShapesDetector, Wanted
+from gligen_xl.evaluate.compare import Comparison
+from gligen_xl.evaluate.matching import score_picture
 from gligen_xl.evaluate.metrics import paired_difference, summarize
-from gligen_xl.evaluate.paired import Comparison
-from gligen_xl.evaluate.pictures import keyed
 from gligen_xl.evaluate.protocols import Protocol, find_protocol, grey
 from gligen_xl.evaluate.report import SCHEMA_VERSION, Report, write_report
 from gligen_xl.evaluate.report_page import ranked, swept_conditions
 from gligen_xl.evaluate.report_words import interval, markdown_table, stacked_table, value
 from gligen_xl.evaluate.run import MISSING, Condition, shuffled
-from gligen_xl.evaluate.scores import score_picture
+from gligen_xl.evaluate.sampling import keyed
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

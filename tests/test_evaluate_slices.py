@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gligen_xl import Layout
-from gligen_xl.evaluate.detectors import ShapesDetector, Wanted
-from gligen_xl.evaluate.found import Found
+from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detectors import ShapesDetector, Wanted
+from gligen_xl.evaluate.matching import ObjectScore, score_picture
 from gligen_xl.evaluate.metrics import summarize
-from gligen_xl.evaluate.scores import ObjectScore, score_picture
 from gligen_xl.evaluate.slices import (
     METRICS,
     POSITIONS,

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
+from gligen_xl.images.crop import BUCKETS, bucket_frame, square_frame
 from gligen_xl.prepare import framing
-from gligen_xl.prepare.frame import BUCKETS, bucket_frame, square_frame
 from gligen_xl.prepare.framing import Framed, Framing, frame_picture
 from gligen_xl.prepare.item import Item
 from gligen_xl.prepare.report import UnitReport

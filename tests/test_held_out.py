@@ -11,8 +11,8 @@ from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 from tiny_run import final, lines, train_until
 
-from gligen_xl.cli import main
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.cli.main import main
+from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.held_out import FEWEST, hold_out
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Shard, find_shards

@@ -47,9 +47,9 @@ from gligen_xl.adapter import (
 )
 from gligen_xl.layout import box_iou
 from gligen_xl.pipelines.inpaint import fit_pictures, mask_outside
-from gligen_xl.shapes.detect import detect
-from gligen_xl.shapes.world import COLOURS, HELD_OUT_SEED, sample_scene
-from gligen_xl.shapes.world import draw as draw_scene
+from gligen_xl.toyworld.detector import detect
+from gligen_xl.toyworld.world import COLOURS, HELD_OUT_SEED, sample_scene
+from gligen_xl.toyworld.world import draw as draw_scene
 
 PHRASES, BOXES = ["a red circle", "a blue star"], [[0.1, 0.1, 0.5, 0.5], [0.6, 0.4, 0.9, 0.8]]
 LAYOUT = {"gligen_phrases": PHRASES, "gligen_boxes": BOXES, "gligen_scheduled_sampling_beta": 1.0}

@@ -20,7 +20,7 @@ import gligen_xl
 from gligen_xl import Layout
 from gligen_xl.adapter import adapter_config, fusers, set_slots
 from gligen_xl.layout import box_iou
-from gligen_xl.shapes.detect import detect
+from gligen_xl.toyworld.detector import detect
 
 PHRASES, BOXES = ["a red circle", "a blue star"], [[0.1, 0.1, 0.5, 0.5], [0.5, 0.4, 0.9, 1.0]]
 LAYOUT = {"gligen_phrases": PHRASES, "gligen_boxes": BOXES, "gligen_scheduled_sampling_beta": 1.0}

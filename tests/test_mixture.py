@@ -14,10 +14,10 @@ from tiny import sdxl_pipeline
 from tiny_run import final, train_until
 
 from gligen_xl.data import mixture
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
 from gligen_xl.data.mixture import BLOCK, MixtureOrder, turns_of
-from gligen_xl.data.order import SampleOrder
+from gligen_xl.data.sampler import SampleOrder
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
 from gligen_xl.train.config import Optimization, TrainConfig

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import noised
 
-from gligen_xl.data.batch import Batch
+from gligen_xl.data.dataset import Batch
 from gligen_xl.train.config import Objective
 from gligen_xl.train.objective import box_weights, denoising_loss, min_snr_weights, timesteps_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import sdxl_pipeline, tokenizer
 
-from gligen_xl.phrases import embed_phrases, phrase_width
+from gligen_xl.text_embeddings import embed_phrases, phrase_width
 
 PHRASES = ["a red circle", "a small yellow star at the top left", "ring", "a red circle"]
 

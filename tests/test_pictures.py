@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from gligen_xl.prepare.frame import bucket_frame, square_frame
-from gligen_xl.prepare.pictures import DAMAGED, EMPTY, NO_PICTURE, TOO_LARGE, PictureError, decode, framed, picture_size
+from gligen_xl.images.crop import bucket_frame, square_frame
+from gligen_xl.images.decode import DAMAGED, EMPTY, NO_PICTURE, TOO_LARGE, PictureError, decode, framed, picture_size
 
 ORIENTATION = 274
 

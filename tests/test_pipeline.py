@@ -10,7 +10,7 @@ from tiny import open_gates, sdxl_pipeline
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import AdapterConfig, attach, detach, fusers, is_attached, save_adapter
-from gligen_xl.phrases import embed_phrases
+from gligen_xl.text_embeddings import embed_phrases
 
 PHRASES, BOXES = ["a red circle", "a blue star"], [[0.1, 0.1, 0.5, 0.5], [0.5, 0.4, 0.9, 1.0]]
 SLOTS = 4

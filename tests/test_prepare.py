@@ -18,22 +18,22 @@ import torch
 from PIL import Image
 from tiny import sdxl_vae
 
-from gligen_xl.commands.common import parse_part
+from gligen_xl.cli.common import parse_part
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Row, Shard, find_shards
+from gligen_xl.detect.captions import Detector
+from gligen_xl.detect.outputs import Detections
 from gligen_xl.layout import box_iou
-from gligen_xl.prepare.detect import Detector
-from gligen_xl.prepare.detections import Detections
-from gligen_xl.prepare.done import Done
 from gligen_xl.prepare.encode import load_vae
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import Item, Skipped
 from gligen_xl.prepare.run import Machine, prepare, run_unit
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.unit import UnitMaker
-from gligen_xl.shapes.detect import detect
-from gligen_xl.shapes.world import draw, sample_scene, scene_layout
+from gligen_xl.prepare.unit_folder import Done
+from gligen_xl.toyworld.detector import detect
+from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
 HERE = Machine()
 

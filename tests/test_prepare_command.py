@@ -14,12 +14,12 @@ from scenes import scenes_folder
 from test_cli import fails, run, succeeds
 from tiny import sdxl_vae
 
-from gligen_xl.commands import prepare as command
-from gligen_xl.commands.common import Parser
+from gligen_xl.cli import prepare as command
+from gligen_xl.cli.common import Parser
 from gligen_xl.data.shards import find_shards
 from gligen_xl.layout import box_iou
 from gligen_xl.prepare.settings import Settings
-from gligen_xl.shapes.world import sample_scene, scene_layout
+from gligen_xl.toyworld.world import sample_scene, scene_layout
 
 COUNT = 12
 

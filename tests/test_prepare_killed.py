@@ -15,7 +15,7 @@ import pytest
 from forked import Server
 from scenes import scenes_folder
 
-from gligen_xl.cli import main
+from gligen_xl.cli.main import main
 
 PICTURES, UNIT_SIZE = 40, 8
 ENDINGS = (".safetensors", ".parquet")
@@ -51,7 +51,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def server():
-    server = Server("gligen_xl.prepare.run, gligen_xl.prepare.sources, gligen_xl.shapes.model")
+    server = Server("gligen_xl.prepare.run, gligen_xl.prepare.sources, gligen_xl.toyworld.model")
     yield server
     server.close()
 

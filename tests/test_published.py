@@ -17,14 +17,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from gligen_xl.cli import main
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.cli.main import main
+from gligen_xl.contrib.sa1b.convert import LOCK_FOLDER, import_published
+from gligen_xl.contrib.sa1b.object_array import read_object_array
+from gligen_xl.contrib.sa1b.published import read_boxes, read_latents
 from gligen_xl.data.check import check_shards
-from gligen_xl.data.object_array import read_object_array
-from gligen_xl.data.published import read_boxes, read_latents
+from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Shard, find_shards
-from gligen_xl.prepare.imports import LOCK_FOLDER, import_published
 
 SIDE = 8  # latents
 
@@ -221,7 +221,7 @@ READ = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from gligen_xl.data.published import read_boxes, read_latents
+from gligen_xl.contrib.sa1b.published import read_boxes, read_latents
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 rng = np.random.default_rng(0)
 before, good = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
@@ -396,7 +396,7 @@ def test_killed_and_run_again_the_shards_are_the_same(published, tmp_path_factor
     root, _ = published
     undisturbed = tmp_path_factory.mktemp("undisturbed")
     import_published(root / "latents", root / "boxes", undisturbed)
-    code = "import sys; from gligen_xl.prepare.imports import import_published as go; print('on', flush=True); "
+    code = "import sys; from gligen_xl.contrib.sa1b.convert import import_published as go; print('on', flush=True); "
     code += "[go(*sys.argv[1:3], sys.argv[3]) for _ in range(1)]"
     words = [sys.executable, "-c", code, str(root / "latents"), str(root / "boxes"), str(root / "shards")]
     for delay in (0.0, 0.01, 0.03):

@@ -15,10 +15,10 @@ from test_cli import fails, run
 from tiny import grounded, sd_pipeline, sdxl_pipeline
 
 from gligen_xl.adapter import AdapterConfig, adapter_state_dict, read_adapter, save_adapter, write_adapter
-from gligen_xl.files import write_json
 from gligen_xl.hub import upload
+from gligen_xl.io import write_json
 from gligen_xl.manifest import write_manifest
-from gligen_xl.public import public, public_name
+from gligen_xl.redact import public, public_name
 from gligen_xl.train.publish import find_source, publish_adapter, stage_adapter
 
 SECRETS = ("/home/mallory", "mallory", "hunter2", "bucket-of-ours")
@@ -139,7 +139,7 @@ def code(body):
 def test_the_lines_of_the_card_run(tmp_path, monkeypatch):
     """As they stand, on the embedded model; the repository is the folder that was uploaded."""
     from gligen_xl import StableDiffusionXLGLIGENPipeline
-    from gligen_xl.shapes.model import model_folder
+    from gligen_xl.toyworld.model import model_folder
 
     monkeypatch.chdir(tmp_path)
     form, state, about = read_adapter(model_folder() / "gligen_adapter")

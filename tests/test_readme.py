@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from test_cli import run
 
-from gligen_xl.cli import COMMANDS
-from gligen_xl.commands.common import Parser
-from gligen_xl.evaluate.detectors import ShapesDetector
+from gligen_xl.cli.common import Parser
+from gligen_xl.cli.main import COMMANDS
+from gligen_xl.detect.detectors import ShapesDetector
 from gligen_xl.layout import Layout, box_iou, write_layouts
 
 ROOT = Path(__file__).parents[1]

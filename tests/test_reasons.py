@@ -11,13 +11,12 @@ import pytest
 from PIL import Image
 from tiny import sdxl_vae
 
-from gligen_xl.prepare import rows
-from gligen_xl.prepare.frame import REVERSED
+from gligen_xl.images.crop import REVERSED
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import BAD_TEXT
 from gligen_xl.prepare.run import Machine, prepare
 from gligen_xl.prepare.settings import Settings
-from gligen_xl.prepare.sources import open_source
+from gligen_xl.prepare.sources import open_source, rows
 
 HERE = Machine()
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
-from gligen_xl.commands import train as command
-from gligen_xl.commands.common import Parser
+from gligen_xl.cli import train as command
+from gligen_xl.cli.common import Parser
 from gligen_xl.recipes import accelerate_names, find_recipe, recipe_names
 from gligen_xl.train.known_bases import PUBLISHED
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from test_cli import fails
 
-from gligen_xl.commands.common import Parser
-from gligen_xl.commands.schedulers import NAMED, new_scheduler, scheduler_settings
-from gligen_xl.commands.values import UsageError
+from gligen_xl.cli.common import Parser
+from gligen_xl.cli.schedulers import NAMED, new_scheduler, scheduler_settings
+from gligen_xl.cli.values import UsageError
 from gligen_xl.dtypes import dtype_name
 from gligen_xl.layout import Layout
 from gligen_xl.suggestions import did_you_mean
@@ -262,7 +262,7 @@ def test_each_named_scheduler_takes_the_settings_of_the_models(shapes_pipeline):
     ],
 )
 def test_boxes_are_spelled_as_one_likes(boxes):
-    from gligen_xl.commands import generate
+    from gligen_xl.cli import generate
 
     words = ["--prompt", "--a dash-ed prompt", "--phrase", "a", "--phrase", "b", *boxes]
     _, layouts, beta = generate.parse(Parser(prog="x"), words)
@@ -273,7 +273,7 @@ def test_boxes_are_spelled_as_one_likes(boxes):
 
 
 def test_a_negative_number_is_no_option():
-    from gligen_xl.commands import generate
+    from gligen_xl.cli import generate
 
     words = ["--prompt", "a", "--phrase", "b", "--box", "-.002,-1e-3,0.5", "0.5"]
     _, layouts, _ = generate.parse(Parser(prog="x"), words)
@@ -281,7 +281,7 @@ def test_a_negative_number_is_no_option():
 
 
 def test_several_prompts_share_their_boxes():
-    from gligen_xl.commands import generate
+    from gligen_xl.cli import generate
 
     words = ["--prompt", "grass", "--prompt", "sand", "--phrase", "b", "--box", "0,0,1,1", "--count", "2"]
     _, layouts, _ = generate.parse(Parser(prog="x"), words)

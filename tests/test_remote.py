@@ -17,13 +17,13 @@ from fsspec.implementations.local import LocalFileSystem
 from test_batches import flat
 from test_shards import METADATA, latents, row
 
-from gligen_xl.data import remote
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.data import streaming
 from gligen_xl.data.cache import BoundedCache
+from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
-from gligen_xl.data.remote import open_remote
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Shard
+from gligen_xl.data.streaming import open_remote
 
 pytestmark = pytest.mark.usefixtures("nothing_hangs")
 
@@ -71,7 +71,7 @@ class Piece:
 def store(tmp_path, monkeypatch):
     """Six shards far away, and a cache of its own."""
     monkeypatch.setenv("GLIGEN_XL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(streaming, "PAUSES", (0.01, 0.01))
     fsspec.register_implementation("store", Store, clobber=True)
     monkeypatch.setattr(Store, "notes", tmp_path / "notes", raising=False)
     monkeypatch.setattr(Store, "failures", 0)
@@ -329,7 +329,7 @@ def test_one_fetches_and_the_others_wait(store, tmp_path):
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "far").iterdir()}
     assert read_bytes(tmp_path, ".parquet") == {name: size for name, size in sizes.items() if "parquet" in name}
     for name, size in read_bytes(tmp_path).items():
-        assert size <= sizes[name] + min(sizes[name], remote.HEADER)
+        assert size <= sizes[name] + min(sizes[name], streaming.HEADER)
 
 
 def test_more_readers_than_room(store, tmp_path):

@@ -388,7 +388,7 @@ def test_a_full_disk_under_the_log_is_named(server, recipe, tmp_path):
 def test_a_full_disk_under_what_is_written_once_is_named(server, recipe, data, tmp_path, name):
     log = tmp_path / "log"
     patch = f"""
-import gligen_xl.files as files
+import gligen_xl.io as files
 real = files.settle
 def full(partial, path):
     if path.name == {Path(name).name!r}:

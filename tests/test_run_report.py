@@ -16,7 +16,7 @@ from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 
 from gligen_xl.data.shard_writer import write_shard
-from gligen_xl.files import write_json
+from gligen_xl.io import write_json
 from gligen_xl.train.config import AdapterOptions, Augmentation, Optimization, TrainConfig, Validation
 from gligen_xl.train.curves import Curve, chart, heat_strip, short
 from gligen_xl.train.loop import train

@@ -9,11 +9,11 @@ import torch
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.data.shards import find_shards
-from gligen_xl.shapes import build as stages
-from gligen_xl.shapes.data import encode, pictures, write_shards
-from gligen_xl.shapes.model import new_vae
-from gligen_xl.shapes.stage import StageConfig, run_stage
-from gligen_xl.shapes.text import attributes
+from gligen_xl.toyworld import build as stages
+from gligen_xl.toyworld.data import encode, pictures, write_shards
+from gligen_xl.toyworld.model import new_vae
+from gligen_xl.toyworld.stage import StageConfig, run_stage
+from gligen_xl.toyworld.text import attributes
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 
 
@@ -74,7 +74,7 @@ def test_two_processes_share_a_stage(tmp_path):
     script.write_text(
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from gligen_xl.shapes.stage import StageConfig, run_stage\n"
+        "from gligen_xl.toyworld.stage import StageConfig, run_stage\n"
         "torch.manual_seed(0)\n"
         "layer = torch.nn.Linear(1, 1)\n"
         "def loss(first, count):\n"

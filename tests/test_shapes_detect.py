@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from gligen_xl.evaluate import ShapesDetector, point_metrics
-from gligen_xl.shapes import detect
-from gligen_xl.shapes.data import pictures
-from gligen_xl.shapes.world import BACKGROUNDS, HELD_OUT_SEED, Scene, draw, sample_scene, scene_layout
+from gligen_xl.toyworld import detect
+from gligen_xl.toyworld.data import pictures
+from gligen_xl.toyworld.world import BACKGROUNDS, HELD_OUT_SEED, Scene, draw, sample_scene, scene_layout
 
 
 def measured(images, seed):

@@ -7,7 +7,7 @@ import torch
 from tiny import grounded, sdxl_pipeline
 
 from gligen_xl import StableDiffusionXLGLIGENImg2ImgPipeline
-from gligen_xl.shapes.world import HELD_OUT_SEED, sample_scene, scene_layout
+from gligen_xl.toyworld.world import HELD_OUT_SEED, sample_scene, scene_layout
 
 PHRASES, BOXES = ["a red circle"], [[0.1, 0.1, 0.5, 0.5]]
 
@@ -29,7 +29,7 @@ def test_its_own_words_at_its_own_size_say_nothing(shapes_pipeline):
             if index > 2:  # the words of all, the model for a few
                 given["gligen_phrases"] = given["gligen_boxes"] = None
                 from gligen_xl.pipelines.layouts import PictureLayout
-                from gligen_xl.shapes.limits import check_limits
+                from gligen_xl.toyworld.limits import check_limits
 
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")

@@ -14,9 +14,9 @@ from PIL import Image
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import adapter_config, detached, is_attached
-from gligen_xl.demo import demo
 from gligen_xl.evaluate import evaluate_layouts, find_detector, find_protocol, point_metrics
-from gligen_xl.shapes import model_folder
+from gligen_xl.toyworld import model_folder
+from gligen_xl.toyworld.demo import demo
 from gligen_xl.train.config import TrainConfig, Validation
 from gligen_xl.train.loop import train
 

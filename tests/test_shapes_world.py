@@ -6,9 +6,9 @@ from PIL import Image
 
 from gligen_xl.evaluate import held_out_layouts
 from gligen_xl.layout import box_iou
-from gligen_xl.shapes.model import MAX_TOKENS, new_tokenizer
-from gligen_xl.shapes.text import attributes
-from gligen_xl.shapes.world import (
+from gligen_xl.toyworld.model import MAX_TOKENS, new_tokenizer
+from gligen_xl.toyworld.text import attributes
+from gligen_xl.toyworld.world import (
     COLOURS,
     HELD_OUT_SEED,
     PLACES,

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from gligen_xl.data.shard_writer import ROW_GROUP, ShardWriter, write_shard
 from gligen_xl.data.shards import TABLE, Row, Shard, find_shards
-from gligen_xl.files import read_json, write_json
+from gligen_xl.io import read_json, write_json
 
 METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.18215"}
 
@@ -158,7 +158,7 @@ def test_json_is_read_as_it_was_written_whatever_the_locale(tmp_path):
     write_json(tmp_path / "a.json", names)
     assert read_json(tmp_path / "a.json") == names
     assert "кошка" in (tmp_path / "a.json").read_bytes().decode("utf-8")
-    code = "import sys, locale; from gligen_xl.files import *; assert locale.getencoding() != 'utf-8'; "
+    code = "import sys, locale; from gligen_xl.io import *; assert locale.getencoding() != 'utf-8'; "
     code += "write_json(sys.argv[2], read_json(sys.argv[1]))"
     words = [sys.executable, "-X", "utf8=0", "-c", code, str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     subprocess.run(words, env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, check=True)

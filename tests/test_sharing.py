@@ -15,9 +15,9 @@ from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import save_adapter
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import find_shards
+from gligen_xl.images.draw import METADATA_KEY
 from gligen_xl.pipelines.export import export_pipeline
 from gligen_xl.prepare.sources import open_source
-from gligen_xl.show import METADATA_KEY
 from gligen_xl.train.agreement import check_same_run
 from gligen_xl.train.checkpoint import list_checkpoints
 from gligen_xl.train.config import AdapterOptions, Augmentation, Optimization, TrainConfig, Validation
@@ -176,7 +176,7 @@ def test_a_linked_text_that_leaves_the_folder_is_no_caption(linked):
 
 
 def test_captions_of_a_folder_are_its_own(linked, tmp_path):
-    from gligen_xl.prepare.captions import CaptionTable
+    from gligen_xl.prepare.captions.table import CaptionTable
 
     (linked / "other.txt").write_text("a ring")
     with pytest.warns(UserWarning, match="left out"), CaptionTable.open(linked, tmp_path / "cache") as captions:

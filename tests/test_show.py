@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gligen_xl import Layout
-from gligen_xl.show import METADATA_KEY, draw_boxes, enlarged, grid, png_metadata
+from gligen_xl.images.draw import METADATA_KEY, draw_boxes, enlarged, grid, png_metadata
 
 
 def test_boxes_are_drawn_where_they_are_on_a_copy():

@@ -33,7 +33,7 @@ def test_a_wheel_works_elsewhere(tmp_path):
     assert wheel.stat().st_size < 20e6
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     code = (
-        "import sys; sys.path.insert(0, 'site'); import gligen_xl.cli as cli; "
+        "import sys; sys.path.insert(0, 'site'); import gligen_xl.cli.main as cli; "
         "assert '/site/' in cli.__file__, cli.__file__; "
         "sys.exit(cli.main(['generate', '--prompt', 'grass with a red circle', '--phrase', 'a red circle', "
         "'--box', '0.1', '0.5', '0.5', '0.9', '--steps', '3', '--draw']) or cli.main(['train', '--help']))"

@@ -18,14 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gligen_xl.prepare import row_chunks, rows
-from gligen_xl.prepare.folders import find_pictures
+from gligen_xl.images.decode import DAMAGED
 from gligen_xl.prepare.item import BAD_TEXT, Item, Skipped
-from gligen_xl.prepare.json_members import members
-from gligen_xl.prepare.pictures import DAMAGED
-from gligen_xl.prepare.rows import BOX_FORMATS, convert_boxes
-from gligen_xl.prepare.sources import open_source, recognise
-from gligen_xl.prepare.tars import DOTS
+from gligen_xl.prepare.sources import open_source, recognise, row_chunks, rows
+from gligen_xl.prepare.sources.folders import find_pictures
+from gligen_xl.prepare.sources.json_members import members
+from gligen_xl.prepare.sources.rows import BOX_FORMATS, convert_boxes
+from gligen_xl.prepare.sources.tars import DOTS
 
 HEIGHT, WIDTH = 40, 80
 

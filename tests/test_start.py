@@ -22,13 +22,13 @@ from gligen_xl.adapter import (
     save_adapter,
     set_grounding_logit_bias,
 )
-from gligen_xl.adapter.model import transformer_blocks
-from gligen_xl.data.batch import Augmentation
+from gligen_xl.adapter.attach import transformer_blocks
+from gligen_xl.data.dataset import Augmentation
 from gligen_xl.train import loop
 from gligen_xl.train.checkpoint import list_checkpoints
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig
+from gligen_xl.train.init import discriminant, start_adapter
 from gligen_xl.train.loop import train
-from gligen_xl.train.start import discriminant, start_adapter
 
 
 def started(unet=None, look=None, **options):

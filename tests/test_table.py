@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_shards import METADATA, latents, row
 
 from gligen_xl.data import table as module
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import TABLE, Row, Shard
 from gligen_xl.data.table import Table, cache_folder
@@ -227,7 +227,7 @@ def test_rows_and_latents_that_do_not_fit(tmp_path):
 MEASURE = """
 import sys, psutil
 from gligen_xl.data import table
-from gligen_xl.data.batch import Augmentation, ShardDataset
+from gligen_xl.data.dataset import Augmentation, ShardDataset
 table.SMALL = 0
 process = psutil.Process()
 ShardDataset(sys.argv[1], Augmentation(), 0).batch([(0, 0)])

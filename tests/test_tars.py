@@ -8,8 +8,8 @@ import tracemalloc
 
 import pytest
 
-from gligen_xl.prepare.pictures import TOO_LARGE
-from gligen_xl.prepare.tars import BAD_NAME, DOTS, NO_FILE, read_samples
+from gligen_xl.images.decode import TOO_LARGE
+from gligen_xl.prepare.sources.tars import BAD_NAME, DOTS, NO_FILE, read_samples
 
 LIMITS = dict.fromkeys(["jpg", "png", "json", "txt"], 2**22)
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gligen_xl.charts import Curve, chart
+from gligen_xl.escape import file_name, html_text, markdown, markdown_code, printable, python_string, visible
+from gligen_xl.images.draw import draw_boxes, grid
 from gligen_xl.layout import Layout
 from gligen_xl.page import page, tiles
-from gligen_xl.public import clean_model_folder, public, public_name, public_text, redacted, redacted_values
-from gligen_xl.show import draw_boxes, grid
-from gligen_xl.text import file_name, html_text, markdown, markdown_code, printable, python_string, visible
+from gligen_xl.redact import clean_model_folder, public, public_name, public_text, redacted, redacted_values
 
 BIDI = [chr(k) for k in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)]
 CONTROLS = ["\x00", "\x07", "\x08", "\x1b", "\x7f", "\x9b", "\ufeff", "\ud800"]

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 from tiny import sdxl_vae
 
-from gligen_xl.files import decode_text, read_json
+from gligen_xl.io import decode_text, read_json
 from gligen_xl.layout import Layout, read_layouts
-from gligen_xl.prepare.captions import CaptionTable
+from gligen_xl.prepare.captions.table import CaptionTable
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import BAD_TEXT, Item, Skipped, text_fault
-from gligen_xl.prepare.rows import CAPTION_NOT_UTF8, NOT_JSON, NOT_UTF8, WRONG_CAPTION
 from gligen_xl.prepare.run import Machine, prepare
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.sources import open_source
+from gligen_xl.prepare.sources.rows import CAPTION_NOT_UTF8, NOT_JSON, NOT_UTF8, WRONG_CAPTION
 from gligen_xl.recipes import read_settings
 
 BOM = codecs.BOM_UTF8

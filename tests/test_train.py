@@ -22,9 +22,9 @@ from tiny_run import final, first_batch, lines, loaded, noised, train_until, wri
 
 from gligen_xl import locks
 from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
-from gligen_xl.data.batch import Augmentation
+from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
-from gligen_xl.phrases import embed_phrases
+from gligen_xl.text_embeddings import embed_phrases
 from gligen_xl.train import loop, run_lock
 from gligen_xl.train.agreement import check_same_run
 from gligen_xl.train.base import load_base

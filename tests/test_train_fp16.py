@@ -14,7 +14,7 @@ from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 from tiny_run import final, lines, train_until, write_data
 
-from gligen_xl.data.batch import Augmentation
+from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint

@@ -13,9 +13,9 @@ from tiny_run import final, first_batch, loaded, noised, train_until, write_data
 
 from gligen_xl import StableDiffusionGLIGENPipeline
 from gligen_xl.adapter import adapter_state_dict, is_attached
-from gligen_xl.data.batch import Augmentation
+from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
-from gligen_xl.phrases import embed_phrases
+from gligen_xl.text_embeddings import embed_phrases
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner

@@ -11,13 +11,13 @@ import yaml
 from test_cli import fails
 
 from gligen_xl.adapter import AdapterConfig
-from gligen_xl.cli import main
-from gligen_xl.commands import train as command
+from gligen_xl.cli import train as command
+from gligen_xl.cli.main import main
 from gligen_xl.train.agreement import check_same_run
 from gligen_xl.train.card import CardFacts, model_card
 from gligen_xl.train.config import AdapterOptions, Objective, Optimization, TrainConfig, Validation
 from gligen_xl.train.log import RunLog
-from gligen_xl.train.steps import Skipped
+from gligen_xl.train.step_stats import Skipped
 from gligen_xl.train.summary import percent, plain, recipe_in_words
 
 NAN, INF = math.nan, math.inf

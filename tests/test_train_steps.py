@@ -20,7 +20,7 @@ from tiny import sdxl_pipeline, sdxl_unet
 from tiny_run import train_until
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gligen_xl.data.batch import Augmentation
+from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop, optimizer
 from gligen_xl.train.base import load_base
@@ -29,7 +29,7 @@ from gligen_xl.train.config import AdapterOptions, Objective, Optimization, Trai
 from gligen_xl.train.log import CLOCKED
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss
-from gligen_xl.train.shares import Shares
+from gligen_xl.train.zero import Shares
 
 
 @pytest.fixture(scope="module")

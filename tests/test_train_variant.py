@@ -4,9 +4,9 @@ import pytest
 from tiny import sdxl_pipeline
 from tiny_run import write_data
 
-from gligen_xl.cli import main
-from gligen_xl.commands.common import Parser
-from gligen_xl.commands.train import parse
+from gligen_xl.cli.common import Parser
+from gligen_xl.cli.main import main
+from gligen_xl.cli.train import parse
 from gligen_xl.train.config import Optimization, TrainConfig
 from gligen_xl.train.estimate import estimate
 from gligen_xl.train.loop import train

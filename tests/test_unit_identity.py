@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import sdxl_vae
 
 from gligen_xl.data.shards import Shard, find_shards
-from gligen_xl.prepare.file_facts import files_identity, weights_of
+from gligen_xl.prepare.file_stats import files_identity, weights_of
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.run import Machine, prepare
 from gligen_xl.prepare.settings import Settings

@@ -8,8 +8,8 @@ import pytest
 from source_items import HEIGHT, WIDTH, dataset, images, in_pixels, items, picture, put, reasons
 
 from gligen_xl.prepare.sources import open_source, recognise
-from gligen_xl.prepare.voc import BAD_XML, NO_BOX
-from gligen_xl.prepare.voc_xml import MAX_OBJECTS, XmlError, read_xml
+from gligen_xl.prepare.sources.voc import BAD_XML, NO_BOX
+from gligen_xl.prepare.sources.voc_xml import MAX_OBJECTS, XmlError, read_xml
 
 BOXES = {"a.jpg": [(1, [20, 10, 60, 30]), (0, [0, 0, 8, 8])], "b.jpg": [(0, [40, 20, 80, 40])], "c.jpg": []}
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from gligen_xl.prepare.item import BAD_TEXT, Item, Skipped
 from gligen_xl.prepare.report import UnitReport
-from gligen_xl.prepare.rows import CAPTION_NOT_UTF8, NOT_UTF8
 from gligen_xl.prepare.sources import open_source
-from gligen_xl.prepare.tars import DOTS, read_samples
+from gligen_xl.prepare.sources.rows import CAPTION_NOT_UTF8, NOT_UTF8
+from gligen_xl.prepare.sources.tars import DOTS, read_samples
 
 BOX = {"boxes": [[0.1, 0.2, 0.5, 0.6]], "phrases": ["a dog"], "box_format": "xyxy"}
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from gligen_xl.orientation import upright
+from gligen_xl.images.decode import DAMAGED, PictureError, decode, picture_size
+from gligen_xl.images.orientation import upright
 from gligen_xl.prepare.framing import Framing, frame_picture
-from gligen_xl.prepare.pictures import DAMAGED, PictureError, decode, picture_size
 
 SIZE = (40, 64)  # of the upright picture, height and width
 
@@ -298,7 +298,7 @@ def test_a_png_with_large_or_odd_profiles_and_texts_is_whole(behind):
 def test_bombs_in_chunks_take_no_memory():
     code = """
 import resource, struct, sys, zlib
-from gligen_xl.prepare.pictures import decode
+from gligen_xl.images.decode import decode
 source = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 decode(source)
@@ -603,8 +603,8 @@ def _converted(image, mode):
 
 def test_every_way_in_reads_pictures_alike(tmp_path):
     """`generate --image`, pictures to inpaint, and the real pictures of an evaluation."""
-    from gligen_xl.commands.generate import _open
-    from gligen_xl.evaluate.photographs import photographs_of
+    from gligen_xl.cli.generate import _open
+    from gligen_xl.evaluate.real_images import photographs_of
     from gligen_xl.layout import Layout
     from gligen_xl.pipelines.inpaint import fit_pictures
 

@@ -10,7 +10,7 @@ from PIL import Image
 from test_shards import METADATA, latents, row
 from tiny import sdxl_pipeline
 
-from gligen_xl.cli import main
+from gligen_xl.cli.main import main
 from gligen_xl.data.box_statistics import BoxStatistics, of_shards
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard

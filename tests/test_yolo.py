@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from source_items import dataset, images, in_pixels, items, picture, put, reasons
 
-from gligen_xl.prepare.captions import CaptionTable
-from gligen_xl.prepare.rows import LABELS
+from gligen_xl.prepare.captions.table import CaptionTable
 from gligen_xl.prepare.sources import open_source, recognise
-from gligen_xl.prepare.yolo_rows import BAD_CLASS, BAD_ROW, OUTSIDE_SHARES, PIXELS, looks_like_rows, read_rows
+from gligen_xl.prepare.sources.rows import LABELS
+from gligen_xl.prepare.sources.yolo_rows import BAD_CLASS, BAD_ROW, OUTSIDE_SHARES, PIXELS, looks_like_rows, read_rows
 
 BOXES = {"a.jpg": [(1, [20, 10, 60, 30]), (0, [0, 0, 8, 8])], "b.jpg": [(0, [40, 20, 80, 40])], "c.jpg": []}
 ROW = "1 0.5 0.5 0.5 0.5\n"  # the middle of the picture

@@ -13,8 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from gligen_xl import StableDiffusionGLIGENPipeline, StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import AdapterConfig, adapter_parameters, attach
-from gligen_xl.phrases import phrase_width
-from gligen_xl.shapes.model import new_tokenizer
+from gligen_xl.text_embeddings import phrase_width
+from gligen_xl.toyworld.model import new_tokenizer
 
 PHRASE_DIM = 24 + 16
 

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from test_shards import METADATA, latents, row
 from torch import Tensor
 
-from gligen_xl.data.batch import Batch, ShardDataset
+from gligen_xl.data.dataset import Batch, ShardDataset
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
 from gligen_xl.train.base import fresh_adapter, load_base

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .text import html_text
+from .escape import html_text
 
 Point = tuple[float, float]  # x, value
 

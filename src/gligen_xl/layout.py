@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import read_text, whole_file
+from .io import read_text, whole_file
 from .limits import MAX_BOXES, MAX_NAME, MAX_PHRASE, MAX_PROMPT, MAX_SIDE, MAX_UNPACKED
 
 Box = tuple[float, float, float, float]

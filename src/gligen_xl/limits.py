@@ -115,7 +115,7 @@ def check_model_settings(folder: Path) -> None:
     Raises:
         ValueError: names the file and the setting.
     """
-    from .files import read_json
+    from .io import read_json
 
     files = [*folder.glob("config.json"), *folder.glob("*/config.json"), *folder.glob("*/scheduler_config.json")]
     for file in sorted(files):

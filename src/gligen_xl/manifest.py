@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .files import read_json, whole_file
+from .io import read_json, whole_file
 
 MANIFEST_NAME = "manifest.json"
 FORMAT, VERSION = "gligen-xl-manifest", 1

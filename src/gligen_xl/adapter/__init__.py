@@ -1,7 +1,6 @@
 """What is added to a frozen U-Net: a fuser on its transformer blocks and a position net (GLIGEN, arXiv 2301.07093)."""
 
-from .config import AdapterConfig
-from .model import (
+from .attach import (
     adapter_about,
     adapter_config,
     adapter_parameters,
@@ -24,7 +23,8 @@ from .model import (
     set_grounding_logit_bias,
     set_slots,
 )
-from .store import load_adapter, read_adapter, save_adapter, write_adapter
+from .config import AdapterConfig
+from .io import load_adapter, read_adapter, save_adapter, write_adapter
 
 __all__ = [
     "AdapterConfig",

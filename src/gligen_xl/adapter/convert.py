@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..files import read_json
 from ..hub import INDEX_NAME, check_variant, local_folder, pipeline_files
+from ..io import read_json
 from ..limits import check_safetensors
 from .config import AdapterConfig
+from .io import CONFIG_NAME, only_weights, read_adapter, weights_name
 from .layers import Fuser, InpaintConv, PositionNet
 from .pickles import read_checkpoint
-from .store import CONFIG_NAME, only_weights, read_adapter, weights_name
 
 LAYERS_PER_BLOCK = 2  # of SD 1.x, 2.x and SDXL; the original code numbers its blocks through
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}

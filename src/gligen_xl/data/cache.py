@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import settle
+from ..io import settle
 from ..manifest import checksum
 
 _LOGGER = logging.getLogger(__name__)

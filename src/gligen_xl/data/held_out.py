@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .remote import RemoteShard
 from .shards import MIRRORED, Shard
+from .streaming import RemoteShard
 
 FEWEST = 10  # images, of which a source has to have so many before one is held out
 MOST = 500  # images that are held out of a source

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .ahead import Prefetching
-from .batch import Batch, ShardDataset
+from .dataset import Batch, ShardDataset
 from .mixture import MixtureOrder
-from .order import SampleOrder
-from .remote import RemoteShard
+from .prefetch import Prefetching
+from .sampler import SampleOrder
+from .streaming import RemoteShard
 from .workers import Workers
 
 PREFETCH = 2  # batches that each worker reads ahead

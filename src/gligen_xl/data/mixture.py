@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .order import SampleOrder
+from .sampler import SampleOrder
 
 BLOCK = 2**20  # draws
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import partial_path, settle
+from ..io import partial_path, settle
 from ..layout import validate
 from .shards import FORMAT, TABLE, VERSION, Row
 

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from tqdm import tqdm
 
-from ..files import whole_file
+from ..io import whole_file
 from .shards import Row, Shard
 
 FORM = "2"

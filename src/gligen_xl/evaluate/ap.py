@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..layout import Box
-from .scores import PictureScore
+from .matching import PictureScore
 
 AP_NAMES = ("ap", "ap_50", "ap_75", "ar")
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..adapter.model import adapter_config, adapter_state_dict, is_attached
-from ..files import read_json, write_json
-from ..fingerprint import fingerprint
+from ..adapter.attach import adapter_config, adapter_state_dict, is_attached
+from ..adapter.fingerprint import fingerprint
+from ..io import read_json, write_json
 from ..layout import Layout, write_layouts
 from ..locks import only_one
 from ..pipelines.grounding import GroundingMixin

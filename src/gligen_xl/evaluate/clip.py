@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
+from ..detect.colour import pixel_box
+from ..detect.networks import FILES, check_kind, load_network
+from ..detect.weights import check_tokenizer, checksum, title
 from ..hub import local_folder
 from ..layout import Layout
-from ..prepare.networks import FILES, check_kind, load_network
-from .colour import pixel_box
-from .weights import check_tokenizer, checksum, title
 
 _EXPECTED = "config.json, preprocessor_config.json, a tokenizer and weights in .safetensors"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..images.crop import move_boxes
 from ..layout import Layout, xyxy_from_xywh
-from ..prepare.caption_files import pairs_of, survey
-from ..prepare.coco import coco_chunks
-from ..prepare.frame import move_boxes
-from .photographs import FrameMaker, Photographs, centre_crop, squeeze
+from ..prepare.captions.files import pairs_of, survey
+from ..prepare.sources.coco import coco_chunks
+from .real_images import FrameMaker, Photographs, centre_crop, squeeze
 
 HOST = "http://images.cocodataset.org"
 ALL = 1 << 40  # images in a chunk

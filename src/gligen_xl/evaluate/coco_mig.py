@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_json
+from ..io import read_json
 from ..layout import Layout
 from ..limits import MAX_UNPACKED
-from ..shapes.world import generator
-from ..yaml_files import read_yaml
+from ..toyworld.world import generator
+from ..yaml_io import read_yaml
 from .coco_layouts import HOST, CocoPicture
-from .photographs import Photographs, squeeze
+from .real_images import Photographs, squeeze
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown")
 NUMBERS = range(2, 7)  # objects in a layout

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import read_json, write_json
+from ..io import read_json, write_json
 
 ENVIRONMENT = (
     "clean-fid wants an environment of its own, where torchvision is of the same build as torch: "

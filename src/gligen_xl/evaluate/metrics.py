@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .ap import AP_NAMES, AveragePrecision
-from .scores import FOUND, ObjectScore, PictureScore
+from .matching import FOUND, ObjectScore, PictureScore
 
 _BLOCK = 2_000_000  # weights at once
 _LOW, _HIGH = 0.025, 0.975

@@ -14,12 +14,12 @@ from typing import Any
 from PIL import Image
 
 from ..layout import Layout, read_layouts
-from ..shapes.world import HELD_OUT_SEED, PICTURE_SIZE
+from ..toyworld.layouts import background, held_out_layouts, scene_picture
+from ..toyworld.world import HELD_OUT_SEED, PICTURE_SIZE
 from . import coco_layouts, coco_mig
 from .coco_layouts import CocoSplit, gligen_layouts, layout_to_image_layouts
 from .coco_mig import draw_layouts, find_published, published_photographs, read_published
-from .photographs import RESOLUTION, Photographs, centre_crop, photographs_of, squeeze
-from .shapes_layouts import background, held_out_layouts, scene_picture
+from .real_images import RESOLUTION, Photographs, centre_crop, photographs_of, squeeze
 
 SHAPES_COUNT = 256  # scenes, where no number is asked for
 

@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..files import whole_file
-from ..prepare.pictures import PictureError, decode
-from ..public import public, public_text
-from ..show import draw_boxes, grid
-from ..text import markdown
+from ..detect.detectors import Detector
+from ..escape import markdown
+from ..images.decode import PictureError, decode
+from ..images.draw import draw_boxes, grid
+from ..io import whole_file
+from ..redact import public, public_text
 from . import report_words as words
 from .ap import AP_NAMES
-from .detectors import Detector
+from .matching import PictureScore
 from .metrics import Estimate, summarize
-from .pictures import keyed
 from .protocols import Protocol
 from .report_page import report_page
-from .scores import PictureScore
+from .sampling import keyed
 from .slices import Slice, slices
 
 if TYPE_CHECKING:
-    from .paired import Comparison
+    from .compare import Comparison
     from .run import Condition
 
 SCHEMA_VERSION = 1  # of report.json: another one, where a program that reads it would have to change

@@ -12,20 +12,20 @@ import yaml
 from PIL import Image
 
 from ..charts import Curve, chart
+from ..images.decode import PictureError, decode
+from ..images.draw import enlarged
 from ..page import charts, figure, page, text
-from ..prepare.pictures import PictureError, decode
-from ..public import public
-from ..show import enlarged
+from ..redact import public
 from . import report_words as words
 from .ap import AP_NAMES
+from .matching import PictureScore
 from .metrics import Estimate
-from .pictures import SWEPT
 from .report_marks import COLOURS, boxes_over, heat_map, strip
-from .scores import PictureScore
+from .sampling import SWEPT
 from .slices import POSITIONS, Slice
 
 if TYPE_CHECKING:
-    from .paired import Comparison
+    from .compare import Comparison
     from .report import Report
     from .run import Condition
 

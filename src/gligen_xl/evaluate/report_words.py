@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..public import public_text
-from ..text import markdown, printable
+from ..escape import markdown, printable
+from ..redact import public_text
 from .metrics import Estimate
 
 if TYPE_CHECKING:

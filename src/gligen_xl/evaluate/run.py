@@ -18,16 +18,18 @@ from typing import Any
 
 from PIL import Image
 
+from ..detect.cache import Kept, Seen
+from ..detect.detection import Found
+from ..detect.detectors import Detector
+from ..images.decode import PictureError, decode
 from ..layout import Box, Layout
 from ..pipelines.grounding import GroundingMixin
-from ..prepare.pictures import PictureError, decode
 from .binding import bind, check_slots, generation_settings, only_one_at, write_keyed
 from .clip import ClipScorer
-from .detectors import Detector
-from .found import Found
-from .kept import Kept, Seen
-from .photographs import Photographs
-from .pictures import (
+from .matching import PictureScore, score_picture
+from .protocols import Protocol
+from .real_images import Photographs
+from .sampling import (
     SWEPT,
     Kind,
     Progress,
@@ -40,8 +42,6 @@ from .pictures import (
     read_about,
     unwatched,
 )
-from .protocols import Protocol
-from .scores import PictureScore, score_picture
 
 Beside = Callable[[Layout], Sequence[tuple[str, Box]]]
 MISSING = "missing"

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..layout import Layout
+from .matching import PictureScore
 from .metrics import Estimate, Ratio, of_objects, ratios_of
-from .scores import PictureScore
 
 if TYPE_CHECKING:
-    from .detectors import Wanted
+    from ..detect.detectors import Wanted
 
 # Shares of the picture's area. 2 % is what layout-to-image's filter leaves out; from there on the sides of a square box
 # grow by about half each time: 14, 22, 32 and 50 % of the picture's.

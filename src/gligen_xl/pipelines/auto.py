@@ -12,8 +12,8 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from ..adapter.pickles import read_checkpoint
-from ..files import first_line
 from ..hub import local_folder, model_files, reaching
+from ..io import first_line
 from ..limits import check_safetensors
 from .grounding import GroundingMixin
 from .loading import pipeline_folder

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
-from ..phrases import embed_phrases
+from ..text_embeddings import embed_phrases
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 

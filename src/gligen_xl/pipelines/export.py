@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..adapter import adapter_config, fusers, inpaint_conv
-from ..files import read_json, whole_folder, write_json
-from ..public import clean_model_folder
+from ..io import read_json, whole_folder, write_json
+from ..redact import clean_model_folder
 from .loading import INDEX_NAME, SLOTS_SETTING, AdapterLoaderMixin
 from .sd import StableDiffusionGLIGENPipeline
 from .sdxl import StableDiffusionXLGLIGENPipeline

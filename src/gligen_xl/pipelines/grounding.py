@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..adapter import AdapterConfig, adapter_config, fade_adapter, inpaint_conv, is_attached
 from ..layout import Layout, validate_phrases
-from ..phrases import phrase_width
+from ..text_embeddings import phrase_width
 from .encoders import absent_encoders, check_prompt_encoders, encode_phrases
 from .inpaint import KeptPicture, encode_pictures, fit_pictures, mask_as_trained, mask_outside
 from .layouts import (
@@ -385,7 +385,7 @@ class GroundingMixin(AdapterLoaderMixin):
 
 
 def _check_limits(pipeline: Any, call: dict[str, Any], layouts: list[PictureLayout]) -> None:
-    from ..shapes.limits import check_limits  # which is above pipelines
+    from ..toyworld.limits import check_limits  # which is above pipelines
 
     check_limits(pipeline, call, layouts)
 

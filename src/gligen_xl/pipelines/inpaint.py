@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..images.orientation import upright
 from ..layout import Box
-from ..orientation import upright
 from .schedule import step_of
 
 

@@ -28,12 +28,12 @@ from ..adapter import (
     set_slots,
 )
 from ..adapter.convert import holds_adapter, read_published
+from ..adapter.io import CONFIG_NAME, weights_name
 from ..adapter.pickles import settings_ignored
-from ..adapter.store import CONFIG_NAME, weights_name
-from ..files import read_json, write_json
 from ..hub import INDEX_NAME, OPTIONS, check_variant, local_folder, pipeline_files, upload
-from ..phrases import phrase_width
-from ..public import clean_model_folder
+from ..io import read_json, write_json
+from ..redact import clean_model_folder
+from ..text_embeddings import phrase_width
 from .parts import check_parts, check_tokenizers, naming_part, read_index
 from .weights import check_loaded, check_shards, check_values, lacks, misfit, without_values
 
@@ -292,7 +292,7 @@ class AdapterLoaderMixin(DiffusionPipeline):
 def pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
     """The pipeline's folder on this machine; what is fetched from the Hub holds no code."""
     if str(name) == "shapes":
-        from ..shapes.model import model_folder
+        from ..toyworld.model import model_folder
 
         return model_folder()
     if Path(name).is_file():

@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..files import read_object
 from ..hub import INDEX_NAME
+from ..io import read_object
 
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "spiece.model"}
 MOST_TOKENS = 10**6

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..adapter.pickles import read_checkpoint
-from ..files import read_json
 from ..hub import pipeline_files
+from ..io import read_json
 
 Shape = tuple[int, ...]
 

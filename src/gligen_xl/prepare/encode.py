@@ -19,10 +19,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ..data.published import SCALING_FACTOR
+from ..contrib.sa1b.published import SCALING_FACTOR
 from ..data.shards import DOWNSAMPLING
-from ..files import write_json
 from ..hub import local_folder, model_files, pipeline_files
+from ..io import write_json
 
 SDXL_VAE = {
     "_class_name": "AutoencoderKL",
@@ -50,7 +50,7 @@ def load_vae(name: str) -> AutoencoderKL:
     if Path(name).is_file():
         return _load_vae_file(Path(name))
     if name == "shapes":
-        from ..shapes.model import model_folder
+        from ..toyworld.model import model_folder
 
         name = str(model_folder())
     try:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .frame import Frame, bucket_frame, square_frame
-from .pictures import MAX_PIXELS, PictureError, decode, framed, picture_size
+from ..images.crop import Frame, bucket_frame, square_frame
+from ..images.decode import MAX_PIXELS, PictureError, decode, framed, picture_size
 
 
 @dataclass(frozen=True, kw_only=True)

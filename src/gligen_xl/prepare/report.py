@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..data.box_statistics import BoxStatistics
-from .tars import count_unread
+from .sources.tars import count_unread
 
 EXAMPLES = 5  # of each reason
 _COUNTS = ("seen", "used", "written", "boxes", "rows_without_boxes", "repeated_in_float32", "bytes", "cut_texts")

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..files import whole_file, write_json
-from .caption_files import survey
-from .done import Done
-from .file_facts import weights_of
-from .first_pictures import check_first_pictures
+from ..io import whole_file, write_json
+from .captions.files import survey
+from .file_stats import weights_of
 from .item import Unit
 from .report import ALREADY, ELSEWHERE, HELD, WAITING, WRITTEN, PrepareReport
 from .settings import Settings
+from .trial import check_first_pictures
 from .unit import Progress, UnitMaker
+from .unit_folder import Done
 
 _LOGGER = logging.getLogger(__name__)
 REPORT_NAME = "prepare"  # .json and .txt, beside the shards
@@ -171,7 +171,7 @@ def _finish(units: Sequence[Unit], done: Done, report: PrepareReport) -> None:
 
 def _executor(done: Done, machine: Machine, progress: Progress) -> Local:
     if machine.runner == "ray":
-        from .cluster import Cluster
+        from .ray_runner import Cluster
 
         return Cluster(done, machine, progress)
     return Local(done, machine, progress)

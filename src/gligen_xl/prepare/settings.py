@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..data.published import VAE
+from ..contrib.sa1b.published import VAE
 from ..limits import MAX_BATCH, MAX_SIDE
 from .framing import Framing
 
@@ -28,7 +28,7 @@ class Settings:
         min_share: a box of which less than this share of its area is in the frame is dropped.
         min_boxes: pictures with fewer boxes are left out.
         captions: joined by image id, in place of those of the source; see `gligen_xl.prepare.captions`.
-        detector: finds the boxes, in place of those of the source; see `gligen_xl.prepare.detect`.
+        detector: finds the boxes, in place of those of the source; see `gligen_xl.detect.captions`.
         box_threshold, text_threshold: of the detector; None becomes `THRESHOLD`, where it has any.
         detect_text: what it looks for, in place of the caption.
         vae: see `gligen_xl.prepare.encode.load_vae`.

@@ -20,19 +20,19 @@ from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
 from ..data.shards import Row, read_header
+from ..detect.captions import Detector
+from ..images.crop import BUCKET_GRID
 from ..limits import MAX_BATCH, MAX_WORKERS
-from ..public import public_name
-from .ahead import Decoders
-from .archives import Archive
-from .captions import CaptionTable
-from .detect import Detector
+from ..redact import public_name
+from .captions.table import CaptionTable
+from .decoding import Decoders
 from .encode import Encoder, load_vae
-from .frame import BUCKET_GRID
 from .framing import Framed, Framing, Reason
 from .item import BAD_TEXT, Item, Skipped, Unit, text_fault
 from .report import UnitReport
 from .settings import WORK_FOLDER, Settings
-from .tars import count_unread
+from .sources.archives import Archive
+from .sources.tars import count_unread
 from .views import views
 
 NO_CAPTION, TOO_FEW, NOT_FINITE = "no caption", "too few boxes", "its latents are not finite"

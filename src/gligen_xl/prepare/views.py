@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from ..data.shards import MIRRORED, Row
-from .frame import Frame, move_boxes
+from ..images.crop import Frame, move_boxes
 from .item import Item
 from .report import UnitReport
 from .settings import Settings

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ..suggestions import did_you_mean
-from ..yaml_files import read_yaml
+from ..yaml_io import read_yaml
 
 _FOLDER = Path(__file__).parent
 

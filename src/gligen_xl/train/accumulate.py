@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batch import Batch
+from ..data.dataset import Batch
 
 
 def micro_batches(

@@ -10,12 +10,12 @@ import torch
 
 from ..adapter import AdapterConfig, attach, detach, is_attached, load_adapter_state_dict
 from ..adapter.convert import read_published
-from ..data.batch import ShardDataset
-from ..files import read_json
+from ..data.dataset import ShardDataset
 from ..hub import INDEX_NAME, check_variant
-from ..phrases import phrase_width
+from ..io import read_json
 from ..pipelines import GroundingMixin
 from ..pipelines.auto import load_pipeline
+from ..text_embeddings import phrase_width
 from .agreement import check_form
 from .config import TrainConfig
 

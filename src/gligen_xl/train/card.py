@@ -11,7 +11,7 @@ import yaml
 
 from ..adapter import AdapterConfig
 from ..adapter.convert import FAMILIES
-from ..text import markdown, markdown_code, printable, python_string
+from ..escape import markdown, markdown_code, printable, python_string
 from .record import Row, RunRecord
 from .summary import METRICS, blocks_in_words, data_in_words, duration, numbers, percent, plain, recipe_in_words
 

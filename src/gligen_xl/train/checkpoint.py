@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..adapter.store import WEIGHTS_NAME, read_adapter
-from ..files import read_json, whole_folder, write_json
+from ..adapter.io import WEIGHTS_NAME, read_adapter
+from ..io import read_json, whole_folder, write_json
 from ..manifest import MANIFEST_NAME, check_file, check_listed, checksum, read_manifest, write_manifest
 
 _LOGGER = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from ..data.batch import Batch
+from ..data.dataset import Batch
 from ..device import to_device
-from ..phrases import embed_phrases, phrase_width
 from ..pipelines import GroundingMixin
+from ..text_embeddings import embed_phrases, phrase_width
 from .phrase_cache import PhraseCache
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from ..data.batch import Augmentation
+from ..data.dataset import Augmentation
 from ..data.mixture import turns_of
 from ..dtypes import dtype_name
 from ..limits import MAX_BATCH, MAX_PICTURES, MAX_SIDE, MAX_STEPS, MAX_WORKERS
-from ..public import redacted_values
+from ..redact import redacted_values
 
 
 class Expected(NamedTuple):
@@ -59,9 +59,9 @@ class AdapterOptions:
         bias_share: over this first share of the run the bias falls linearly to 0, so that the finished adapter has the
             published form; by default it stays.
         gate_init: tanh of every gate at the start; 0 changes nothing of the base's pictures until it is trained.
-        fuser_init: "fresh" weights, or those of the block's own "self_attention" (see `gligen_xl.train.start`).
+        fuser_init: "fresh" weights, or those of the block's own "self_attention" (see `gligen_xl.train.init`).
         grounding_share: of the fusers' attention that goes to the grounding tokens at the start, through the weights
-            alone (see `gligen_xl.train.start`); by default what fresh weights give, about a hundredth.
+            alone (see `gligen_xl.train.init`); by default what fresh weights give, about a hundredth.
     """
 
     blocks: Literal["all", "first"] = "all"

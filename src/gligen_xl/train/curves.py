@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..charts import BOTTOM, LEFT, RIGHT, SPANS, TOP, WIDTH, Curve, chart, short, x_axis
-from ..text import html_text
+from ..escape import html_text
 
 __all__ = ["Curve", "chart", "heat_strip", "short"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..data.batch import ShardDataset
+from ..adapter.fingerprint import fingerprint
 from ..data.box_statistics import BoxStatistics, of_shards
+from ..data.dataset import ShardDataset
 from ..data.held_out import HeldOut
-from ..fingerprint import fingerprint
 from ..pipelines import GroundingMixin
 from .config import TrainConfig
 
@@ -57,8 +57,8 @@ def _folder(data: str, pipeline: GroundingMixin, drawn: Path, *, held_out: bool 
     """The folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
     if not is_drawn(data):
         return data
-    from ..shapes.data import write_shards
-    from ..shapes.world import TRAINING_SEED, VALIDATION_SEED
+    from ..toyworld.data import write_shards
+    from ..toyworld.world import TRAINING_SEED, VALIDATION_SEED
 
     count = data.partition(":")[2]
     folder = drawn / f"shapes-{count}-{fingerprint(pipeline.vae)}"

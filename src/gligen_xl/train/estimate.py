@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import AdapterConfig, adapter_parameters, attach, fusers
-from ..adapter.model import transformer_blocks
-from ..phrases import phrase_width
+from ..adapter.attach import transformer_blocks
+from ..text_embeddings import phrase_width
 from .attention import watch_attention
 from .base import needs_vae
 from .config import TrainConfig

@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 
-from ..files import read_json
 from ..hub import INDEX_NAME, local_folder
+from ..io import read_json
 
 CONFIGS_ONLY = [INDEX_NAME, "unet/config.json", "vae/config.json", "text_encoder*/config.json"]
 
@@ -53,7 +53,7 @@ def base_parts(model: str) -> BaseParts:
     if Path(model).is_file():
         raise ValueError(f"{model} is a checkpoint in one file, which does not say its sizes; dry-run its base model")
     if model == "shapes":
-        from ..shapes.model import model_folder
+        from ..toyworld.model import model_folder
 
         folder = model_folder()
     else:

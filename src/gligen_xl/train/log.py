@@ -28,13 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.workers import Stuck
-from ..files import naming, whole_file, write_json
-from ..public import redacted
-from ..text import printable
+from ..escape import printable
+from ..io import naming, whole_file, write_json
+from ..redact import redacted
 from ..versions import versions
 from .config import TrainConfig
 from .report import refresh_report
-from .steps import Skipped, Steps
+from .step_stats import Skipped, Steps
 from .validate import describe
 
 _LOGGER = logging.getLogger(__name__)

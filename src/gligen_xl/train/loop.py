@@ -34,11 +34,11 @@ from ..adapter import (
     save_adapter,
     set_grounding_logit_bias,
 )
-from ..adapter.store import CONFIG_NAME, describe_adapter
-from ..data.batch import Batch
+from ..adapter.fingerprint import fingerprint
+from ..adapter.io import CONFIG_NAME, describe_adapter
+from ..data.dataset import Batch
 from ..data.loader import batches
 from ..device import deterministic_algorithms
-from ..fingerprint import fingerprint
 from ..versions import versions
 from .accumulate import micro_batches, spoiled_unless_finite
 from .attention import watch_attention
@@ -48,18 +48,18 @@ from .conditioning import Conditioner
 from .config import Objective, TrainConfig
 from .data import held_out_folder, held_out_in_words, is_drawn, open_data, source_statistics
 from .ema import EMA
+from .init import start_adapter
 from .log import RunLog
 from .objective import denoising_loss, timesteps_of
 from .optimizer import AdapterOptimizer
 from .processes import Processes, make_accelerator
-from .reached import Reached
 from .report import refresh_report
+from .resume import Reached
 from .run_lock import only_run_in
-from .shares import Shares
 from .signals import StopRequest, steps_begin, stop_requests
-from .start import start_adapter
-from .steps import Steps
+from .step_stats import Steps
 from .validate import Validator
+from .zero import Shares
 
 FINISHED = "adapter"  # the folder of the finished adapter
 

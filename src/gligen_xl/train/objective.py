@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..data.batch import Batch
+from ..data.dataset import Batch
 from .attention import box_masks
 from .config import Objective
 

@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from ..public import redacted
-from ..text import printable
+from ..escape import printable
+from ..redact import redacted
 from . import presence
 from .signals import STOPPED, before_the_end
 

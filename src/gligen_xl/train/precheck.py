@@ -8,23 +8,23 @@ from typing import Any
 
 from ..adapter import AdapterConfig
 from ..adapter.convert import ENDINGS
-from ..adapter.store import CONFIG_NAME
+from ..adapter.io import CONFIG_NAME
+from ..contrib.sa1b.published import SCALING_FACTOR
 from ..data.box_statistics import of_shards
 from ..data.held_out import hold_out
-from ..data.published import SCALING_FACTOR
-from ..data.remote import is_remote
 from ..data.shards import Shard, shard_stems
-from ..files import read_json
+from ..data.streaming import is_remote
 from ..hub import names_repository
+from ..io import read_json
 from ..manifest import check_listed
-from ..phrases import phrase_width
+from ..text_embeddings import phrase_width
 from .agreement import check_form, check_same_run
 from .base import check_base_files, check_fit
 from .checkpoint import list_checkpoints, read_state
 from .config import TrainConfig
 from .data import boxes_in_words, check_boxes, held_out_in_words, is_drawn, shares_held_out, validation_data
 from .known_bases import PUBLISHED, BaseParts
-from .reached import check_state
+from .resume import check_state
 
 _PUBLISHED_ADAPTERS = ("jiuntian/gligen-xl-1024",)  # of the recipes; of the published form
 _PUBLISHED_FORM = AdapterConfig(cross_attention_dim=2048, phrase_dim=2048)  # the widths are not looked at

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import read_adapter, write_adapter
-from ..adapter.store import CONFIG_NAME, only_weights
-from ..files import read_json, whole_folder
+from ..adapter.io import CONFIG_NAME, only_weights
 from ..hub import upload
-from ..public import public, redacted
+from ..io import read_json, whole_folder
+from ..redact import public, redacted
 from .card import CardFacts, is_repository, model_card
 from .checkpoint import last_whole_adapter, list_checkpoints
 from .record import RunRecord, is_run, picture_bytes, read_run

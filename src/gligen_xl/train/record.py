@@ -18,8 +18,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from PIL import Image
 
-from ..adapter.store import CONFIG_NAME
-from ..files import read_json
+from ..adapter.io import CONFIG_NAME
+from ..io import read_json
 from .config import TrainConfig
 
 Row = dict[str, Any]

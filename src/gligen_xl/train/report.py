@@ -16,9 +16,9 @@ from pathlib import Path
 import yaml
 
 from ..charts import SMOOTHED, Curve, chart, short
-from ..files import whole_file
+from ..io import whole_file
 from ..page import charts, figure, page, text, tiles
-from ..public import public, redacted
+from ..redact import public, redacted
 from .curves import heat_strip
 from .record import Row, RunRecord, evenly, picture_bytes, read_run, series
 from .summary import METRICS, duration, in_words, percent, plain

@@ -18,15 +18,15 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from ..adapter import gate_values
-from ..data.batch import Augmentation, Batch, ShardDataset
-from ..evaluate.detectors import find_detector
+from ..data.dataset import Augmentation, Batch, ShardDataset
+from ..detect.detectors import find_detector
+from ..detect.query import Detector
+from ..evaluate.matching import score_picture
 from ..evaluate.metrics import point_metrics
-from ..evaluate.scores import score_picture
-from ..evaluate.wanted import Detector
 from ..generate import generate
+from ..images.draw import draw_boxes, grid
 from ..layout import Layout
 from ..pipelines import GroundingMixin
-from ..show import draw_boxes, grid
 from .conditioning import Conditioner
 from .config import Validation
 from .objective import denoising_loss

@@ -1,0 +1,12 @@
+"""Where the program begins: `gligen-xl`, or `python -m gligen_xl.cli` under torchrun and accelerate."""
+
+import sys
+
+from ..train.signals import begin_program
+
+begin_program(sys.argv[1:])  # before the imports that take their time
+
+from .main import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

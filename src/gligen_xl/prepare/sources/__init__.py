@@ -1,0 +1,254 @@
+"""Where pictures come from: a path is recognised for what it is, and cut into units of work.
+
+for unit in open_source("my-pictures", box_format="xywh_pixels"):
+    for item in unit.items(): ...
+
+A new kind of source is a module that gives units, and a line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..item import Unit
+from .archives import Archive, archive_name, find_archives, is_archive
+from .coco_source import is_coco, open_coco
+from .folders import find_pictures, picture_chunks
+from .hugging_face import is_hugging_face, open_hugging_face
+from .links import refuse_leaving
+from .options import Kind, SourceOptions
+from .other_annotations import describe, find_unread
+from .row_chunks import METADATA, check_rows, row_chunks
+from .rows import BOX_FORMATS, check_not_all_alike, items_of
+from .voc import is_voc_folder, open_voc
+from .yolo import first_label, is_yolo, open_yolo
+
+UNIT_SIZE = 10_000  # pictures
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def open_source(
+    path: str | Path,
+    *,
+    kind: str = "auto",
+    box_format: str | None = None,
+    instances: str | Path | None = None,
+    classes: str | Path | None = None,
+    images: str | Path | None = None,
+    split: str | None = None,
+    unit_size: int = UNIT_SIZE,
+    other_uses: Sequence[str | Path] = (),
+) -> list[Unit]:
+    """Units of a source, in an order that is the same every time.
+
+    Args:
+        kind: one of `KINDS`; "auto" recognises it.
+        box_format: one of `BOX_FORMATS`, of rows that do not name their own. Layouts are "xyxy" by default.
+        instances: COCO's annotations of the pictures in `path`. classes: category name to phrase.
+        images: folder of the pictures, where they do not stand with their annotations.
+        split: the part of the source that is taken, as "train"; all of it by default.
+        unit_size: pictures in a unit; an archive is always one.
+        other_uses: files and folders that may lie among the pictures and are no annotations of theirs, as captions that
+            are joined.
+
+    Raises:
+        FileNotFoundError: no such path.
+        ValueError: it is nothing of the kind, an argument does not go with it, or all rows have a fault.
+    """
+    path = Path(path)
+    given = {"instances": instances, "classes": classes, "images": images}
+    files = {name: None if other is None else Path(other) for name, other in given.items()}
+    for file in (path, *(other for other in files.values() if other is not None)):
+        if not file.exists():
+            raise FileNotFoundError(f"there is no {file}")
+    if files["images"] is not None and not files["images"].is_dir():
+        raise ValueError(f"images is {images}, which is not a folder of pictures")
+    exempt = [Path(other) for other in other_uses]
+    if kind == "auto":
+        kind = "coco" if instances is not None else recognise(path, exempt)
+    elif kind == "imagefolder" and path.is_dir() and (unread := find_unread(path, exempt)):
+        _LOGGER.warning("%s is not read: %s", unread, describe(unread))
+    options = SourceOptions(path=path, box_format=box_format, split=split, unit_size=unit_size, **files)
+    _check_arguments(kind, options)
+    units = KINDS[kind].open(options)
+    check_not_all_alike(items_of(units))
+    return list(units)
+
+
+def recognise(path: Path, other_uses: Sequence[Path] = ()) -> str:
+    """The kind of a source.
+
+    Raises:
+        ValueError: none of them, or several; it says what was found and what is expected.
+    """
+    if path.is_file():
+        kinds = [name for name, kind in KINDS.items() if kind.recognises(path)]
+        if not kinds:
+            told = describe(path)
+            raise ValueError(f"{path} is a file of no known kind{f' ({told})' if told else ''}; {expected()}")
+        return kinds[0]
+    if any(path.joinpath(name).is_file() for name in METADATA):
+        return "imagefolder"
+    if archives := [file for file in path.iterdir() if is_archive(file)]:
+        return _kind_of_archives(archives)
+    _refuse_other_metadata(path)
+    kinds = [name for name in _OF_FOLDERS if KINDS[name].recognises(path)]
+    if len(kinds) > 1:
+        raise ValueError(f"{path} holds annotations of several kinds, {' and '.join(kinds)}; choose one by --kind")
+    if kinds:
+        return kinds[0]
+    if unread := find_unread(path, other_uses):
+        raise ValueError(
+            f"{unread} may hold annotations, and is not read ({describe(unread)}); {expected()}\n"
+            "Move it elsewhere, or say --kind imagefolder, if pictures and captions are all that is wanted"
+        )
+    if next(find_pictures(path), None) is not None:
+        return "imagefolder"
+    found = sorted(file.name for file in path.iterdir())
+    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    raise ValueError(f"{path} holds {shown or 'nothing'}; {expected()}")
+
+
+def expected() -> str:
+    """The kinds of sources, in words."""
+    return "\n".join(["expected one of", *(f"  {name:<12} {kind.description}" for name, kind in KINDS.items())])
+
+
+def _check_arguments(kind: str, options: SourceOptions) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; expected auto, {', '.join(KINDS)}")
+    box_format = options.box_format
+    if box_format is not None and box_format not in BOX_FORMATS:
+        raise ValueError(f"box_format is {box_format!r}; expected one of {', '.join(BOX_FORMATS)}")
+    if box_format is not None and "box_format" not in KINDS[kind].takes:
+        raise ValueError(f"box_format is {box_format}, but {kind} has a format of its own; leave it out")
+    for name in ("instances", "classes", "images", "split"):
+        if getattr(options, name) is not None and name not in KINDS[kind].takes:
+            having = ", ".join(other for other, entry in KINDS.items() if name in entry.takes)
+            raise ValueError(f"{name} is of kind {having}; this is {kind}")
+    if options.unit_size < 1:
+        raise ValueError(f"unit_size is {options.unit_size}; expected a positive number of pictures")
+
+
+# Kinds --------------------------------------------------------------------------------------------------------------
+
+
+def _kind_of_archives(files: list[Path]) -> str:
+    return "sa1b" if all(re.fullmatch(r"sa_\d+", archive_name(file)) for file in files) else "webdataset"
+
+
+def _is_sa1b(path: Path) -> bool:
+    return is_archive(path) and _kind_of_archives([path]) == "sa1b"
+
+
+def _archives(options: SourceOptions, kind: str) -> list[Archive]:
+    archives = [Archive(path=file, kind=kind, box_format=options.box_format) for file in find_archives(options.path)]
+    if not archives:
+        raise ValueError(f"{options.path} holds no .tar, .tar.gz or .tgz; {expected()}")
+    archives[0].check()
+    return archives
+
+
+def _open_sa1b(options: SourceOptions) -> Sequence[Unit]:
+    return _archives(options, "sa1b")
+
+
+def _open_webdataset(options: SourceOptions) -> Sequence[Unit]:
+    return _archives(options, "webdataset")
+
+
+def _open_layouts(options: SourceOptions) -> Sequence[Unit]:
+    path = options.path
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; {expected()}")
+    units = row_chunks(path, path.stem, "layouts", options.box_format or "xyxy", options.unit_size)
+    check_rows(units)
+    return units
+
+
+def _open_imagefolder(options: SourceOptions) -> Sequence[Unit]:
+    path = options.path
+    files = [path] if path.is_file() else [path / name for name in METADATA if path.joinpath(name).is_file()]
+    if len(files) > 1:
+        raise ValueError(f"{path} has both {' and '.join(METADATA)}; keep one of them, or name it as the source")
+    if files:
+        if path.is_dir():
+            refuse_leaving(path, files[0])
+        name = files[0].absolute().parent.name
+        chunks = row_chunks(files[0], name, "imagefolder", options.box_format, options.unit_size)
+        check_rows(chunks)
+        return chunks
+    _refuse_other_metadata(path)
+    alone = picture_chunks(path, path.absolute().name, options.unit_size)
+    if not alone:
+        raise ValueError(f"{path} holds no pictures; {expected()}")
+    if label := first_label(path):
+        raise ValueError(f"{label} holds rows of YOLO labels and no caption; leave out --kind, or say --kind yolo")
+    return alone
+
+
+def _refuse_other_metadata(folder: Path) -> None:
+    """What would be overlooked if its pictures were taken alone."""
+    if folder.joinpath("metadata.csv").is_file():
+        raise ValueError(f"{folder}/metadata.csv: a table of text cannot hold boxes; write the rows as metadata.jsonl")
+    deeper = sorted(str(file.parent) for name in METADATA for file in folder.glob(f"*/{name}"))
+    if deeper:
+        raise ValueError(f"{folder} has no metadata file, but {', '.join(deeper)} has; give that folder")
+
+
+_ELSEWHERE = ("classes", "images", "split")
+
+KINDS: Mapping[str, Kind] = {
+    "sa1b": Kind(
+        description="sa_000000.tar ..., or a folder of them (plain or gzip)",
+        recognises=_is_sa1b,
+        open=_open_sa1b,
+    ),
+    "webdataset": Kind(
+        description="any other .tar, or a folder of them: pictures with .txt and .json beside them",
+        recognises=lambda path: is_archive(path) and not _is_sa1b(path),
+        open=_open_webdataset,
+        takes=("box_format",),
+    ),
+    "imagefolder": Kind(
+        description="a folder with metadata.jsonl or metadata.parquet, or of pictures alone",
+        recognises=lambda path: path.name in METADATA,
+        open=_open_imagefolder,
+        takes=("box_format",),
+    ),
+    "layouts": Kind(
+        description="a .jsonl file: prompt, phrases, boxes, image",
+        recognises=lambda path: path.suffix == ".jsonl" and path.name not in METADATA,
+        open=_open_layouts,
+        takes=("box_format",),
+    ),
+    "coco": Kind(
+        description="a folder of pictures, and an instances file (in it, or --instances)",
+        recognises=is_coco,
+        open=open_coco,
+        takes=("instances", *_ELSEWHERE),
+    ),
+    "yolo": Kind(
+        description="data.yaml, or a folder with images/ and labels/, or of pictures with .txt and classes.txt",
+        recognises=is_yolo,
+        open=open_yolo,
+        takes=_ELSEWHERE,
+    ),
+    "voc": Kind(
+        description="a folder with Annotations/*.xml and JPEGImages/, or of pictures with .xml",
+        recognises=is_voc_folder,
+        open=open_voc,
+        takes=_ELSEWHERE,
+    ),
+    "huggingface": Kind(
+        description=".parquet with image and objects, a folder of such, or one of datasets.save_to_disk",
+        recognises=is_hugging_face,
+        open=open_hugging_face,
+        takes=("box_format", *_ELSEWHERE),
+    ),
+}
+_OF_FOLDERS = ("huggingface", "coco", "yolo", "voc")  # what is looked for in a folder

@@ -1,0 +1,342 @@
+"""What one row of an annotation file says of a picture: its caption, and boxes in one of six conventions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from ...images.decode import PictureError, picture_size
+from ...io import decode_text
+from ...layout import Box, xyxy_from_cxcywh, xyxy_from_xywh
+from ..item import BAD_TEXT, Annotation, Item, Skipped, Unit, text_fault
+from .objects import read_objects
+from .yolo_rows import looks_like_rows
+
+BOX_FORMATS = ("xyxy", "xywh", "cxcywh", "xyxy_pixels", "xywh_pixels", "cxcywh_pixels")
+CAPTION_KEYS = ("text", "caption", "prompt")
+
+# Reasons why a row, and its picture with it, is left out.
+NOT_JSON, NO_PATH, OUTSIDE = "its row is not JSON", "its row names no file", "its path leaves the folder"
+NOT_UTF8, CAPTION_NOT_UTF8 = "its row is not UTF-8", "its caption is not UTF-8"
+WRONG_BOXES, WRONG_PHRASES, WRONG_SCORES = "its boxes are wrong", "its phrases are wrong", "its scores are wrong"
+WRONG_CAPTION, WRONG_SIZE, UNEQUAL = "its caption is wrong", "its size is wrong", "boxes and phrases differ in number"
+WRONG, NUMBERS, NO_FORMAT = "its boxes or phrases are wrong", "phrases are numbers", "its box_format is not known"
+PIXELS, SHARES = "boxes look like pixels", "boxes look like shares of the picture"
+LABELS = "its caption is rows of YOLO labels"
+MISSING, UNREADABLE, TWICE = "file is missing", "file cannot be read", "image_id stands there twice"
+
+OF_ALL = (NUMBERS, NO_FORMAT, PIXELS, SHARES, LABELS)  # what is so in one row is so in all
+FIRST_ROWS = 100  # in which these are looked for; where so many fail alike, whatever it is, nothing is begun
+
+NO_PHRASE = "no phrase"  # why a box is dropped
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+_EXAMPLE = '{"file_name": "a.jpg", "boxes": [[0.1, 0.2, 0.5, 0.9]], "phrases": ["a cat"], "box_format": "xyxy"}'
+
+
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    Args:
+        reason: the same words for all of its kind.
+        detail: what is the matter with this one, and what it should be.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def read_row(line: bytes | str) -> dict[str, Any]:
+    """A row of JSON.
+
+    Raises:
+        RowError: it is no JSON object, or no UTF-8.
+    """
+    try:
+        text = line if isinstance(line, str) else decode_text(line)
+    except ValueError as error:
+        raise RowError(NOT_UTF8, f"{line[:40]!r}: {error}") from error
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(NOT_JSON, f"{text.strip()[:80]!r}: {error}; expected an object {_EXAMPLE}") from error
+    if not isinstance(row, dict):
+        raise RowError(NOT_JSON, f"{line[:80]!r}; expected an object {_EXAMPLE}")
+    return row
+
+
+def read_annotation(
+    row: Mapping[str, Any], picture: bytes | Path, box_format: str | None, *, with_size: bool = True
+) -> Annotation:
+    """Caption and boxes of a row. A box whose phrase is blank is dropped.
+
+    Args:
+        picture: to ask for its size, where boxes are in pixels and the row does not say it.
+        box_format: of rows that do not name their own. `objects`, as Hugging Face writes them, are COCO's xywh_pixels
+            where neither does.
+        with_size: `width` and `height` of the row are the picture's, in pixels.
+
+    Raises:
+        RowError: boxes, phrases or scores that do not fit, boxes of an unknown convention, or texts that hold
+            control characters.
+        PictureError, OSError: the picture was asked for its size.
+    """
+    size = _size(row) if with_size else None
+    caption = next((row[key] for key in CAPTION_KEYS if row.get(key) is not None), "")
+    if not isinstance(caption, str):
+        raise RowError(WRONG_CAPTION, f"it is {caption!r:.80}; expected a string")
+    check_caption(caption)
+    if row.get("objects") is not None:
+        values, phrases, scores = _objects(row["objects"])
+        box_format = box_format or "xywh_pixels"
+    else:
+        values, phrases, scores = (row.get(key) for key in ("boxes", "phrases", "scores"))
+    values, phrases = ([] if value is None else value for value in (values, phrases))
+    _check(values, phrases, scores)
+    boxes: list[Box] = []
+    if values:
+        convention = _convention(row.get("box_format") or box_format)
+        if convention.endswith("_pixels"):
+            size = size or picture_size(picture)
+        boxes = convert_boxes(values, convention, size)
+    for text in (caption, *phrases):
+        if fault := text_fault(text):
+            raise RowError(BAD_TEXT, fault)
+    kept = [k for k, phrase in enumerate(phrases) if phrase.strip()]
+    blank = next((k for k, phrase in enumerate(phrases) if not phrase.strip()), None)
+    return Annotation(
+        caption=caption.strip(),
+        boxes=tuple(boxes[k] for k in kept),
+        phrases=tuple(phrases[k].strip() for k in kept),
+        scores=tuple(1.0 if scores is None else float(scores[k]) for k in kept),
+        size=size,
+        dropped={NO_PHRASE: len(phrases) - len(kept)} if blank is not None else {},
+        dropped_examples={NO_PHRASE: f"phrases[{blank}] is {phrases[blank]!r:.40}"} if blank is not None else {},
+    )
+
+
+def check_caption(caption: str, where: str = "it") -> None:
+    """Raises RowError for rows of numbers: a label file of YOLO has the name of a caption, beside an image."""
+    if looks_like_rows(caption):
+        raise RowError(
+            LABELS,
+            f"{where} is {caption.strip()[:40]!r}; YOLO sets are folders with data.yaml or classes.txt (--kind yolo), "
+            "elsewhere boxes are written as boxes and phrases",
+        )
+
+
+def convert_boxes(values: Any, convention: str, size: tuple[int, int] | None) -> list[Box]:
+    """(n, 4) numbers of one of `BOX_FORMATS` as xyxy, 0-1; reversed or empty ones stay so.
+
+    Args:
+        size: (height, width), for boxes in pixels.
+
+    Raises:
+        RowError: by their numbers they are in pixels, but `convention` says 0-1, or the other way round.
+    """
+    boxes = np.asarray(values, np.float64).reshape(-1, 4)
+    corners, _, unit = convention.partition("_")
+    if unit:
+        assert size is not None
+        if boxes.size and 0 < boxes.max() <= 1:
+            raise RowError(SHARES, f"no number is above {boxes.max():g} but box_format is {convention}; say {corners}")
+        boxes = boxes / (size[1], size[0], size[1], size[0])
+    elif boxes.size and boxes.max() > 2:
+        raise RowError(PIXELS, f"a number is {boxes.max():g} but box_format is {convention}; say {convention}_pixels")
+    if corners != "xyxy":
+        boxes = (xyxy_from_xywh if corners == "xywh" else xyxy_from_cxcywh)(boxes)
+    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a finite number, as JSON has them."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def stated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width), where both are whole numbers that a picture can have."""
+    sides = [int(side) for side in (entry.get("height"), entry.get("width")) if is_number(side) and side == int(side)]
+    return (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < 2**31 for side in sides) else None
+
+
+def text_id(value: Any) -> str | None:
+    """An id as text, the same for 7, 7.0 and "7", as programs write one or the other; None for what is no id."""
+    if is_number(value) and value == int(value):
+        return str(int(value))
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def clean(name: str) -> str:
+    """An id or a name that the table of a shard can hold, whatever bytes it is of on a disk: question marks stand for
+    halves of surrogate pairs, and for control characters."""
+    return _CONTROL.sub("?", name.encode("utf-8", "replace").decode("utf-8")).strip()
+
+
+def file_within(folder: Path, path: Any) -> Path:
+    """The file that a row names, below `folder` as its text goes (links are the owner's own affair).
+
+    Raises:
+        RowError: it names none, one elsewhere, or one that is not there.
+        OSError: that cannot be told, as of a name that is too long.
+    """
+    if not isinstance(path, str) or not path.strip() or not _can_be_a_name(path):
+        raise RowError(NO_PATH, f"it is {path!r:.80}; expected a path relative to {folder}")
+    parts = Path(path).parts
+    if Path(path).is_absolute() or ".." in parts:
+        raise RowError(OUTSIDE, f"{path!r:.80}; expected a path relative to {folder}, below it")
+    file = folder.joinpath(*parts)
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        regular = False
+    if not regular:
+        what = "it is no file" if file.exists() else "there is no such file"
+        raise RowError(MISSING, f"{file}: {what}; expected the path of a picture relative to {folder}")
+    return file
+
+
+def item_or_why_not(read: Callable[[], Item], image_id: str, done: int, where: str = "") -> Item | Skipped:
+    """What `read` gives, or why this one picture is left out.
+
+    Args:
+        where: the picture is described.
+    """
+    try:
+        return read()
+    except RowError as error:
+        reason, detail = error.reason, error.detail
+    except PictureError as error:
+        reason, detail = error.reason, str(error).removeprefix(error.reason).removeprefix(": ")
+    except OSError as error:
+        reason, detail = f"{UNREADABLE} ({error.strerror or type(error).__name__})", str(error.filename or "")
+    return Skipped(image_id=image_id, reason=reason, detail=detail, done=done, where=where)
+
+
+def check_first(rows: Iterable[tuple[str, Callable[[], Item]]]) -> None:
+    """Look for a fault that all rows have, up to the first row whose boxes are understood, in a hundred at most.
+
+    Args:
+        rows: where each stands, and what reads it.
+
+    Raises:
+        ValueError: names the row and its fault. What is wrong with one row alone is left for the report.
+    """
+    for where, read in islice(rows, FIRST_ROWS):
+        try:
+            if read().boxes:
+                return
+        except RowError as error:
+            if error.reason in OF_ALL:
+                raise ValueError(f"{where}: {error}") from error
+        except (PictureError, OSError):
+            pass
+
+
+def check_not_all_alike(results: Iterable[Item | Skipped]) -> None:
+    """Look at the first hundred pictures of a source, up to the first that can be used.
+
+    Raises:
+        ValueError: all of them are left out for the same reason; it shows the first.
+    """
+    first: Skipped | None = None
+    for number, result in enumerate(islice(results, FIRST_ROWS), start=1):
+        if not isinstance(result, Skipped) or (first is not None and result.reason != first.reason):
+            return
+        first = first or result
+        if number == FIRST_ROWS:
+            detail = f": {first.detail}" if first.detail else ""
+            raise ValueError(f"{first.place}: {first.reason}{detail}. So it is with all of the first {FIRST_ROWS}")
+
+
+def items_of(units: Iterable[Unit]) -> Iterator[Item | Skipped]:
+    """The pictures of units one after another, up to one that cannot be read on."""
+    try:
+        for unit in units:
+            yield from unit.items()
+    except (ValueError, OSError):
+        return
+
+
+def unique(items: Iterable[Item | Skipped]) -> Iterator[Item | Skipped]:
+    """The items; of those with the same image_id the first."""
+    seen: dict[str, str] = {}  # where each is described
+    for item in items:
+        if isinstance(item, Item) and item.image_id in seen:
+            detail = f"the first is that of {seen[item.image_id]}; expected an image_id of its own"
+            yield Skipped(
+                image_id=item.image_id,
+                reason=TWICE,
+                detail=detail,
+                done=item.done,
+                where=item.place,
+                unread=item.unread,
+            )
+            continue
+        if isinstance(item, Item):
+            seen[item.image_id] = item.place
+        yield item
+
+
+def _can_be_a_name(path: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
+    height, width = row.get("height"), row.get("width")
+    size = stated_size(row)
+    if size is None and height is not None and width is not None:
+        raise RowError(WRONG_SIZE, f"height is {height!r:.40}, width {width!r:.40}; expected pixels")
+    return size
+
+
+def _objects(objects: Any) -> tuple[Any, Any, Any]:
+    if (read := read_objects(objects)) is None:
+        raise RowError(WRONG, f'objects is {objects!r:.80}; expected {{"bbox": [...], "categories": [...]}}')
+    return read
+
+
+def _convention(given: Any) -> str:
+    if given is None:
+        raise RowError(NO_FORMAT, f"name one of {', '.join(BOX_FORMATS)} by --box_format, or in the rows: {_EXAMPLE}")
+    if given not in BOX_FORMATS:
+        raise RowError(NO_FORMAT, f"it is {given!r:.40}; expected one of {', '.join(BOX_FORMATS)}")
+    return given
+
+
+def _check(boxes: Any, phrases: Any, scores: Any) -> None:
+    if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
+        entries = enumerate(boxes) if isinstance(boxes, list) else ()
+        bad = next(((f"boxes[{k}]", box) for k, box in entries if not isinstance(box, list) or len(box) != 4), None)
+        name, value = bad or ("boxes", boxes)
+        raise RowError(WRONG_BOXES, f"{name} is {value!r:.80}; expected boxes as [[x, y, x, y], ...]")
+    for k, box in enumerate(boxes):
+        if not all(map(is_number, box)):
+            raise RowError(WRONG_BOXES, f"boxes[{k}] is {box!r:.80}; expected four finite numbers")
+    if isinstance(phrases, list) and phrases and all(map(is_number, phrases)):
+        raise RowError(NUMBERS, f"they are {phrases!r:.80}; expected the names of the classes")
+    if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
+        raise RowError(WRONG_PHRASES, f"phrases is {phrases!r:.80}; expected a list of strings")
+    if len(phrases) != len(boxes):
+        raise RowError(UNEQUAL, f"{len(boxes)} boxes but {len(phrases)} phrases; expected one a box")
+    if scores is not None and not (isinstance(scores, list) and all(map(is_number, scores))):
+        raise RowError(WRONG_SCORES, f"scores is {scores!r:.80}; expected a list of finite numbers")
+    if scores is not None and len(scores) != len(boxes):
+        raise RowError(WRONG_SCORES, f"{len(boxes)} boxes but {len(scores)} scores; expected one a box")

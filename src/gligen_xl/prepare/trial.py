@@ -1,0 +1,53 @@
+"""The first pictures of a source, tried before anything is begun: a fault of all of them is told in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+from .captions.table import CaptionTable
+from .framing import Reason, frame_picture
+from .item import Item, Skipped, Unit
+from .report import UnitReport
+from .settings import Settings
+from .sources.rows import check_not_all_alike, items_of
+from .unit import TOO_FEW, WORK_FOLDER, captioned, open_captions
+from .views import views
+
+
+def check_first_pictures(units: Iterable[Unit], settings: Settings, out: Path) -> None:
+    """Read, caption and decode the pictures of a source up to the first that can be used; most often that is one.
+
+    Raises:
+        ValueError: none of the first hundred can be, all for the same reason.
+    """
+    if settings.captions is not None:
+        opened = open_captions(settings.captions, out / WORK_FOLDER)
+    else:
+        opened = nullcontext(None)
+    with opened as captions:
+        check_not_all_alike(_tried(units, settings, captions))
+
+
+def _tried(units: Iterable[Unit], settings: Settings, captions: CaptionTable | None) -> Iterator[Item | Skipped]:
+    for given in items_of(units):
+        item = captioned(given, captions, needed=captions is not None)
+        if isinstance(item, Skipped):
+            yield item
+            continue
+        framed = frame_picture(item.picture, item.size, settings.framing)
+        if isinstance(framed, Reason):
+            yield Skipped(image_id=item.image_id, reason=framed, detail=framed.detail, where=item.place)
+            continue
+        report = UnitReport()
+        pairs = zip(framed.frames, framed.pixels, strict=True)
+        if settings.detector is None and not any(
+            list(views(item, frame, pixels, settings, report)) for frame, pixels in pairs
+        ):
+            dropped = next(iter(report.dropped_examples.items()), None)
+            told = f"{dropped[0]}: {dropped[1].removeprefix(f'{item.place}: ')}" if dropped else "no more"
+            detail = f"it has {len(item.boxes)} boxes, {told}; expected {settings.min_boxes}"
+            yield Skipped(image_id=item.image_id, reason=TOO_FEW, detail=detail, where=item.place)
+            continue
+        yield item
