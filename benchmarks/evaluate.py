@@ -1,11 +1,11 @@
-"""AP with its interval: one evaluation whose pictures are weighed again, against an evaluation a resample.
+"""AP with its interval: one evaluation whose images are weighed again, against an evaluation a resample.
 
 python benchmarks/evaluate.py
 python benchmarks/evaluate.py --pictures 500 --labels 20
 
-The other way is pycocotools' own: each resample is a set of pictures, some of them repeated, and is evaluated from the
+The other way is pycocotools' own: each resample is a set of images, some of them repeated, and is evaluated from the
 start. A few resamples are timed, and the time of all is that times their number; both ways run in turns on the same
-scores of synthetic pictures.
+scores of synthetic images.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pycocotools.cocoeval import COCOeval
 
 from gligen_xl import Layout
 from gligen_xl.detect.detection import Found
-from gligen_xl.evaluate import ObjectScore, PictureScore, summarize
+from gligen_xl.evaluate import ImageScore, ObjectScore, summarize
 
 RESAMPLES = 1000
 
 
-def scores_of(pictures: int, labels: int) -> list[PictureScore]:
-    """Two to seven objects a picture; of each none to two detections near it, some of another label."""
+def scores_of(images: int, labels: int) -> list[ImageScore]:
+    """Two to seven objects an image; of each none to two detections near it, some of another label."""
     random = np.random.default_rng(0)
     every = []
-    for key in range(pictures):
+    for key in range(images):
         number = int(random.integers(2, 8))
         names = [f"label {k}" for k in random.integers(0, labels, number)]
         low = random.uniform(0, 0.6, (number, 2))
@@ -44,32 +44,32 @@ def scores_of(pictures: int, labels: int) -> list[PictureScore]:
                 found.append(Found(tuple(seen.tolist()), label, float(random.random())))
         layout = Layout(phrases=names, boxes=boxes.tolist(), id=str(key))
         objects = tuple(ObjectScore(0.0, label=name) for name in names)
-        every.append(PictureScore(layout, str(key), objects, tuple(found), 0, 0))
+        every.append(ImageScore(layout, str(key), objects, tuple(found), 0, 0))
     return every
 
 
-def pycocotools_ap(pictures: list[PictureScore]) -> float:
-    """AP at IoU 0.5 to 0.95 of these pictures, evaluated from the start."""
-    labels = sorted({score.label for picture in pictures for score in picture.objects})
+def pycocotools_ap(images: list[ImageScore]) -> float:
+    """AP at IoU 0.5 to 0.95 of these images, evaluated from the start."""
+    labels = sorted({score.label for image in images for score in image.objects})
     numbers = {label: number for number, label in enumerate(labels, 1)}
 
-    def about(image: int, label: str, box: tuple[float, ...]) -> dict[str, object]:
+    def about(image_id: int, label: str, box: tuple[float, ...]) -> dict[str, object]:
         x0, y0, x1, y1 = box
-        return {"image_id": image, "category_id": numbers[label], "bbox": [x0, y0, x1 - x0, y1 - y0]}
+        return {"image_id": image_id, "category_id": numbers[label], "bbox": [x0, y0, x1 - x0, y1 - y0]}
 
     requested, results = [], []
-    for image, picture in enumerate(pictures):
-        for box, score in zip(picture.layout.boxes, picture.objects, strict=True):
+    for image_id, image in enumerate(images):
+        for box, score in zip(image.layout.boxes, image.objects, strict=True):
             requested.append(
-                {"id": len(requested) + 1, "area": 1, "iscrowd": 0, **about(image, score.label, tuple(box))}
+                {"id": len(requested) + 1, "area": 1, "iscrowd": 0, **about(image_id, score.label, tuple(box))}
             )
-        for found in picture.found:
+        for found in image.found:
             if found.label in numbers:
-                results.append({"score": found.score, **about(image, found.label, found.box)})
+                results.append({"score": found.score, **about(image_id, found.label, found.box)})
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {
-            "images": [{"id": image} for image in range(len(pictures))],
+            "images": [{"id": image_id} for image_id in range(len(images))],
             "categories": [{"id": number} for number in numbers.values()],
             "annotations": requested,
         }
@@ -88,21 +88,21 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=80)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    pictures = scores_of(options.pictures, options.labels)
+    images = scores_of(options.pictures, options.labels)
     random = np.random.default_rng(1)
     ours, theirs = [], []
-    ap = summarize(pictures, resamples=RESAMPLES)["ap"]  # and warm
+    ap = summarize(images, resamples=RESAMPLES)["ap"]  # and warm
     for _ in range(options.repeats):
         began = time.perf_counter()
-        summarize(pictures, resamples=RESAMPLES)
+        summarize(images, resamples=RESAMPLES)
         ours.append(time.perf_counter() - began)
-        resample = [pictures[k] for k in random.integers(len(pictures), size=len(pictures))]
+        resample = [images[k] for k in random.integers(len(images), size=len(images))]
         began = time.perf_counter()
         pycocotools_ap(resample)
         theirs.append(time.perf_counter() - began)
     one, whole = statistics.median(theirs), statistics.median(ours)
     low, value, high = (100 * number for number in (ap.low, ap.value, ap.high))
-    print(f"AP {value:.2f} [{low:.2f}, {high:.2f}]; pycocotools {100 * pycocotools_ap(pictures):.2f}")
+    print(f"AP {value:.2f} [{low:.2f}, {high:.2f}]; pycocotools {100 * pycocotools_ap(images):.2f}")
     print(f"all metrics with AP, {RESAMPLES} resamples: {whole:.2f} s")
     every = one * RESAMPLES
     print(f"pycocotools: {one:.2f} s a resample, {every:,.0f} s for all: {every / whole:,.0f} times as long")

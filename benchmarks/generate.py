@@ -1,4 +1,4 @@
-"""What grounding costs: seconds a picture with it and without, on the embedded model, in one run.
+"""What grounding costs: seconds an image with it and without, on the embedded model, in one run.
 
 make bench
 python benchmarks/generate.py --steps 20 --threads 1
@@ -43,7 +43,7 @@ def main() -> None:
         return seconds(lambda: list(generate(pipeline, layouts, **kind, **settings)), options.repeats) / len(layouts)
 
     plain = run(grounded=False)
-    print(f"a picture of {options.steps} steps, {options.threads} threads, float32:")
+    print(f"an image of {options.steps} steps, {options.threads} threads, float32:")
     print(f"  without grounding  {plain:.2f} s")
     for beta in (1.0, 0.4):
         took = run(beta=beta)

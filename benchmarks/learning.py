@@ -100,7 +100,7 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
             data=str(ROOT / "data" / "held-out"),
             every=options.look,
             gain_every=options.every,
-            pictures=options.layouts,
+            images=options.layouts,
             steps=20,
             guidance_scale=2.0,
             detector="shapes",
@@ -118,10 +118,10 @@ def _length(options: argparse.Namespace) -> str:
     return f"{options.samples}-decay-{options.decay}" if options.decay else str(options.samples)
 
 
-def draw_data(pictures: int) -> None:
+def draw_data(images: int) -> None:
     """Training and held-out shards, once for all runs."""
     vae = StableDiffusionXLGLIGENPipeline.from_pretrained("shapes").vae
-    write_shards(vae, ROOT / "data" / f"shapes-{pictures}", pictures, seed=TRAINING_SEED, captions="ground")
+    write_shards(vae, ROOT / "data" / f"shapes-{images}", images, seed=TRAINING_SEED, captions="ground")
     write_shards(vae, ROOT / "data" / "held-out", 256, seed=VALIDATION_SEED, captions="plain")
 
 
@@ -174,7 +174,7 @@ def table(options: argparse.Namespace) -> str:
 
 
 def sizes(repeats: int = 5) -> str:
-    """Fusers, parameters, time of a training step and of a picture, by where fusers stand; turn by turn, medians."""
+    """Fusers, parameters, time of a training step and of an image, by where fusers stand; turn by turn, medians."""
     pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained("shapes")
     pipeline.set_progress_bar_config(disable=True)
     unet, layouts = pipeline.unet, held_out_layouts(8)
@@ -183,7 +183,7 @@ def sizes(repeats: int = 5) -> str:
     forms = {"all": form, "every 2": replace(form, every=2), "first": replace(form, blocks="first")}
     counts: dict[str, tuple[int, int]] = {}
     steps: dict[str, list[float]] = {name: [] for name in forms}
-    pictures: dict[str, list[float]] = {name: [] for name in forms}
+    images: dict[str, list[float]] = {name: [] for name in forms}
     for repeat in range(repeats + 1):
         for name, kind in forms.items():
             detach(unet)
@@ -194,14 +194,14 @@ def sizes(repeats: int = 5) -> str:
             took = training_step(unet, kind), _timed(lambda: list(generate(pipeline, layouts, num_inference_steps=20)))
             if repeat:  # the first round warms up
                 steps[name].append(took[0])
-                pictures[name].append(took[1] / len(layouts))
+                images[name].append(took[1] / len(layouts))
     lines = [
-        "| fusers on | number | parameters | step of 64, s | picture of 20 steps, s |",
+        "| fusers on | number | parameters | step of 64, s | image of 20 steps, s |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, (number, parameters) in counts.items():
-        step, picture = statistics.median(steps[name]), statistics.median(pictures[name])
-        lines.append(f"| {name} | {number} | {parameters:,} | {step:.2f} | {picture:.2f} |")
+        step, image = statistics.median(steps[name]), statistics.median(images[name])
+        lines.append(f"| {name} | {number} | {parameters:,} | {step:.2f} | {image:.2f} |")
     return "\n".join(lines)
 
 
@@ -241,9 +241,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=9_600)
     parser.add_argument("--decay", type=float, default=0.0, help="last share of a run over which the rate falls to 0")
     parser.add_argument("--every", type=int, default=1_600, help="samples between looks at the grounding gain")
-    parser.add_argument("--look", type=int, default=3_200, help="samples between looks at pictures")
+    parser.add_argument("--look", type=int, default=3_200, help="samples between looks at images")
     parser.add_argument("--layouts", type=int, default=64, help="held-out layouts that are drawn at each look")
-    parser.add_argument("--pictures", type=int, default=10_000, help="training pictures")
+    parser.add_argument("--pictures", type=int, default=10_000, help="training images")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--sizes", action="store_true", help="measure where fusers stand, and train nothing")
     options = parser.parse_args()

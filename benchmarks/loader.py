@@ -6,7 +6,8 @@ python benchmarks/loader.py --size 128 --shards 2 --count 2000      # latents of
 
 The other loader is the usual one for the published files: an iterable dataset that loads a pair of `.npy` files,
 shuffles within it, and for each sample filters and converts the boxes, with the default collation. Its files are read
-by the reader of `gligen_xl.contrib.sa1b.published`; as that reader checks what it reads, the time without reading is told, too.
+by the reader of `gligen_xl.contrib.sa1b.published`; as that reader checks what it reads, the time without reading is
+told, too.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ from gligen_xl.data.loader import batches
 
 SLOTS, MIN_SCORE, BATCH = 32, 0.25, 64
 WORDS = ("a", "the", "of", "with", "street", "people", "standing", "red", "building", "tree", "sky", "small", "white")
-FULL = 11_186  # pictures of a published shard
+FULL = 11_186  # images of a published shard
 
 
-def make_published(root: Path, shards: int, pictures: int, size: int) -> None:
+def make_published(root: Path, shards: int, images: int, size: int) -> None:
     """Pairs as they are published: latents (N, 4, size, size) float16, and captions and boxes of a usual length."""
     for kind in ("latents", "boxes"):
         (root / kind).mkdir(parents=True)
     for shard in range(shards):
         rng = np.random.default_rng(shard)
-        indices = list(range(shard * 100_000, shard * 100_000 + pictures))
+        indices = list(range(shard * 100_000, shard * 100_000 + images))
         content = np.empty((), object)
-        noise = rng.standard_normal((pictures, 4, size, size), np.float32)
+        noise = rng.standard_normal((images, 4, size, size), np.float32)
         content[()] = {"indices": indices, "latents": noise.astype(np.float16)}
         np.save(root / "latents" / f"sa_{shard:06}.npy", content, allow_pickle=True)
-        boxes = np.empty((pictures, 6), object)
+        boxes = np.empty((images, 6), object)
         for k, index in enumerate(indices):
             n = int(rng.integers(2, 20))
             corner, extent = rng.uniform(0, 0.6, (n, 2)), rng.uniform(0.05, 0.4, (n, 2))
@@ -149,9 +150,9 @@ def alone(kind: str, root: Path, number: int) -> Measured:
     return measure(batches(dataset, order, start=0, stop=(number + 10) * BATCH, workers=1), number)
 
 
-def compare(root: Path, shards: int, pictures: int, size: int, rounds: int) -> None:
-    """Both loaders in turn over the same pictures; of each the best round counts."""
-    make_published(root, shards, pictures, size)
+def compare(root: Path, shards: int, images: int, size: int, rounds: int) -> None:
+    """Both loaders in turn over the same images; of each the best round counts."""
+    make_published(root, shards, images, size)
     import_published(root / "latents", root / "boxes", root / "shards")
     shard_bytes = (root / "latents" / "sa_000000.npy").stat().st_size
     for path in root.rglob("*"):  # into the page cache
@@ -160,10 +161,10 @@ def compare(root: Path, shards: int, pictures: int, size: int, rounds: int) -> N
     measured: dict[str, list[Measured]] = {"whole": [], "ours": []}
     for _ in range(rounds):
         for kind, epochs in (("whole", 1), ("ours", 3)):
-            words = [kind, str(root), str(epochs * shards * pictures // BATCH)]
+            words = [kind, str(root), str(epochs * shards * images // BATCH)]
             output = subprocess.run([sys.executable, __file__, "--alone", *words], stdout=subprocess.PIPE, check=True)
             measured[kind].append(Measured(**json.loads(output.stdout)))
-    print(f"{shards} x {pictures} pictures, {shard_bytes / 1e6:.0f} MB a shard, one worker, batches of {BATCH}")
+    print(f"{shards} x {images} images, {shard_bytes / 1e6:.0f} MB a shard, one worker, batches of {BATCH}")
     rates = {}
     for kind, figures in measured.items():
         rates[kind] = max(of.rate for of in figures), max(of.rate_without_reading for of in figures)
@@ -181,8 +182,8 @@ def compare(root: Path, shards: int, pictures: int, size: int, rounds: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--count", type=int, default=3000, help="pictures of a shard, where speed is measured")
-    parser.add_argument("--full", type=int, default=FULL, help="pictures of the shard where memory is measured")
+    parser.add_argument("--count", type=int, default=3000, help="images of a shard, where speed is measured")
+    parser.add_argument("--full", type=int, default=FULL, help="images of the shard where memory is measured")
     parser.add_argument("--size", type=int, default=64, help="of latents, both ways: 64 is 512 pixels")
     parser.add_argument("--rounds", type=int, default=3, help="of both loaders in turn")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
@@ -191,10 +192,10 @@ def main() -> None:
         kind, root, number = options.alone
         print(json.dumps(asdict(alone(kind, Path(root), int(number)))))
         return
-    for shards, pictures in ((options.shards, options.count), (1, options.full)):
+    for shards, images in ((options.shards, options.count), (1, options.full)):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["GLIGEN_XL_CACHE"] = f"{folder}/cache"
-            compare(Path(folder), shards, pictures, options.size, options.rounds)
+            compare(Path(folder), shards, images, options.size, options.rounds)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def ours_pipeline(made: dict) -> StableDiffusionXLGLIGENPipeline:
 
 
 def calls(kinds: tuple[str, ...], steps: int, size: int) -> dict:
-    """By kind, a function that makes one picture."""
+    """By kind, a function that makes one image."""
     settings = {"num_inference_steps": steps, "width": size, "height": size, "output_type": "latent"}
 
     def noise() -> torch.Generator:

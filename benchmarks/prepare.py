@@ -1,4 +1,4 @@
-"""What the preparation of pictures costs: sizes, decoding, processes, overlap, memory; ratios in one run.
+"""What the preparation of images costs: sizes, decoding, processes, overlap, memory; ratios in one run.
 
 Archives like SA-1B's are made first: JPEGs of 1500 x 2250 pixels, about 1 MB each, with a `.json` beside each.
 
@@ -24,8 +24,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from gligen_xl.images.decode import picture_size
-from gligen_xl.prepare.framing import Framing, frame_picture
+from gligen_xl.images.decode import image_size
+from gligen_xl.prepare.framing import Framing, frame_image
 
 HEIGHT, WIDTH = 1500, 2250
 
@@ -33,25 +33,23 @@ HEIGHT, WIDTH = 1500, 2250
 def photograph(seed: int) -> bytes:
     """A JPEG of about 1 MB with structure at every scale, as photographs have."""
     rng = np.random.default_rng(seed)
-    picture = np.zeros((HEIGHT, WIDTH, 3), np.float32)
+    image = np.zeros((HEIGHT, WIDTH, 3), np.float32)
     for side, weight in ((6, 60), (24, 40), (96, 25), (384, 14), (1500, 10)):
         field = rng.normal(size=(side, side * 3 // 2, 3)).clip(-2, 2)
         small = Image.fromarray(((field / 4 + 0.5) * 255).astype(np.uint8))
-        picture += weight * (
-            np.asarray(small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32) / 63.75 - 2
-        )
+        image += weight * (np.asarray(small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32) / 63.75 - 2)
     written = io.BytesIO()
-    Image.fromarray((picture + 128).clip(0, 255).astype(np.uint8)).save(written, "JPEG", quality=88)
+    Image.fromarray((image + 128).clip(0, 255).astype(np.uint8)).save(written, "JPEG", quality=88)
     return written.getvalue()
 
 
-def make_archive(path: Path, pictures: list[bytes], count: int) -> None:
-    """As SA-1B's: `count` pictures, the given ones over and over."""
+def make_archive(path: Path, images: list[bytes], count: int) -> None:
+    """As SA-1B's: `count` images, the given ones over and over."""
     with tarfile.open(path, "w") as archive:
         for k in range(count):
             about = {"image": {"image_id": k, "width": WIDTH, "height": HEIGHT, "file_name": f"sa_{k}.jpg"}}
             annotations = {"annotations": [{"segmentation": {"counts": "x" * 900}} for _ in range(100)]}
-            entries = ((".jpg", pictures[k % len(pictures)]), (".json", json.dumps(about | annotations).encode()))
+            entries = ((".jpg", images[k % len(images)]), (".json", json.dumps(about | annotations).encode()))
             for ending, data in entries:
                 member = tarfile.TarInfo(f"sa_{k}{ending}")
                 member.size = len(data)
@@ -81,21 +79,21 @@ def ratio(first: list[float], second: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
-def decoding(pictures: list[bytes], repeats: int) -> None:
+def decoding(images: list[bytes], repeats: int) -> None:
     full, fast = (Framing(resolutions=(512,), fast_jpeg=fast) for fast in (False, True))
     works = {
-        "size": lambda: [picture_size(picture) for picture in pictures],
-        "full": lambda: [frame_picture(picture, None, full) for picture in pictures],
-        "fast": lambda: [frame_picture(picture, None, fast) for picture in pictures],
+        "size": lambda: [image_size(image) for image in images],
+        "full": lambda: [frame_image(image, None, full) for image in images],
+        "fast": lambda: [frame_image(image, None, fast) for image in images],
     }
     taken = turns(works, repeats)
     for name, values in taken.items():
-        print(f"{name:>5}: {len(pictures) / statistics.median(values):9.1f} pictures/s")
+        print(f"{name:>5}: {len(images) / statistics.median(values):9.1f} pictures/s")
     print(f"reading sizes: {ratio(taken['full'], taken['size']):.0f} times a full decode")
     print(f"--fast-jpeg at 512: {ratio(taken['full'], taken['fast']):.2f} times a full decode")
     differences = []
-    for picture in pictures:
-        one, other = (frame_picture(picture, None, framing).pixels[0].astype(int) for framing in (full, fast))
+    for image in images:
+        one, other = (frame_image(image, None, framing).pixels[0].astype(int) for framing in (full, fast))
         differences.append(np.abs(one - other))
     print(f"its difference: mean {np.mean(differences):.2f} of 255, at most {np.max(differences)}")
 
@@ -147,14 +145,14 @@ def overlap(archives: Path, out: Path, repeats: int) -> None:
     print(f"overlap: {ratio(taken[0], taken[1]):.2f} times")
 
 
-def memory(folder: Path, pictures: list[bytes], out: Path, counts: tuple[int, int]) -> None:
+def memory(folder: Path, images: list[bytes], out: Path, counts: tuple[int, int]) -> None:
     for count in counts:
         archives = folder / f"memory-{count}"
         archives.mkdir()
-        make_archive(archives / "sa_000000.tar", pictures, count)
+        make_archive(archives / "sa_000000.tar", images, count)
         report = command(archives, out, "--resolution", "64", "--workers", "1")
         shutil.rmtree(archives)
-        print(f"an archive of {count} pictures: peak {report['peak_mib']:.0f} MiB, with its decoding process")
+        print(f"an archive of {count} images: peak {report['peak_mib']:.0f} MiB, with its decoding process")
 
 
 def main() -> None:
@@ -164,15 +162,15 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder, out = Path(name), Path(name) / "out"
-        pictures = [photograph(seed) for seed in range(8)]
-        print(f"JPEGs of {HEIGHT} x {WIDTH}, {statistics.mean(map(len, pictures)) / 1e6:.2f} MB each")
-        decoding(pictures, arguments.repeats)
+        images = [photograph(seed) for seed in range(8)]
+        print(f"JPEGs of {HEIGHT} x {WIDTH}, {statistics.mean(map(len, images)) / 1e6:.2f} MB each")
+        decoding(images, arguments.repeats)
         archives = folder / "archives"
         archives.mkdir()
-        make_archive(archives / "sa_000000.tar", pictures, arguments.pictures)
+        make_archive(archives / "sa_000000.tar", images, arguments.pictures)
         processes(archives, out, arguments.repeats)
         overlap(archives, out, arguments.repeats)
-        memory(folder, pictures, out, (arguments.pictures, 6 * arguments.pictures))
+        memory(folder, images, out, (arguments.pictures, 6 * arguments.pictures))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def measure(kind: str, steps: int, size: int) -> dict:
         }
     compute_in_float32(pipeline.unet)
     loaded, began = peak_memory(), time.perf_counter()
-    picture = pipeline(
+    image = pipeline(
         "grass with a red circle and a blue star",
         num_inference_steps=steps,
         width=size,
@@ -65,7 +65,7 @@ def measure(kind: str, steps: int, size: int) -> dict:
         output_type="np",
         **layout,
     ).images[0]
-    assert picture.shape == (size, size, 3)
+    assert image.shape == (size, size, 3)
     return {
         "seconds": time.perf_counter() - began,
         "peak": peak_memory(),

@@ -1,6 +1,6 @@
 """A training step by part, ours against the plain way, in one run and turn by turn.
 
-The plain way encodes the captions one by one and each picture's phrases alone, padded to 77 tokens, as published
+The plain way encodes the captions one by one and each image's phrases alone, padded to 77 tokens, as published
 training scripts do, and steps torch's AdamW and diffusers' EMAModel as they come. Ours is that of `gligen-xl train`.
 Both have the same U-Net, batches and noise; loss and gradients are compared before anything is timed. The U-Net has
 SDXL's proportions at about a third of its width, the text encoders somewhat more of theirs.
@@ -75,15 +75,15 @@ def phrase(number: int, words: list[str]) -> str:
     return " ".join([*own, *words[:further]])
 
 
-def write_data(folder: Path, stream: str, pictures: int, side: int) -> None:
+def write_data(folder: Path, stream: str, images: int, side: int) -> None:
     rng = np.random.default_rng(0)
     if stream == "zipf":
         chances = 1 / np.arange(1, VOCABULARY + 1)
-        numbers = rng.choice(VOCABULARY, (pictures, OBJECTS), p=chances / chances.sum())
+        numbers = rng.choice(VOCABULARY, (images, OBJECTS), p=chances / chances.sum())
     else:
-        numbers = np.arange(pictures * OBJECTS).reshape(pictures, OBJECTS)
-    latents = rng.standard_normal((pictures, 4, side, side), np.float32).astype(np.float16)
-    corners, known = rng.uniform(0, 0.5, (pictures, OBJECTS, 2)), words()
+        numbers = np.arange(images * OBJECTS).reshape(images, OBJECTS)
+    latents = rng.standard_normal((images, 4, side, side), np.float32).astype(np.float16)
+    corners, known = rng.uniform(0, 0.5, (images, OBJECTS, 2)), words()
     rows = [
         Row(
             image_id=str(k),
@@ -94,14 +94,14 @@ def write_data(folder: Path, stream: str, pictures: int, side: int) -> None:
             original_height=8 * side,
             original_width=8 * side,
         )
-        for k in range(pictures)
+        for k in range(images)
     ]
     metadata = {"resolution": str(8 * side), "vae": "random", "scaling_factor": str(SMALL_VAE["scaling_factor"])}
     write_shard(folder / "a", latents, rows, metadata)
 
 
 def read_data(folder: Path) -> Iterator[Batch]:
-    """Every picture has its boxes, half of them their caption."""
+    """Every image has its boxes, half of them their caption."""
     dataset = ShardDataset(folder, Augmentation(drop_grounding=0, drop_caption=0.5, slots=SLOTS), seed=0)
     return iter(batches(dataset, dataset.order(BATCH, 0), start=0, stop=len(dataset)))
 
@@ -348,7 +348,7 @@ def main() -> None:
     texts = count([pipeline.text_encoder, pipeline.text_encoder_2])
     print(
         f"U-Net {count([pipeline.unet]):.0f} M, {adapter:.0f} M of them the adapter; text encoders {texts:.0f} M; "
-        f"batches of {BATCH} at {options.latents} x {options.latents}, {OBJECTS} phrases a picture; "
+        f"batches of {BATCH} at {options.latents} x {options.latents}, {OBJECTS} phrases an image; "
         f"{options.threads} threads, load {os.getloadavg()[0]:.1f}"
     )
     del pipeline

@@ -7,15 +7,15 @@ import time
 import torch
 from PIL import Image
 
-from gligen_xl.toyworld.layouts import background, scene_picture
+from gligen_xl.toyworld.layouts import background, scene_image
 
 
 class Painter:
     """Of the layouts of the protocol `shapes`.
 
     Args:
-        seconds: that each picture takes.
-        most: after so many pictures it is interrupted.
+        seconds: that each image takes.
+        most: after so many images it is interrupted.
     """
 
     unet = torch.nn.Linear(1, 1)
@@ -38,16 +38,16 @@ class Painter:
         time.sleep(self.seconds * len(prompts))
         if gligen_boxes is None:
             by_prompt = {prompt: layout for (prompt, _), layout in self.layouts.items()}
-            pictures = [background(by_prompt[prompt]) for prompt in prompts]
+            images = [background(by_prompt[prompt]) for prompt in prompts]
         else:
-            pictures = [
-                scene_picture(self.layouts[prompt, tuple(boxes)])
+            images = [
+                scene_image(self.layouts[prompt, tuple(boxes)])
                 for prompt, boxes in zip(prompts, gligen_boxes, strict=True)
             ]
-        return type("Output", (), {"images": pictures})
+        return type("Output", (), {"images": images})
 
 
 def noise(size, seed=0):
-    """A picture of random pixels."""
+    """An image of random pixels."""
     values = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(values.to(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Folders of pictures of the shapes world, to prepare."""
+"""Folders of images of the shapes world, to prepare."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
 
 def scenes_folder(
-    folder: Path, count: int, *, seed: int, changed: Callable[[Image, int], Image] = lambda picture, _: picture
+    folder: Path, count: int, *, seed: int, changed: Callable[[Image, int], Image] = lambda image, _: image
 ) -> Path:
-    """Pictures 0.png, 1.png, ... in `folder`, with rows in the convention of Hugging Face.
+    """Images 0.png, 1.png, ... in `folder`, with rows in the convention of Hugging Face.
 
     Args:
-        changed: makes of a picture and its number the one that is saved.
+        changed: makes of an image and its number the one that is saved.
     """
     folder.mkdir()
     lines = []

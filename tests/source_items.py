@@ -12,7 +12,7 @@ from gligen_xl.prepare.sources import open_source
 HEIGHT, WIDTH = 40, 80
 
 
-def picture(kind="JPEG", size=(WIDTH, HEIGHT), colour=(90, 120, 30)):
+def image(kind="JPEG", size=(WIDTH, HEIGHT), colour=(90, 120, 30)):
     stream = io.BytesIO()
     Image.new("RGB", size, colour).save(stream, kind)
     return stream.getvalue()
@@ -47,7 +47,7 @@ def images(found):
 
 
 def in_pixels(item):
-    """Boxes of an item, xyxy, in pixels of a picture of this size."""
+    """Boxes of an item, xyxy, in pixels of an image of this size."""
     return [[round(v * s, 3) for v, s in zip(box, (WIDTH, HEIGHT) * 2, strict=True)] for box in item.boxes]
 
 
@@ -62,7 +62,7 @@ def dataset(folder, boxes, classes=("cat", "dog"), **more):
 
     annotations = {}
     for name, objects in boxes.items():
-        path = str(put(folder / name, picture()))
+        path = str(put(folder / name, image()))
         if objects:
             annotations[path] = sv.Detections(
                 xyxy=np.array([box for _, box in objects], float),

@@ -99,8 +99,8 @@ def act(*words):
 
 
 def test_honest_tables_with_the_same_phrases_are_read(tmp_path):
-    words = [f"a thing of kind {k} in the picture" for k in range(30)]
-    path = table_file(tmp_path / "a.npy", [row(k, "a picture of things " * 10, words) for k in range(2000)])
+    words = [f"a thing of kind {k} in the image" for k in range(30)]
+    path = table_file(tmp_path / "a.npy", [row(k, "an image of things " * 10, words) for k in range(2000)])
     assert len(read_boxes(path)) == 2000
 
 
@@ -168,7 +168,7 @@ def test_a_parquet_that_unpacks_to_gigabytes(tmp_path, changed):
 
 
 def test_a_large_honest_parquet_is_read(tmp_path):
-    values = columns(20_000) | {"caption": ["a long caption of a picture " * 20] * 20_000}
+    values = columns(20_000) | {"caption": ["a long caption of an image " * 20] * 20_000}
     pq.write_table(pa.table(values, schema=TABLE), tmp_path / "a.parquet", row_group_size=3000)
     assert len(read_table(tmp_path / "a.parquet")) == 20_000
 
@@ -337,7 +337,7 @@ def test_runs_of_absurd_sizes(settings):
     with pytest.raises(ValueError, match=r"validation\.steps is 1000000000; expected 1 to"):
         Validation(data="shards", steps=10**9)
     with pytest.raises(ValueError, match=r"validation\.pictures"):
-        Validation(data="shards", pictures=10**9)
+        Validation(data="shards", images=10**9)
     assert Optimization(warmup_samples=10**9).warmup_samples == 10**9
     with pytest.raises(ValueError, match="resolutions are"):
         Settings(framing=Framing(resolutions=(10**6,)))

@@ -75,7 +75,7 @@ def write_texts(folder):
     for name, data in texts("part/"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    (folder / "part" / "sa_1.json").write_text("{}")  # as SA-1B has it beside the pictures
+    (folder / "part" / "sa_1.json").write_text("{}")  # as SA-1B has it beside the images
 
 
 SOURCES = {
@@ -106,20 +106,20 @@ def test_every_format_gives_the_same_table(tmp_path, name):
         assert (table.duplicates, table.counts.empty, table.counts.refused) == (0, 0, 0)
 
 
-# Pictures of every kind of source, and captions of every format, both with a part of the ids being folders ------------
+# Images of every kind of source, and captions of every format, both with a part of the ids being folders ------------
 
-PICTURES = ("000/0", "000/1", "001/2", "3", "001/dots.in.4")
+IMAGES = ("000/0", "000/1", "001/2", "3", "001/dots.in.4")
 
 
-def picture():
+def image():
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "PNG")
     return stream.getvalue()
 
 
 def sources(folder, names):
-    """The same pictures as each kind of source: arguments of `open_source` by kind."""
-    files = [(f"{name}.png", picture()) for name in names]
+    """The same images as each kind of source: arguments of `open_source` by kind."""
+    files = [(f"{name}.png", image()) for name in names]
     (folder / "a.tar").write_bytes(tar_bytes([("./" + name, data) for name, data in files]))
     for name, data in files:
         (folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,25 +151,25 @@ def write_caption_files(folder, known):
     return ["plain.tar", "packed.tar.gz", "keys.parquet", "lines.jsonl", "whole.json", "coco.json", "texts"]
 
 
-@pytest.mark.parametrize("change", ["same", "bare captions", "deeper captions", "bare pictures"])
-def test_captions_of_every_format_join_pictures_of_every_source(tmp_path, change):
+@pytest.mark.parametrize("change", ["same", "bare captions", "deeper captions", "bare images"])
+def test_captions_of_every_format_join_images_of_every_source(tmp_path, change):
     def bare(name):
         return name.rpartition("/")[2]
 
-    pictures = list(map(bare, PICTURES)) if change == "bare pictures" else PICTURES
+    images = list(map(bare, IMAGES)) if change == "bare images" else IMAGES
     keys = {"bare captions": bare, "deeper captions": "all/of/{}".format}.get(change, str)
-    known = {keys(name): f"caption of {bare(name)}" for name in PICTURES}
+    known = {keys(name): f"caption of {bare(name)}" for name in IMAGES}
     for folder in ("pictures", "captions"):
         (tmp_path / folder).mkdir()
     for name in write_caption_files(tmp_path / "captions", known):
         (tmp_path / "pictures" / name).mkdir()
         with CaptionTable.open(tmp_path / "captions" / name, tmp_path / "c") as table:
-            assert len(table) == len(PICTURES)
-            for kind, source in sources(tmp_path / "pictures" / name, pictures):
+            assert len(table) == len(IMAGES)
+            for kind, source in sources(tmp_path / "pictures" / name, images):
                 found = [item for unit in open_source(**source) for item in unit.items()]
                 # In a webdataset, names with several dots are refused.
                 good = [item.image_id for item in found if isinstance(item, Item)]
-                assert len(good) == len(PICTURES) - (kind == "webdataset")
+                assert len(good) == len(IMAGES) - (kind == "webdataset")
                 assert {bare(key): table.get(key) for key in good} == {
                     bare(key): f"caption of {bare(key)}" for key in good
                 }
@@ -177,7 +177,7 @@ def test_captions_of_every_format_join_pictures_of_every_source(tmp_path, change
 
 def test_sa1b_joins_captions_in_folders(tmp_path):
     (tmp_path / "captions.tar.gz").write_bytes(tar_bytes(texts("some/dir/"), "w:gz"))
-    (tmp_path / "sa_000000.tar").write_bytes(tar_bytes([(f"./{key}.jpg", picture()) for key in KNOWN]))
+    (tmp_path / "sa_000000.tar").write_bytes(tar_bytes([(f"./{key}.jpg", image()) for key in KNOWN]))
     (unit,) = open_source(tmp_path / "sa_000000.tar")
     with CaptionTable.open(tmp_path / "captions.tar.gz", tmp_path / "c") as table:
         assert {item.image_id: table.get(item.image_id) for item in unit.items()} == KNOWN
@@ -520,7 +520,7 @@ def test_memory_does_not_grow_with_the_captions(tmp_path):
         path = tmp_path / f"{count}.tar.gz"
         with tarfile.open(path, "w:gz", compresslevel=1) as tar:
             for k in range(count):
-                data = f"The image shows a picture of number {k}. ".encode() * 12
+                data = f"The image shows an image of number {k}. ".encode() * 12
                 info = tarfile.TarInfo(f"sa_{k * 7919 % 1_000_003}.txt")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))

@@ -1,4 +1,4 @@
-"""Looking at shards: what is wrong with them is said, and their samples become pictures."""
+"""Looking at shards: what is wrong with them is said, and their samples become images."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_good_shards_have_no_problem(tmp_path):
     write_shard(tmp_path / "one", latents(3), rows(3), METADATA)
     write_shard(tmp_path / "two", latents(2), rows(2, "b"), METADATA)
     report = check_shards(tmp_path)
-    assert (report.shards, report.pictures, report.boxes, report.problems) == (2, 5, 5, [])
+    assert (report.shards, report.images, report.boxes, report.problems) == (2, 5, 5, [])
     assert main(["check", str(tmp_path)]) == 0
 
 
@@ -81,8 +81,8 @@ def test_sizes_that_cannot_be_are_problems(tmp_path):
     write_shard(tmp_path / "size", latents(2), rows(2), METADATA | {"resolution": "512"})
     problems = check_shards(tmp_path).problems
     assert problems == [
-        "crops: row 0 (b0): its crop begins at 0, 3, too far for a picture of 64 x 64, resized to fill 64 x 64",
-        "size: its pictures have 64 x 64 pixels, its resolution is 512",
+        "crops: row 0 (b0): its crop begins at 0, 3, too far for an image of 64 x 64, resized to fill 64 x 64",
+        "size: its images have 64 x 64 pixels, its resolution is 512",
     ]
 
 
@@ -112,11 +112,11 @@ def test_folders_without_shards(tmp_path):
         check_shards(tmp_path / "nowhere")
 
 
-def test_shown_samples_are_the_pictures_that_were_encoded(tmp_path, shapes_pipeline, capsys):
+def test_shown_samples_are_the_images_that_were_encoded(tmp_path, shapes_pipeline, capsys):
     write_shards(shapes_pipeline.vae, tmp_path / "shards", 6, seed=4, captions="plain")
-    picture, lines = show_samples(tmp_path / "shards", count=4)
+    image, lines = show_samples(tmp_path / "shards", count=4)
     assert len(lines) == 4
-    assert picture.width > 2 * 256
+    assert image.width > 2 * 256
     out = tmp_path / "one.png"
     assert main(["show", str(tmp_path / "shards"), "--index", "3", "--out", str(out)]) == 0
     assert "shapes-4-3" in capsys.readouterr().out

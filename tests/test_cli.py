@@ -1,4 +1,4 @@
-"""The commands, with good and with bad input: pictures and reports appear, errors are one line and exit code 2."""
+"""The commands, with good and with bad input: images and reports appear, errors are one line and exit code 2."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def fails(capsys, *words):
 FAST = ("--steps", 2, "--width", 16, "--height", 16)
 
 
-def test_generate_writes_pictures_that_say_how_they_were_made(capsys, model, layouts, tmp_path):
+def test_generate_writes_images_that_say_how_they_were_made(capsys, model, layouts, tmp_path):
     out = tmp_path / "out"
     words = ("generate", "--model", model, "--layout", layouts, "--out", out, "--draw", "--beta", "0.5", "--seed", 3)
     code, _, error = run(capsys, *words, *FAST)
@@ -75,8 +75,8 @@ def test_generate_writes_pictures_that_say_how_they_were_made(capsys, model, lay
     names = sorted(path.name for path in out.iterdir())
     assert names == ["0000-one_.._x-boxes.png", "0000-one_.._x.png", "0001-boxes.png", "0001.png"]
     for k, (name, seed) in enumerate([("0000-one_.._x.png", 7), ("0001.png", 4)]):
-        with Image.open(out / name) as picture:
-            about = json.loads(picture.text[METADATA_KEY])
+        with Image.open(out / name) as image:
+            about = json.loads(image.text[METADATA_KEY])
         assert about["seed"] == seed
         assert about["layout"]["prompt"] == ("grass", "sand with a ring")[k]
         assert about["beta"] == 0.5
@@ -85,17 +85,17 @@ def test_generate_writes_pictures_that_say_how_they_were_made(capsys, model, lay
         assert min(drawn.size) >= 256
 
 
-def test_generate_from_flags_and_the_same_seed_is_the_same_picture(capsys, model, tmp_path):
+def test_generate_from_flags_and_the_same_seed_is_the_same_image(capsys, model, tmp_path):
     words = ["generate", "--model", model, "--prompt", "grass", "--phrase", "a ring", "--box", "0.1,0.2,0.6,0.7"]
     words += ["--phrase", "a star", "--box", 0.5, 0.5, 0.9, 0.9, "--beta", "0.2,0.4,0.4", "--count", 2, *FAST]
-    pictures = []
+    images = []
     for name in ("a", "b"):
         code, _, error = run(capsys, *words, "--out", tmp_path / name, "--batch_size", 1 if name == "a" else 2)
         assert code == 0, error
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["0000.png", "0001.png"]
-        pictures.append([Image.open(tmp_path / name / f"000{k}.png").convert("RGB") for k in range(2)])
-    assert pictures[0][0].tobytes() != pictures[0][1].tobytes()
-    for first, second in zip(*pictures, strict=True):
+        images.append([Image.open(tmp_path / name / f"000{k}.png").convert("RGB") for k in range(2)])
+    assert images[0][0].tobytes() != images[0][1].tobytes()
+    for first, second in zip(*images, strict=True):
         differences = [abs(a - b) for a, b in zip(first.tobytes(), second.tobytes(), strict=True)]
         assert max(differences) <= 1  # rounding between batch sizes
 
@@ -242,7 +242,7 @@ def test_settings_of_the_wrong_kind_in_a_recipe(capsys, tmp_path, setting, says)
     assert says in fails(capsys, "train", path)
 
 
-def test_a_second_command_leaves_the_pictures_of_the_first(model, layouts, tmp_path, capsys):
+def test_a_second_command_leaves_the_images_of_the_first(model, layouts, tmp_path, capsys):
     command = ("generate", "--layout", layouts, "--model", model, "--out", tmp_path / "p", *FAST)
     assert run(capsys, *command)[0] == run(capsys, *command)[0] == 0
     names = sorted(path.name for path in (tmp_path / "p").iterdir())
@@ -258,7 +258,7 @@ def test_a_second_command_leaves_the_pictures_of_the_first(model, layouts, tmp_p
         (("--sweep", "beta=x"), "--sweep is 'beta=x'"),
         (("--sweep", "steps=1"), "sweep of 'steps'"),
         (("--compare", "nowhere"), "nowhere is no evaluation"),
-        (("--fid", "nowhere"), "nowhere holds no pictures"),
+        (("--fid", "nowhere"), "nowhere holds no images"),
         (("--clip", "nowhere"), "no CLIP model folder nowhere"),
         (("--segmenter", "some/sam"), "--segmenter is for colours"),
         (("--beta", 1, 7), "shares of the steps, 0 to 1"),

@@ -1,4 +1,4 @@
-"""The commands with people's own models: LoRAs, ControlNets, pictures to start from, weights in and out."""
+"""The commands with people's own models: LoRAs, ControlNets, images to start from, weights in and out."""
 
 import json
 
@@ -19,7 +19,7 @@ ONE = ("--prompt", "grass", "--phrase", "a ring", "--box", 0.1, 0.2, 0.6, 0.7, "
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
+def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "photo.png"
     pixels = np.random.default_rng(0).integers(0, 255, (40, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -48,14 +48,14 @@ def lora(tmp_path_factory):
 
 
 def made(capsys, out, *words):
-    """The first picture that a generate command makes, as numbers, and what it says of itself."""
+    """The first image that a generate command makes, as numbers, and what it says of itself."""
     code, output, error = run(capsys, "generate", *words, *ONE, "--steps", 2, "--seed", 5, "--out", out)
     assert code == 0, error
     with Image.open(out / "0000.png") as opened:
         return np.asarray(opened).astype(int), json.loads(opened.text[METADATA_KEY]), output + error
 
 
-def test_each_picture_gets_a_line_with_file_seed_and_time(capsys, model, tmp_path):  # noqa: F811
+def test_each_image_gets_a_line_with_file_seed_and_time(capsys, model, tmp_path):  # noqa: F811
     _, _, output = made(capsys, tmp_path, "--model", model, "--width", 16, "--height", 16, "--count", 2)
     lines = [line for line in output.replace("\r", "\n").splitlines() if ".png" in line]
     assert len(lines) == 2
@@ -63,13 +63,13 @@ def test_each_picture_gets_a_line_with_file_seed_and_time(capsys, model, tmp_pat
     assert lines[1].endswith(" s")
 
 
-def test_loras_controlnets_and_schedulers_change_the_picture(capsys, model, lora, controlnet, picture, tmp_path):  # noqa: F811
+def test_loras_controlnets_and_schedulers_change_the_image(capsys, model, lora, controlnet, image, tmp_path):  # noqa: F811
     size = ("--model", model, "--width", 16, "--height", 16)
     plain, _, _ = made(capsys, tmp_path / "plain", *size)
     with_lora, about, _ = made(capsys, tmp_path / "lora", *size, "--lora", f"{lora}=0.9")
     assert about["lora"] == [f"{lora.name}=0.9"]  # its folder stays on the machine
     without, _, _ = made(capsys, tmp_path / "without", *size, "--lora", f"{lora}=0")
-    control = ("--controlnet", controlnet, "--control_image", picture)
+    control = ("--controlnet", controlnet, "--control_image", image)
     controlled, about, _ = made(capsys, tmp_path / "control", *size, *control)
     assert about["controlnet"] == [controlnet.name]
     weak, _, _ = made(capsys, tmp_path / "weak", *size, *control, "--control_scale", 0)
@@ -81,18 +81,18 @@ def test_loras_controlnets_and_schedulers_change_the_picture(capsys, model, lora
     assert abs(weak - plain).max() <= 1
 
 
-def test_pictures_to_start_from(capsys, model, picture, tmp_path):  # noqa: F811
-    started, about, _ = made(capsys, tmp_path / "image", "--model", model, "--image", picture, "--strength", 0.5)
+def test_images_to_start_from(capsys, model, image, tmp_path):  # noqa: F811
+    started, about, _ = made(capsys, tmp_path / "image", "--model", model, "--image", image, "--strength", 0.5)
     assert started.shape == (40, 24, 3)  # its own size
     assert about["strength"] == 0.5
-    resized, _, _ = made(capsys, tmp_path / "sized", "--model", model, "--image", picture, "--width", 16)
+    resized, _, _ = made(capsys, tmp_path / "sized", "--model", model, "--image", image, "--width", 16)
     assert resized.shape == (40, 16, 3)
     mask = tmp_path / "mask.png"
     Image.new("L", (24, 40), 255).save(mask)
-    masked, _, _ = made(capsys, tmp_path / "mask", "--model", model, "--image", picture, "--mask", mask)
+    masked, _, _ = made(capsys, tmp_path / "mask", "--model", model, "--image", image, "--mask", mask)
     assert masked.shape == (40, 24, 3)
     kept, _, _ = made(
-        capsys, tmp_path / "kept", "--model", model, "--inpaint_image", picture, "--width", 16, "--height", 32
+        capsys, tmp_path / "kept", "--model", model, "--inpaint_image", image, "--width", 16, "--height", 32
     )
     assert kept.shape == (32, 16, 3)
 
@@ -134,8 +134,8 @@ def test_convert_reads_a_single_file_of_the_original_code(capsys, tmp_path):
     assert read_adapter(tmp_path / "adapter")[1].keys() == state.keys()
 
 
-def test_wrong_input_is_one_line(capsys, model, picture, lora, controlnet, tmp_path):  # noqa: F811
-    (tmp_path / "text.png").write_text("no picture")
+def test_wrong_input_is_one_line(capsys, model, image, lora, controlnet, tmp_path):  # noqa: F811
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "broken.bin").write_bytes(b"\x80\x04nonsense")
     (tmp_path / "broken.safetensors").write_bytes(b"1234567890")
     (tmp_path / "full").mkdir()
@@ -143,11 +143,11 @@ def test_wrong_input_is_one_line(capsys, model, picture, lora, controlnet, tmp_p
     (tmp_path / "full" / "mine.txt").write_text("mine")
     generate = ("generate", "--model", model, *ONE)
     for words, says in [
-        ((*generate, "--mask", picture), "give both"),
-        ((*generate, "--image", picture, "--inpaint_image", picture), "give one of the two"),
-        ((*generate, "--image", picture, "--strength", 2), "--strength is 2"),
-        ((*generate, "--image", tmp_path / "no.png"), "no picture"),
-        ((*generate, "--image", tmp_path / "text.png"), "not a picture"),
+        ((*generate, "--mask", image), "give both"),
+        ((*generate, "--image", image, "--inpaint_image", image), "give one of the two"),
+        ((*generate, "--image", image, "--strength", 2), "--strength is 2"),
+        ((*generate, "--image", tmp_path / "no.png"), "no image"),
+        ((*generate, "--image", tmp_path / "text.png"), "not an image"),
         ((*generate, "--controlnet", controlnet), "1 --controlnet, 0 --control_image"),
         ((*generate, "--scheduler", "Magic"), "expected euler, euler_a"),
         ((*generate, "--scheduler", "FlowMatchEulerDiscreteScheduler"), "this model takes "),

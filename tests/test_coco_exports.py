@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as masks
-from source_items import HEIGHT, WIDTH, dataset, images, in_pixels, items, picture, put, reasons
+from source_items import HEIGHT, WIDTH, dataset, image, images, in_pixels, items, put, reasons
 
 from gligen_xl.evaluate.protocols import find_protocol
 from gligen_xl.prepare.sources import open_source, recognise
@@ -31,7 +31,7 @@ def content(names=("a.jpg", "b.jpg"), **changes):
 
 def folder(path, said, files=("a.jpg", "b.jpg"), name="result.json"):
     for file in files:
-        put(path / file, picture())
+        put(path / file, image())
     put(path / name, json.dumps(said))
     return path
 
@@ -68,19 +68,19 @@ def test_a_set_of_supervision(tmp_path):
 def test_file_names(tmp_path, name, place):
     root = folder(tmp_path, content([name]), [f"{place}a.jpg"])
     (item,) = items(root)
-    assert item.picture == tmp_path / f"{place}a.jpg"
+    assert item.image == tmp_path / f"{place}a.jpg"
     assert in_pixels(item) == [[20, 10, 60, 30]]
 
 
 def test_file_names_with_spaces_and_percent_signs(tmp_path):
     root = folder(tmp_path, content(["images/my%20cat.jpg", "100%25.jpg", "b%20c.jpg"]),
                   ["my cat.jpg", "100%25.jpg", "100%.jpg", "b%20c.jpg", "b c.jpg"])  # fmt: skip
-    assert [item.picture.name for item in items(root)] == ["my cat.jpg", "100%25.jpg", "b%20c.jpg"]
+    assert [item.image.name for item in items(root)] == ["my cat.jpg", "100%25.jpg", "b%20c.jpg"]
 
 
 def test_the_longest_end_of_a_name_counts(tmp_path):
     root = folder(tmp_path, content(["x/train/a.jpg", "x/val/a.jpg"]), ["train/a.jpg", "val/a.jpg", "a.jpg"])
-    assert [str(item.picture.relative_to(root)) for item in items(root)] == ["train/a.jpg", "val/a.jpg"]
+    assert [str(item.image.relative_to(root)) for item in items(root)] == ["train/a.jpg", "val/a.jpg"]
 
 
 def test_names_that_could_be_two_images_are_not_guessed(tmp_path):
@@ -95,19 +95,19 @@ def test_names_that_could_be_two_images_are_not_guessed(tmp_path):
 )
 def test_nothing_outside_of_the_folder_is_found(tmp_path_factory, name):
     root = tmp_path_factory.mktemp("root")
-    put(root / "secret.jpg", picture())
-    put(root / "set/inner.jpg", picture())
+    put(root / "secret.jpg", image())
+    put(root / "set/inner.jpg", image())
     assert ImageFinder(root / "set").find(name) in (None, "inner.jpg")
 
 
 def test_images_elsewhere(tmp_path):
     root = folder(tmp_path / "export", content(["images\\a.jpg"]), [], "annotations/instances_default.json")
-    put(tmp_path / "photos/a.jpg", picture())
+    put(tmp_path / "photos/a.jpg", image())
     with_root = items(root, images=tmp_path / "photos")
-    assert [item.picture for item in with_root] == [tmp_path / "photos/a.jpg"]
+    assert [item.image for item in with_root] == [tmp_path / "photos/a.jpg"]
     with pytest.raises(FileNotFoundError, match="there is no"):
         open_source(root, images=tmp_path / "none")
-    with pytest.raises(ValueError, match="is not a folder of pictures"):
+    with pytest.raises(ValueError, match="is not a folder of images"):
         open_source(root, images=root / "annotations/instances_default.json")
 
 
@@ -118,7 +118,7 @@ def test_splits_as_roboflow_has_them(tmp_path, caplog):
     assert sorted(found) == sorted(f"{split}/{k}" for split in ("train", "valid", "test") for k in (0, 1))
     assert all(in_pixels(item) == [[20, 10, 60, 30]] for item in found.values())
     assert "all splits are taken: test (2), train (2), valid (2)" in caplog.text
-    assert [item.picture.parent.name for item in items(tmp_path, split="val")] == ["valid"] * 2
+    assert [item.image.parent.name for item in items(tmp_path, split="val")] == ["valid"] * 2
     assert items(tmp_path, split="valid") == items(tmp_path, split="val")
     assert [item.image_id for item in items(tmp_path / "train")] == ["0", "1"]
 
@@ -127,7 +127,7 @@ def test_several_instances_files(tmp_path):
     for name in ("train2017", "val2017"):
         put(tmp_path / f"annotations/instances_{name}.json", json.dumps(content()))
         for file in ("a.jpg", "b.jpg"):
-            put(tmp_path / name / file, picture())
+            put(tmp_path / name / file, image())
     put(tmp_path / "annotations/captions_val2017.json", json.dumps({"images": [], "annotations": []}))
     with pytest.raises(
         ValueError, match=r"several instances files, annotations/instances_train2017\.json, .*--instances"
@@ -136,7 +136,7 @@ def test_several_instances_files(tmp_path):
     found = reasons(items(tmp_path, split="val"))
     assert found == dict.fromkeys(["0", "1"], "file is missing")  # a.jpg stands in two folders
     found = items(tmp_path, split="val", images=tmp_path / "val2017")
-    assert [item.picture.parent.name for item in found] == ["val2017"] * 2
+    assert [item.image.parent.name for item in found] == ["val2017"] * 2
 
 
 # Ids ----------------------------------------------------------------------------------------------------------------

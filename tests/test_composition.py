@@ -72,7 +72,7 @@ def plain_pipeline(cls=StableDiffusionXLPipeline, unet=None, **parts):
     return pipeline
 
 
-def draw(pipeline, prompt="a picture of grass", seed=3, **kwargs):
+def draw(pipeline, prompt="an image of grass", seed=3, **kwargs):
     settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "pt", "width": 16, "height": 16}
     return pipeline(prompt, generator=torch.Generator().manual_seed(seed), **(settings | kwargs)).images
 
@@ -82,18 +82,18 @@ def differ(a, b):
 
 
 def check_grounded(pipeline, plain, **call):
-    """Without boxes the plain pipeline's picture, bit for bit; with them another, which depends on where they are.
+    """Without boxes the plain pipeline's image, bit for bit; with them another, which depends on where they are.
 
     Returns:
-        The picture with boxes, and that without.
+        The image with boxes, and that without.
     """
     without = draw(pipeline, **call)
     assert torch.equal(without, draw(plain, **call))
-    picture = draw(pipeline, **LAYOUT, **call)
-    assert picture.isfinite().all()
-    assert differ(picture, without)
-    assert differ(picture, draw(pipeline, **MOVED, **call))
-    return picture, without
+    image = draw(pipeline, **LAYOUT, **call)
+    assert image.isfinite().all()
+    assert differ(image, without)
+    assert differ(image, draw(pipeline, **MOVED, **call))
+    return image, without
 
 
 # LoRA ---------------------------------------------------------------------------------------------------------------
@@ -116,16 +116,16 @@ def text_lora_state(pipeline):
     )
 
 
-def test_a_lora_and_boxes_each_change_the_picture_and_come_in_either_order():
+def test_a_lora_and_boxes_each_change_the_image_and_come_in_either_order():
     state = lora_state(tiny_unet(), "unet")
     plain, after, before = plain_pipeline(), grounded(tiny_pipeline()), tiny_pipeline()
     bare, boxes = draw(after), draw(after, **LAYOUT)
     for pipeline in (plain, after, before):
         pipeline.load_lora_weights(dict(state), adapter_name="style")
-    picture, without = check_grounded(after, plain)
-    assert differ(picture, boxes)
+    image, without = check_grounded(after, plain)
+    assert differ(image, boxes)
     assert differ(without, bare)
-    assert torch.equal(draw(grounded(before), **LAYOUT), picture)
+    assert torch.equal(draw(grounded(before), **LAYOUT), image)
     assert not any("lora" in name for name, _ in after.unet.named_parameters() if is_adapter_key(name))
     after.unload_gligen_adapter()
     assert torch.equal(draw(after), without)
@@ -157,18 +157,18 @@ def test_the_scale_of_a_lora_counts_beside_boxes():
 def test_two_loras_mix_beside_boxes():
     pipeline = grounded(tiny_pipeline())
     boxes = draw(pipeline, **LAYOUT)
-    pictures = {}
+    images = {}
     for seed, name in ((7, "one"), (8, "other")):
         pipeline.load_lora_weights(lora_state(tiny_unet(), "unet", seed=seed), adapter_name=name)
         pipeline.set_adapters(name)
-        pictures[name] = draw(pipeline, **LAYOUT)
+        images[name] = draw(pipeline, **LAYOUT)
     pipeline.set_adapters(["one", "other"], [0.5, 0.5])
     both = draw(pipeline, **LAYOUT)
-    assert all(differ(both, picture) for picture in (boxes, *pictures.values()))
+    assert all(differ(both, image) for image in (boxes, *images.values()))
     assert differ(both, draw(pipeline, **MOVED))
     pipeline.delete_adapters("other")
     pipeline.set_adapters("one")
-    assert torch.equal(draw(pipeline, **LAYOUT), pictures["one"])
+    assert torch.equal(draw(pipeline, **LAYOUT), images["one"])
 
 
 def test_a_lora_can_be_fused_and_taken_off_beneath_the_adapter():
@@ -197,32 +197,32 @@ def test_a_lora_on_the_text_encoders_reaches_the_phrases_and_obeys_its_scale():
     embeds = dict(
         zip(
             ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-            pipeline.encode_prompt("a picture of grass"),
+            pipeline.encode_prompt("an image of grass"),
             strict=True,
         )
-    )  # the prompt is held still: only phrases can change the picture
+    )  # the prompt is held still: only phrases can change the image
 
-    def picture(**kwargs):
+    def image(**kwargs):
         return draw(pipeline, None, **embeds, **LAYOUT, **kwargs)
 
-    boxes, without = picture(), draw(pipeline, None, **embeds)
+    boxes, without = image(), draw(pipeline, None, **embeds)
     pipeline.load_lora_weights(text_lora_state(pipeline), adapter_name="style")
     assert torch.equal(draw(pipeline, None, **embeds), without)
-    full = picture()
-    half = picture(cross_attention_kwargs={"scale": 0.5})
+    full = image()
+    half = image(cross_attention_kwargs={"scale": 0.5})
     assert differ(full, boxes)
     assert differ(half, full)
     assert differ(half, boxes)
-    assert torch.equal(picture(cross_attention_kwargs={"scale": 0.0}), boxes)
-    assert torch.equal(picture(), full)
+    assert torch.equal(image(cross_attention_kwargs={"scale": 0.0}), boxes)
+    assert torch.equal(image(), full)
     plain = plain_pipeline()
     plain.load_lora_weights(text_lora_state(plain), adapter_name="style")
     check_grounded(pipeline, plain, cross_attention_kwargs={"scale": 0.5})
     pipeline.unload_lora_weights()
-    assert torch.equal(picture(), boxes)
+    assert torch.equal(image(), boxes)
 
 
-def test_a_lora_that_lists_bare_suffixes_leaves_the_picture_to_its_own_weights(tmp_path):
+def test_a_lora_that_lists_bare_suffixes_leaves_the_image_to_its_own_weights(tmp_path):
     """Files with peft's settings in them may name `to_q` alone, which fits fusers too: they get a LoRA of zeros."""
     plain = plain_pipeline()
     plain.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(ATTENTION)), adapter_name="style")
@@ -315,13 +315,13 @@ def control_pipelines(controlnet):
 
 
 @pytest.mark.parametrize("guess_mode", [False, True])
-def test_a_controlnet_and_boxes_each_change_the_picture(guess_mode):
+def test_a_controlnet_and_boxes_each_change_the_image(guess_mode):
     pipeline, plain = control_pipelines(control_net())
     call = {"image": control_image(), "guess_mode": guess_mode}
-    picture, _ = check_grounded(pipeline, plain, **call)
-    assert differ(picture, draw(pipeline, **LAYOUT, **call | {"image": control_image(1)}))
+    image, _ = check_grounded(pipeline, plain, **call)
+    assert differ(image, draw(pipeline, **LAYOUT, **call | {"image": control_image(1)}))
     off = draw(pipeline, **LAYOUT, **call, controlnet_conditioning_scale=0.0)
-    assert differ(picture, off)
+    assert differ(image, off)
     assert torch.equal(off, draw(grounded(tiny_pipeline()), **LAYOUT))
 
 
@@ -329,8 +329,8 @@ def test_two_controlnets_and_boxes():
     pipeline, plain = control_pipelines([control_net(0), control_net(1)])
     images = [control_image(0), control_image(1)]
     call = {"image": images, "controlnet_conditioning_scale": [1.0, 0.5]}
-    picture, _ = check_grounded(pipeline, plain, **call)
-    assert differ(picture, draw(pipeline, **LAYOUT, **call | {"image": images[::-1]}))
+    image, _ = check_grounded(pipeline, plain, **call)
+    assert differ(image, draw(pipeline, **LAYOUT, **call | {"image": images[::-1]}))
     alone, _ = control_pipelines(control_net(0))
     expected = draw(alone, **LAYOUT, image=images[0])
     second_off = call | {"controlnet_conditioning_scale": [1.0, 0.0]}
@@ -387,25 +387,25 @@ def load_ip_adapter(pipeline, seed=3, tokens=4):
     return pipeline
 
 
-def example_picture(seed=0):
+def example_image(seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8))
 
 
-def test_an_ip_adapter_and_boxes_each_change_the_picture_and_come_in_either_order():
-    call = {"ip_adapter_image": example_picture()}
+def test_an_ip_adapter_and_boxes_each_change_the_image_and_come_in_either_order():
+    call = {"ip_adapter_image": example_image()}
     plain = load_ip_adapter(plain_pipeline())
     after = load_ip_adapter(grounded(tiny_pipeline()))
-    picture, _ = check_grounded(after, plain, **call)
-    assert differ(picture, draw(after, **LAYOUT, ip_adapter_image=example_picture(1)))
+    image, _ = check_grounded(after, plain, **call)
+    assert differ(image, draw(after, **LAYOUT, ip_adapter_image=example_image(1)))
     before = grounded(load_ip_adapter(tiny_pipeline()))
-    assert torch.equal(check_grounded(before, plain, **call)[0], picture)
+    assert torch.equal(check_grounded(before, plain, **call)[0], image)
     for pipeline in (after, before):
         pipeline.unload_gligen_adapter()
         assert torch.equal(draw(pipeline, **call), draw(plain, **call))
 
 
 def test_the_scale_of_an_ip_adapter_counts_beside_boxes_and_it_can_be_taken_off():
-    call = {"ip_adapter_image": example_picture()}
+    call = {"ip_adapter_image": example_image()}
     boxes = draw(grounded(tiny_pipeline()), **LAYOUT)
     pipeline = load_ip_adapter(grounded(tiny_pipeline()))
     full = draw(pipeline, **LAYOUT, **call)
@@ -425,19 +425,19 @@ def test_the_scale_of_an_ip_adapter_counts_beside_boxes_and_it_can_be_taken_off(
 
 def test_an_ip_adapter_a_lora_and_a_controlnet_stand_together_beside_boxes():
     net, state = control_net(), lora_state(tiny_unet(), "unet")
-    call = {"image": control_image(), "ip_adapter_image": example_picture()}
+    call = {"image": control_image(), "ip_adapter_image": example_image()}
     pipelines = control_pipelines(net)
     for pipeline in pipelines:
         load_ip_adapter(pipeline)
         pipeline.load_lora_weights(dict(state), adapter_name="style")
     pipeline, plain = pipelines
-    picture, _ = check_grounded(pipeline, plain, **call)
+    image, _ = check_grounded(pipeline, plain, **call)
     for other in (
         {"image": control_image(1)},
-        {"ip_adapter_image": example_picture(1)},
+        {"ip_adapter_image": example_image(1)},
         {"cross_attention_kwargs": {"scale": 0.3}},
     ):
-        assert differ(picture, draw(pipeline, **LAYOUT, **call | other))
+        assert differ(image, draw(pipeline, **LAYOUT, **call | other))
 
 
 # Textual inversion --------------------------------------------------------------------------------------------------
@@ -468,15 +468,15 @@ def test_a_learned_word_serves_in_the_prompt_and_in_phrases():
     load_inversion(pipeline)
     load_inversion(plain)
     assert torch.equal(draw(pipeline, **LAYOUT), boxes)  # who does not say it is not touched
-    prompted, _ = check_grounded(pipeline, plain, prompt="a picture of <cat>")
+    prompted, _ = check_grounded(pipeline, plain, prompt="an image of <cat>")
     assert differ(prompted, boxes)
     phrased = LAYOUT | {"gligen_phrases": ["a red <cat>", "a blue star"]}
-    picture = draw(pipeline, **phrased)
-    assert differ(picture, boxes)
+    image = draw(pipeline, **phrased)
+    assert differ(image, boxes)
     with torch.no_grad():  # of both vectors: the second is written out too
         for encoder in pipeline._text_parts()[1]:
             encoder.get_input_embeddings().weight[-1] *= -1
-    assert differ(draw(pipeline, **phrased), picture)
+    assert differ(draw(pipeline, **phrased), image)
     for number in ("", "_2"):
         pipeline.unload_textual_inversion(
             tokenizer=getattr(pipeline, f"tokenizer{number}"), text_encoder=getattr(pipeline, f"text_encoder{number}")
@@ -518,9 +518,9 @@ def test_few_steps_by_a_lora(scheduler):
     bare, _ = check_grounded(pipeline, plain, **call)
     for each in (pipeline, plain):
         each.load_lora_weights(dict(state), adapter_name="fast")
-    picture, _ = check_grounded(pipeline, plain, **call)
-    assert differ(picture, bare)
-    assert differ(picture, draw(pipeline, **call, **LAYOUT | {"gligen_scheduled_sampling_beta": 1.0}))
+    image, _ = check_grounded(pipeline, plain, **call)
+    assert differ(image, bare)
+    assert differ(image, draw(pipeline, **call, **LAYOUT | {"gligen_scheduled_sampling_beta": 1.0}))
 
 
 def test_few_steps_by_a_unet_that_is_told_the_guidance():
@@ -535,10 +535,10 @@ def test_few_steps_by_a_unet_that_is_told_the_guidance():
     call = {"num_inference_steps": 4, "guidance_scale": 8.0}
     sizes = []
     pipeline.unet.position_net.register_forward_hook(lambda _, __, tokens: sizes.append(len(tokens)))
-    picture, without = check_grounded(pipeline, plain, **call)
+    image, without = check_grounded(pipeline, plain, **call)
     assert set(sizes) == {1}
     weak = call | {"guidance_scale": 2.0}
-    assert differ(picture, draw(pipeline, **LAYOUT, **weak))
+    assert differ(image, draw(pipeline, **LAYOUT, **weak))
     assert differ(without, draw(pipeline, **weak))
 
 
@@ -606,7 +606,7 @@ def test_every_scheduler_draws_the_boxes_and_lets_go_in_time(name, settings, mon
     plain = plain_pipeline(scheduler=SCHEDULERS[name].from_config(pipeline.scheduler.config))
     was_grounded, begins = watch(pipeline, monkeypatch)
     call = {"num_inference_steps": steps}
-    picture = draw(pipeline, **call, **LAYOUT | beta)
+    image = draw(pipeline, **call, **LAYOUT | beta)
     assert was_grounded == expected_grounding(begins, 0.4)
     assert (sum(begins), sum(was_grounded) > 0, was_grounded[-1]) == (steps, True, False)
     number = len(was_grounded)
@@ -618,10 +618,10 @@ def test_every_scheduler_draws_the_boxes_and_lets_go_in_time(name, settings, mon
         assert sum(was_grounded) == (3 if settings else 8)
     else:
         assert (number, sum(was_grounded)) == (steps, 2)
-    assert picture.isfinite().all()
-    assert differ(picture, draw(pipeline, **call, **MOVED | beta))
+    assert image.isfinite().all()
+    assert differ(image, draw(pipeline, **call, **MOVED | beta))
     without = draw(pipeline, **call)
-    assert differ(picture, without)
+    assert differ(image, without)
     assert torch.equal(without, draw(plain, **call))
 
 
@@ -660,8 +660,8 @@ def test_freeu():
     former, _ = check_grounded(pipeline, plain)
     for each in (pipeline, plain):
         each.enable_freeu(s1=0.6, s2=0.4, b1=1.5, b2=1.6)
-    picture, _ = check_grounded(pipeline, plain)
-    assert differ(picture, former)
+    image, _ = check_grounded(pipeline, plain)
+    assert differ(image, former)
     pipeline.disable_freeu()
     assert torch.equal(draw(pipeline, **LAYOUT), former)
 
@@ -672,8 +672,8 @@ def test_attention_slicing():
     for each in (pipeline, plain):
         each.enable_attention_slicing(1)
     assert any("Sliced" in type(one).__name__ for one in pipeline.unet.attn_processors.values())
-    picture, _ = check_grounded(pipeline, plain)
-    torch.testing.assert_close(picture, former, atol=1e-4, rtol=0)
+    image, _ = check_grounded(pipeline, plain)
+    torch.testing.assert_close(image, former, atol=1e-4, rtol=0)
     pipeline.disable_attention_slicing()
     torch.testing.assert_close(draw(pipeline, **LAYOUT), former, atol=1e-4, rtol=0)
 
@@ -685,8 +685,8 @@ def test_fused_projections():
     for each in (pipeline, plain):
         each.fuse_qkv_projections()
     assert any("Fused" in type(one).__name__ for one in pipeline.unet.attn_processors.values())
-    picture, _ = check_grounded(pipeline, plain)
-    torch.testing.assert_close(picture, former, atol=1e-4, rtol=0)
+    image, _ = check_grounded(pipeline, plain)
+    torch.testing.assert_close(image, former, atol=1e-4, rtol=0)
     assert set(adapter_parameters(pipeline.unet)) == names
     pipeline.unfuse_qkv_projections()
     assert torch.equal(draw(pipeline, **LAYOUT), former)

@@ -1,4 +1,4 @@
-"""Boxes found by zero-shot detectors: what their outputs mean, and that a picture's boxes do not depend on others."""
+"""Boxes found by zero-shot detectors: what their outputs mean, and that an image's boxes do not depend on others."""
 
 import importlib.util
 import json
@@ -80,9 +80,9 @@ def candidate_model(config_class, model_class):
     torch.manual_seed(0)
     text = {"vocab_size": 190, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 188, "eos_token_id": 189}
-    picture = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    image = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     return model_class(
-        config_class(text_config=text, vision_config=picture | {"num_attention_heads": 2}, projection_dim=16)
+        config_class(text_config=text, vision_config=image | {"num_attention_heads": 2}, projection_dim=16)
     )
 
 
@@ -91,15 +91,15 @@ def models(tmp_path_factory):
     """Folders of tiny random detectors, with their processors."""
     root = tmp_path_factory.mktemp("detectors")
     side = {"height": 32, "width": 32}
-    pictures = GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 160})
+    images = GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 160})
     parts = {
         "grounding-dino": (
             word_model(GroundingDinoConfig, GroundingDinoForObjectDetection),
-            GroundingDinoProcessor(pictures, bert_tokenizer()),
+            GroundingDinoProcessor(images, bert_tokenizer()),
         ),
         "mm-grounding-dino": (
             word_model(MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
-            GroundingDinoProcessor(pictures, bert_tokenizer()),
+            GroundingDinoProcessor(images, bert_tokenizer()),
         ),
         "owlvit": (
             candidate_model(OwlViTConfig, OwlViTForObjectDetection),
@@ -228,7 +228,7 @@ def test_thresholds_phrases_and_corners(models):
 
 def test_half_precision_that_overflows_is_repeated(models):
     detector = Detector.load(models / "grounding-dino", dtype=torch.bfloat16)
-    picture, caption = noise((40, 60)), ["a man."]
+    image, caption = noise((40, 60)), ["a man."]
     logits = torch.full((1, 1, TEXT_LIMIT), -torch.inf)
     logits[0, 0, :5] = torch.tensor([logit(0.01), logit(0.3), logit(0.5), logit(0.01), logit(0.01)])
     real = Crafted(detector.model, logits, torch.full((1, 1, 4), 0.5))
@@ -243,24 +243,24 @@ def test_half_precision_that_overflows_is_repeated(models):
             return outputs
 
     detector.model = Overflows()
-    (found,) = detector.detect(picture, caption)
+    (found,) = detector.detect(image, caption)
     assert found.phrases == ["a man"]
     assert len(real.inputs) == 2
     real.logits = torch.full_like(logits, torch.nan)  # in float32 too: dropped
-    assert detector.detect(picture, caption) == [Detections()]
+    assert detector.detect(image, caption) == [Detections()]
 
 
 def test_the_scores_are_those_of_the_model(models):
     """Against the library's own post-processing, which knows no sentences."""
     detector = Detector.load(models / "grounding-dino", box_threshold=0.0, text_threshold=0.0)
-    (picture,) = noise((40, 60))
-    inputs = detector.processor(images=picture, text="a man rides.", return_tensors="pt")
+    (image,) = noise((40, 60))
+    inputs = detector.processor(images=image, text="a man rides.", return_tensors="pt")
     with torch.no_grad():
         outputs = detector.model(**inputs)
     (expected,) = detector.processor.post_process_grounded_object_detection(
         outputs, inputs.input_ids, threshold=0.0, text_threshold=0.0
     )
-    (found,) = detector.detect([picture], ["a man rides"])
+    (found,) = detector.detect([image], ["a man rides"])
     assert len(found.boxes) > 5
     for box, score in zip(found.boxes, found.scores, strict=True):
         near = (expected["boxes"].clip(0, 1) - torch.tensor(box)).abs().max(-1).values
@@ -270,28 +270,28 @@ def test_the_scores_are_those_of_the_model(models):
 
 
 @pytest.mark.parametrize("name", ["grounding-dino", "mm-grounding-dino", "owlvit"])
-def test_a_picture_gives_the_same_whatever_is_beside_it(models, name):
-    pictures = noise((40, 60), (60, 40), (40, 60), (40, 60), (64, 64))
+def test_a_image_gives_the_same_whatever_is_beside_it(models, name):
+    images = noise((40, 60), (60, 40), (40, 60), (40, 60), (64, 64))
     captions = ["A man rides a bicycle. Trees stand behind him.", "a red shirt", "trees", "", "a lamp, trees. a man"]
     settings = {"box_threshold": 0.0, "text_threshold": 0.0}
-    together = Detector.load(models / name, batch_size=3, **settings).detect(pictures, captions)
+    together = Detector.load(models / name, batch_size=3, **settings).detect(images, captions)
     alone = Detector.load(models / name, batch_size=1, **settings)
-    for picture, caption, found in zip(pictures, captions, together, strict=True):
-        close(found, alone.detect([picture], [caption])[0])
+    for image, caption, found in zip(images, captions, together, strict=True):
+        close(found, alone.detect([image], [caption])[0])
     assert [bool(found.boxes) for found in together] == [True, True, True, False, True]
-    assert alone.detect(pictures, captions) == alone.detect(pictures, captions)
+    assert alone.detect(images, captions) == alone.detect(images, captions)
     assert alone.detect([], []) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["grounding-dino", "mm-grounding-dino", "owlvit"])
 def test_half_precision_stays_near(models, name, dtype):
-    pictures, captions = noise((40, 60)), ["a man rides a bicycle."]
+    images, captions = noise((40, 60)), ["a man rides a bicycle."]
     settings = {"box_threshold": 0.0, "text_threshold": 0.0}
-    (full,) = Detector.load(models / name, **settings).detect(pictures, captions)
+    (full,) = Detector.load(models / name, **settings).detect(images, captions)
     detector, passes = Detector.load(models / name, dtype=dtype, **settings), []
     detector.model.register_forward_hook(lambda *_: passes.append(1))
-    (half,) = detector.detect(pictures, captions)
+    (half,) = detector.detect(images, captions)
     assert len(passes) == 1
     assert abs(len(full.boxes) - len(half.boxes)) <= 2
     assert half.scores[0] == pytest.approx(full.scores[0], abs=0.05)
@@ -324,30 +324,30 @@ def test_a_given_text_takes_the_place_of_captions(models, name, phrases):
 def test_candidates_have_their_own_scores_and_boxes(models):
     """Against the outputs of the model itself."""
     detector = Detector.load(models / "owlvit", box_threshold=0.0)
-    (picture,) = noise((40, 60))
+    (image,) = noise((40, 60))
     parts = ["a man", "trees", "red"]
-    inputs = detector.processor(text=[parts], images=picture, return_tensors="pt")
+    inputs = detector.processor(text=[parts], images=image, return_tensors="pt")
     with torch.no_grad():
         outputs = detector.model(**inputs)
     best = outputs.logits[0].max(-1)
     corners = xyxy_from_cxcywh(outputs.pred_boxes[0].numpy()).clip(0, 1)
-    (found,) = detector.detect([picture], ["A man. Trees, red"])
+    (found,) = detector.detect([image], ["A man. Trees, red"])
     order = best.values.argsort(descending=True).tolist()
     kept = [k for k in order if (corners[k, 2:] > corners[k, :2]).all()]
     assert found.phrases == [parts[best.indices[k]] for k in kept]
     np.testing.assert_allclose(found.scores, best.values.sigmoid()[kept], atol=1e-5)
     np.testing.assert_allclose(found.boxes, corners[kept], atol=1e-5)
-    detector.detect([picture], ["a text that is much too long for it, red"])
+    detector.detect([image], ["a text that is much too long for it, red"])
     assert detector.cut_texts == 1
 
 
-def test_owlv2_boxes_are_of_the_picture_and_not_of_its_padded_square(models, monkeypatch):
+def test_owlv2_boxes_are_of_the_image_and_not_of_its_padded_square(models, monkeypatch):
     # Resizing is what scipy is needed for.
     monkeypatch.setattr(Owlv2ImageProcessorPil, "resize", lambda *_, **__: np.zeros((3, 32, 32), np.float32))
     detector = Detector.load(models / "owlv2", box_threshold=0.0)
     (found,) = detector.detect(noise((40, 80)), ["a man. trees"])
     assert found.boxes
-    boxes = torch.tensor([[[0.25, 0.25, 0.5, 0.5], [0.5, 0.75, 1, 0.2]]])  # the second is under the picture
+    boxes = torch.tensor([[[0.25, 0.25, 0.5, 0.5], [0.5, 0.75, 1, 0.2]]])  # the second is under the image
     detector.model = Crafted(detector.model, torch.zeros(1, 2, 1), boxes)
     (found,) = detector.detect(noise((40, 80)), ["a man"])
     np.testing.assert_allclose(found.boxes, [[0, 0, 0.5, 1]], atol=1e-6)
@@ -361,8 +361,8 @@ def test_a_missing_package_is_named_at_once(models):
 
 def test_shapes_are_found_exactly():
     scenes = [sample_scene(0, k, num_objects=2) for k in range(12)]
-    pictures = [np.asarray(draw(scene)) for scene in scenes]
-    every = Detector.load("shapes").detect(pictures, [""] * len(scenes))
+    images = [np.asarray(draw(scene)) for scene in scenes]
+    every = Detector.load("shapes").detect(images, [""] * len(scenes))
     right = 0
     for scene, found in zip(scenes, every, strict=True):
         assert set(found.scores) <= {1.0}
@@ -397,14 +397,14 @@ def test_what_is_no_detector_says_what_it_is(models, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["shapes", "owlvit"])
-def test_pictures_of_another_kind_are_refused(models, name):
+def test_images_of_another_kind_are_refused(models, name):
     detector = Detector.load(name if name == "shapes" else models / name)
-    (picture,) = noise((8, 8))
-    with pytest.raises(ValueError, match="1 pictures but 2 captions"):
-        detector.detect([picture], ["a", "b"])
-    for wrong in (picture / 255, picture[..., :1], picture[:, :, 0], picture[:0]):
-        with pytest.raises(ValueError, match=r"picture 1 is .*; expected uint8 \(height, width, 3\)"):
-            detector.detect([picture, wrong], ["a", "b"])
+    (image,) = noise((8, 8))
+    with pytest.raises(ValueError, match="1 images but 2 captions"):
+        detector.detect([image], ["a", "b"])
+    for wrong in (image / 255, image[..., :1], image[:, :, 0], image[:0]):
+        with pytest.raises(ValueError, match=r"image 1 is .*; expected uint8 \(height, width, 3\)"):
+            detector.detect([image, wrong], ["a", "b"])
 
 
 def test_code_beside_a_model_is_not_run(models, tmp_path):

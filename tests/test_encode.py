@@ -1,4 +1,4 @@
-"""Pictures to latents: diffusers' own, the same bits in any company, whole in half precision."""
+"""Images to latents: diffusers' own, the same bits in any company, whole in half precision."""
 
 import json
 
@@ -23,14 +23,14 @@ def vae():
 
 
 @pytest.fixture
-def pictures():
+def images():
     """Eight of (12, 20, 3), in turn of little contrast and of full."""
     rng = np.random.default_rng(0)
     return [rng.integers(*((100, 156) if k % 2 else (0, 256)), (12, 20, 3), np.uint8) for k in range(8)]
 
 
 def other_vae(**changes):
-    """As of newer models: sixteen channels that are shifted, an eighth of the picture."""
+    """As of newer models: sixteen channels that are shifted, an eighth of the image."""
     torch.manual_seed(3)
     settings = {
         "block_out_channels": (4, 4, 8, 8),
@@ -48,9 +48,9 @@ def other_vae(**changes):
 
 
 @torch.no_grad()
-def posterior(vae, pictures):
+def posterior(vae, images):
     """Mean and standard deviation, (B, C, h, w) float32, by the public way."""
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255.0 * 2 - 1
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255.0 * 2 - 1
     distribution = vae.encode(pixels).latent_dist
     return distribution.mean.numpy(), distribution.std.numpy()
 
@@ -73,14 +73,14 @@ def difference(a, b):
 def test_latents_are_those_of_diffusers(make):
     vae = make()
     rng = np.random.default_rng(1)
-    pictures = [rng.integers(0, 256, (16, 24, 3), np.uint8) for _ in range(3)]
-    mean, std = posterior(vae, pictures)
+    images = [rng.integers(0, 256, (16, 24, 3), np.uint8) for _ in range(3)]
+    mean, std = posterior(vae, images)
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    latents, finite = Encoder(vae)(pictures, NAMES[:3])
+    latents, finite = Encoder(vae)(images, NAMES[:3])
     assert finite.tolist() == [True] * 3
     assert_rounded(latents, (mean - shift) * scale)
     noise = np.stack([posterior_noise(5, name, mean.shape[1:]) for name in NAMES[:3]])
-    assert_rounded(Encoder(vae, seed=5)(pictures, NAMES[:3])[0], (mean + std * noise - shift) * scale)
+    assert_rounded(Encoder(vae, seed=5)(images, NAMES[:3])[0], (mean + std * noise - shift) * scale)
 
 
 def test_an_encoder_knows_its_vae():
@@ -95,27 +95,27 @@ def test_an_encoder_knows_its_vae():
 
 @pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_picture_has_the_same_latents_in_any_company(vae, pictures, seed, dtype):
+def test_a_image_has_the_same_latents_in_any_company(vae, images, seed, dtype):
     encoder = Encoder(vae, seed=seed, dtype=dtype)
-    together, _ = encoder(pictures, NAMES)
+    together, _ = encoder(images, NAMES)
     for size in (1, 3):
         for start in range(0, 8, size):
             part = slice(start, start + size)
-            assert np.array_equal(encoder(pictures[part], NAMES[part])[0], together[part])
-    turned, _ = encoder(pictures[::-1], NAMES[::-1])
+            assert np.array_equal(encoder(images[part], NAMES[part])[0], together[part])
+    turned, _ = encoder(images[::-1], NAMES[::-1])
     assert np.array_equal(turned[::-1], together)
 
 
-def test_several_at_once_differ_by_rounding_only(vae, pictures):
-    single, _ = Encoder(vae, seed=0)(pictures, NAMES)
-    several, _ = Encoder(vae, seed=0, at_once=3)(pictures, NAMES)
+def test_several_at_once_differ_by_rounding_only(vae, images):
+    single, _ = Encoder(vae, seed=0)(images, NAMES)
+    several, _ = Encoder(vae, seed=0, at_once=3)(images, NAMES)
     assert_rounded(several, single.astype(np.float32))
 
 
-def test_samples_follow_from_the_seed_and_the_name(vae, pictures):
-    first, _ = Encoder(vae, seed=1)(pictures[:1] * 2, ["a", "b"])
-    again, _ = Encoder(vae, seed=1)(pictures[:1] * 2, ["b", "a"])
-    other, _ = Encoder(vae, seed=2)(pictures[:1] * 2, ["a", "b"])
+def test_samples_follow_from_the_seed_and_the_name(vae, images):
+    first, _ = Encoder(vae, seed=1)(images[:1] * 2, ["a", "b"])
+    again, _ = Encoder(vae, seed=1)(images[:1] * 2, ["b", "a"])
+    other, _ = Encoder(vae, seed=2)(images[:1] * 2, ["a", "b"])
     assert np.array_equal(first, again[::-1])
     assert not np.array_equal(first[0], first[1])
     assert not np.array_equal(first, other)
@@ -141,7 +141,7 @@ def test_noise_is_standard_normal_and_independent():
     assert abs((noise**2).mean() - 1) < 5 * np.sqrt(2 / count)
     assert abs((noise**3).mean()) < 5 * np.sqrt(15 / count)
     assert abs((noise**4).mean() - 3) < 5 * np.sqrt(96 / count)
-    within = np.corrcoef(noise)  # of pictures, over 1024 numbers each
+    within = np.corrcoef(noise)  # of images, over 1024 numbers each
     assert np.abs(within[~np.eye(300, dtype=bool)]).max() < 6 / np.sqrt(noise.shape[1])
 
 
@@ -149,22 +149,22 @@ def test_noise_is_standard_normal_and_independent():
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float16, 0.003), (torch.bfloat16, 0.03)])
-def test_half_precision_stays_close(pictures, dtype, near):
+def test_half_precision_stays_close(images, dtype, near):
     vae = load_vae("shapes")
-    full, _ = Encoder(vae, seed=0)(pictures, NAMES)
+    full, _ = Encoder(vae, seed=0)(images, NAMES)
     encoder = Encoder(vae, seed=0, dtype=dtype)
-    half, finite = encoder(pictures, NAMES)
+    half, finite = encoder(images, NAMES)
     assert finite.all()
     assert encoder.repeated == 0
     assert 0 < difference(full, half) < near
 
 
 def bright_among_grey():
-    """Three grey pictures and, third, a white one."""
+    """Three grey images and, third, a white one."""
     rng = np.random.default_rng(2)
-    pictures = [rng.integers(124, 132, (12, 20, 3), np.uint8) for _ in range(4)]
-    pictures[2] = np.full_like(pictures[2], 255)
-    return pictures
+    images = [rng.integers(124, 132, (12, 20, 3), np.uint8) for _ in range(4)]
+    images[2] = np.full_like(images[2], 255)
+    return images
 
 
 def overflowing(vae, gain):
@@ -174,16 +174,16 @@ def overflowing(vae, gain):
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
-def test_a_picture_that_overflows_is_repeated_in_float32(vae, at_once):
-    pictures = bright_among_grey()
+def test_a_image_that_overflows_is_repeated_in_float32(vae, at_once):
+    images = bright_among_grey()
     overflowing(vae, 10_000.0)
     encoder = Encoder(vae, seed=0, dtype=torch.float16, at_once=at_once)
-    latents, finite = encoder(pictures, NAMES[:4])
+    latents, finite = encoder(images, NAMES[:4])
     assert finite.all()
     assert encoder.repeated == 1
-    full, _ = Encoder(vae, seed=0)(pictures, NAMES[:4])
+    full, _ = Encoder(vae, seed=0)(images, NAMES[:4])
     assert np.array_equal(latents[2], full[2])
-    calm = [*pictures[:2], pictures[3], pictures[3]]
+    calm = [*images[:2], images[3], images[3]]
     expected, _ = Encoder(vae, seed=0, dtype=torch.float16, at_once=at_once)(calm, NAMES[:4])
     others = [0, 1, 3]
     assert np.array_equal(latents[others], expected[others])
@@ -192,15 +192,15 @@ def test_a_picture_that_overflows_is_repeated_in_float32(vae, at_once):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_not_finite_in_float32_either_is_told(vae, dtype):
-    pictures = bright_among_grey()
+    images = bright_among_grey()
     encoder = Encoder(overflowing(vae, 1e19), dtype=dtype)
-    _, finite = encoder(pictures, NAMES[:4])
+    _, finite = encoder(images, NAMES[:4])
     assert finite.tolist() == [True, True, False, True]
 
 
-def test_what_float16_cannot_hold_is_not_finite(vae, pictures):
+def test_what_float16_cannot_hold_is_not_finite(vae, images):
     vae.register_to_config(scaling_factor=1e7)
-    latents, finite = Encoder(vae)(pictures, NAMES)
+    latents, finite = Encoder(vae)(images, NAMES)
     assert not finite.any()
     assert np.isinf(latents).any(axis=(1, 2, 3)).all()
 

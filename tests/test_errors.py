@@ -303,9 +303,9 @@ def test_boxes_are_drawn_that_were_used(good, tmp_path, capsys):
         capsys, "generate", "--model", good, "--out", tmp_path, "--draw", "--prompt", "grass", *words, *size
     )
     assert code == 0, error
-    with Image.open(tmp_path / "0000.png") as picture, Image.open(tmp_path / "0000-boxes.png") as drawn:
+    with Image.open(tmp_path / "0000.png") as image, Image.open(tmp_path / "0000-boxes.png") as drawn:
         used = SimpleNamespace(phrases=["a ring"] * 4, boxes=boxes[:4])
-        assert np.array_equal(np.asarray(drawn), np.asarray(draw_boxes(picture, used)))
+        assert np.array_equal(np.asarray(drawn), np.asarray(draw_boxes(image, used)))
 
 
 def test_a_random_seed_is_written_down(good, tmp_path, capsys):
@@ -315,9 +315,9 @@ def test_a_random_seed_is_written_down(good, tmp_path, capsys):
             capsys, "generate", "--model", good, "--out", tmp_path / name, *TINY, "--seed", -1, "--count", 2
         )
         assert code == 0, error
-        with Image.open(tmp_path / name / "0001.png") as picture:
-            seed = json.loads(picture.text[METADATA_KEY])["seed"] - 1
-        assert f"seed {seed}, drawn at random; --seed {seed} makes the same pictures again" in output
+        with Image.open(tmp_path / name / "0001.png") as image:
+            seed = json.loads(image.text[METADATA_KEY])["seed"] - 1
+        assert f"seed {seed}, drawn at random; --seed {seed} makes the same images again" in output
         seeds.append(seed)
     assert seeds[0] != seeds[1]
     again = run(capsys, "generate", "--model", good, "--out", tmp_path / "c", *TINY, "--seed", seeds[0], "--count", 2)
@@ -326,7 +326,7 @@ def test_a_random_seed_is_written_down(good, tmp_path, capsys):
         assert one.tobytes() == two.tobytes()
 
 
-def test_the_seconds_of_a_picture_in_a_batch_are_its_share(good, tmp_path, capsys, monkeypatch):
+def test_the_seconds_of_a_image_in_a_batch_are_its_share(good, tmp_path, capsys, monkeypatch):
     clock = iter([0.0, 6.0, 100.0, 101.0, 200.0])  # begin, first batch, saved, second batch, saved
     monkeypatch.setattr("gligen_xl.cli.generate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(

@@ -92,7 +92,7 @@ def test_a_folder_is_described_as_it_trains(tiny, tmp_path):
         augmentation=Augmentation(slots=3), adapter=AdapterOptions(every=2),
     )  # fmt: skip
     made = estimate(config)
-    assert made.resolution == (16 * 2, 16 * 2)  # of the larger latents; the tiny VAE halves a picture
+    assert made.resolution == (16 * 2, 16 * 2)  # of the larger latents; the tiny VAE halves an image
     said = describe(made)
     assert f"{config.data}: 50 samples, gone through 2.0 times" in said
     assert "25 steps of 4 samples, 100 in all" in said
@@ -240,7 +240,7 @@ def test_data_of_another_resolution_is_refused(tiny, tmp_path):
 
 @pytest.fixture
 def ready(tiny, tmp_path):
-    """A run that may begin: 16 pixels, as the tiny VAE halves a picture of METADATA's scale."""
+    """A run that may begin: 16 pixels, as the tiny VAE halves an image of METADATA's scale."""
     write_shard(tmp_path / "data" / "a", latents(8, side=8), [row(1) for _ in range(8)], METADATA)
     return TrainConfig(
         model=str(tiny), data=str(tmp_path / "data"), out=str(tmp_path / "run"), samples=8, batch_size=4, track=[],

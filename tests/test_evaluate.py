@@ -34,7 +34,7 @@ def test_metrics_by_hand():
         point_metrics([])
 
 
-def test_the_detector_scores_right_and_wrong_pictures():
+def test_the_detector_scores_right_and_wrong_images():
     scene, other = sample_scene(0, 4, num_objects=3), sample_scene(0, 2, num_objects=3)
     layout = scene_layout(scene)  # of objects that do not cover one another
     right = ShapesDetector().score(draw(scene), layout)
@@ -50,7 +50,7 @@ def test_phrases_that_the_detector_does_not_know(phrase):
 
 
 def point(condition):
-    return point_metrics([score for picture in condition.pictures for score in picture.objects])
+    return point_metrics([score for image in condition.images for score in image.objects])
 
 
 def test_a_perfect_painter_scores_perfectly_and_the_controls_do_not(tmp_path):
@@ -58,7 +58,7 @@ def test_a_perfect_painter_scores_perfectly_and_the_controls_do_not(tmp_path):
     conditions = evaluate_layouts(Painter(protocol), protocol, find_detector("shapes"), tmp_path, batch_size=5)
     assert [c.name for c in conditions] == ["beta-1", "beta-0.4", "off", "shuffled", "real", "empty"]
     assert [c.kind for c in conditions] == ["grounded", "grounded", "off", "shuffled", "real", "empty"]
-    assert all(len(c.pictures) == len(c.paths) == 12 and not c.unread for c in conditions)
+    assert all(len(c.images) == len(c.paths) == 12 and not c.unread for c in conditions)
     metrics = {c.name: point(c) for c in conditions}
     assert metrics["beta-1"]["recall_50"] == metrics["real"]["recall_50"] == 1
     assert metrics["beta-1"] == metrics["real"]
@@ -97,5 +97,5 @@ def test_one_layout_has_nothing_to_be_shuffled_with(tmp_path):
     protocol = find_protocol("shapes", count=1)
     conditions = evaluate_layouts(Painter(protocol), protocol, find_detector("shapes"), tmp_path, betas=[1])
     assert [c.name for c in conditions] == ["beta-1", "off", "real", "empty"]
-    with Image.open(conditions[0].paths[conditions[0].pictures[0].key]) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(conditions[0].paths[conditions[0].images[0].key]) as image:
+        assert image.size == (64, 64)

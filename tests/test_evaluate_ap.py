@@ -1,11 +1,11 @@
-"""AP is what pycocotools says, and its resamples are what faster-coco-eval says of repeated pictures."""
+"""AP is what pycocotools says, and its resamples are what faster-coco-eval says of repeated images."""
 
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_evaluate_metrics import found, perfect, picture
+from test_evaluate_metrics import found, image, perfect
 
 from gligen_xl import Layout
 from gligen_xl.evaluate.ap import AveragePrecision
@@ -15,7 +15,7 @@ NAMES = ("cat", "dog", "bird", "car")
 AP = ("ap", "ap_50", "ap_75", "ar")
 
 
-def random_pictures(count=30, seed=0, scores=8):
+def random_images(count=30, seed=0, scores=8):
     """Some labels twice, boxes moved a little, detections missing, twice, or of other labels; many scores are equal."""
     random = np.random.default_rng(seed)
 
@@ -25,7 +25,7 @@ def random_pictures(count=30, seed=0, scores=8):
         low, high = np.clip(centre - size / 2, 0, 1), np.clip(centre + size / 2, 0, 1)
         return (*low.tolist(), *high.tolist())
 
-    pictures = []
+    images = []
     for number in range(count):
         names = random.choice(NAMES[:3], random.integers(1, 6)).tolist()
         boxes = [box() for _ in names]
@@ -37,11 +37,11 @@ def random_pictures(count=30, seed=0, scores=8):
                 place = box(centre, np.array([x1 - x0, y1 - y0]) * random.uniform(0.8, 1.2, 2))
                 seen.append(found(f"red {label}", place, float(random.integers(1, scores + 1) / scores)))
         layout = Layout(phrases=[f"red {name}" for name in names], boxes=boxes)
-        pictures.append(picture(layout, seen, f"{number:03}"))
-    return pictures
+        images.append(image(layout, seen, f"{number:03}"))
+    return images
 
 
-def by_pycocotools(pictures):
+def by_pycocotools(images):
     coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
 
     def xywh(box):
@@ -49,7 +49,7 @@ def by_pycocotools(pictures):
 
     categories = {name: k for k, name in enumerate(NAMES, start=1)}
     requested, results = [], []
-    for number, item in enumerate(sorted(pictures, key=lambda item: item.key)):
+    for number, item in enumerate(sorted(images, key=lambda item: item.key)):
         for box, score in sorted(zip(item.layout.boxes, item.objects, strict=True), key=lambda pair: pair[0]):
             about = {"image_id": number, "category_id": categories[score.label], "bbox": xywh(box)}
             requested.append({"id": len(requested) + 1, "area": 1, "iscrowd": 0, **about})
@@ -58,7 +58,7 @@ def by_pycocotools(pictures):
             results.append({"score": one.score, **about})
     truth = coco.COCO()
     truth.dataset = {
-        "images": [{"id": number} for number in range(len(pictures))],
+        "images": [{"id": number} for number in range(len(images))],
         "categories": [{"id": k, "name": name} for name, k in categories.items()],
         "annotations": requested,
         "info": {},
@@ -71,8 +71,8 @@ def by_pycocotools(pictures):
     return dict(zip(AP, evaluation.stats[[0, 1, 2, 8]].tolist(), strict=True))
 
 
-def values(pictures, **options):
-    got = summarize(pictures, resamples=options.pop("resamples", 3), **options)
+def values(images, **options):
+    got = summarize(images, resamples=options.pop("resamples", 3), **options)
     return {name: got[name].value for name in AP}
 
 
@@ -83,35 +83,35 @@ def library():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_ap_is_what_pycocotools_says(library, seed, capsys):
-    pictures = random_pictures(seed=seed)
-    got = values(pictures)
+    images = random_images(seed=seed)
+    got = values(images)
     assert 0.05 < got["ap"] < 0.95
-    assert got == pytest.approx(by_pycocotools(pictures), abs=1e-12)
+    assert got == pytest.approx(by_pycocotools(images), abs=1e-12)
 
 
 def test_the_best_hundred_count(library):
     layout = Layout(phrases=["red cat"], boxes=[[0.5, 0.5, 1, 1]])
     wrong = [found("red cat", (0, 0, 0.4, 0.4), 1 - k / 1000) for k in range(300)]
     seen = {
-        rank: picture(layout, [*wrong, found("red cat", (0.5, 0.5, 1, 1), 1.0005 - rank / 1000)]) for rank in (99, 100)
+        rank: image(layout, [*wrong, found("red cat", (0.5, 0.5, 1, 1), 1.0005 - rank / 1000)]) for rank in (99, 100)
     }
     assert {rank: values([one])["ar"] for rank, one in seen.items()} == {99: 1, 100: 0}
     for one in seen.values():
         assert values([one]) == pytest.approx(by_pycocotools([one]), abs=1e-12)
 
 
-def test_a_resample_is_the_picture_repeated(library):
-    pictures = random_pictures(20, scores=10**9)  # where two scores of a picture are equal, repeating mixes them
+def test_a_resample_is_the_image_repeated(library):
+    images = random_images(20, scores=10**9)  # where two scores of an image are equal, repeating mixes them
     random = np.random.default_rng(1)
     weights = random.multinomial(20, np.full(20, 1 / 20), 12).astype(float)
     weights[0] = 1
-    few = next(k for k, item in enumerate(pictures) if len(set(item.layout.phrases)) == 1)
+    few = next(k for k, item in enumerate(images) if len(set(item.layout.phrases)) == 1)
     weights[1] = 20.0 * (np.arange(20) == few)  # other labels are not in it
-    got = AveragePrecision(pictures).resampled(weights)
+    got = AveragePrecision(images).resampled(weights)
     for row, of_row in zip(weights, got, strict=True):
         repeated = [
             replace(item, key=f"{item.key}-{copy}")
-            for item, count in zip(pictures, row, strict=True)
+            for item, count in zip(images, row, strict=True)
             for copy in range(int(count))
         ]
         assert of_row == pytest.approx(AveragePrecision(repeated).point, abs=1e-12)
@@ -119,44 +119,44 @@ def test_a_resample_is_the_picture_repeated(library):
 
 def test_order_does_not_matter(library):
     random = np.random.default_rng(2)
-    pictures = random_pictures(scores=2)
+    images = random_images(scores=2)
 
     def shuffled(item):
         seen = [item.found[k] for k in random.permutation(len(item.found))]
         order = random.permutation(len(item.objects)).tolist()
         layout = item.layout
         layout = Layout(phrases=[layout.phrases[k] for k in order], boxes=[layout.boxes[k] for k in order])
-        return picture(layout, seen, item.key)
+        return image(layout, seen, item.key)
 
-    other = [shuffled(pictures[k]) for k in random.permutation(len(pictures))]
-    assert values(other) == pytest.approx(values(pictures), abs=1e-12)
+    other = [shuffled(images[k]) for k in random.permutation(len(images))]
+    assert values(other) == pytest.approx(values(images), abs=1e-12)
 
 
 def test_perfect_nothing_and_what_nobody_asked_for(library):
-    layouts = [item.layout for item in random_pictures(10)]
-    right = [picture(layout, perfect(layout), str(k)) for k, layout in enumerate(layouts)]
+    layouts = [item.layout for item in random_images(10)]
+    right = [image(layout, perfect(layout), str(k)) for k, layout in enumerate(layouts)]
     got = summarize(right, resamples=20)
     assert all((got[name].low, got[name].value, got[name].high) == (1, 1, 1) for name in AP)
     birds = [replace(item, found=(*item.found, found("red car", (0, 0, 1, 1)))) for item in right]
     assert values(birds) == values(right)
-    nothing = [picture(layout, [], str(k)) for k, layout in enumerate(layouts)]
+    nothing = [image(layout, [], str(k)) for k, layout in enumerate(layouts)]
     got = summarize(nothing, resamples=20)
     assert all((got[name].low, got[name].value, got[name].high) == (0, 0, 0) for name in AP)
 
 
 def test_intervals(library):
-    pictures = random_pictures(40)
-    got, again, other = (summarize(pictures, seed=seed, resamples=200) for seed in (0, 0, 1))
+    images = random_images(40)
+    got, again, other = (summarize(images, seed=seed, resamples=200) for seed in (0, 0, 1))
     assert got == again
     assert got["ap"] != other["ap"]
     for name in AP:
         fifth = (got[name].high - got[name].low) / 5
         assert 0 <= got[name].low < got[name].value - fifth < got[name].value + fifth < got[name].high <= 1
-    without = [item if k % 4 else replace(item, found=()) for k, item in enumerate(pictures)]
-    difference = paired_difference(pictures, without, resamples=200)["ap"]
+    without = [item if k % 4 else replace(item, found=()) for k, item in enumerate(images)]
+    difference = paired_difference(images, without, resamples=200)["ap"]
     assert difference.value == pytest.approx(got["ap"].value - values(without)["ap"])
     assert 0 < difference.low < difference.high < got["ap"].high - got["ap"].low + difference.value
-    same = paired_difference(pictures, pictures, resamples=20)
+    same = paired_difference(images, images, resamples=20)
     assert all((same[name].low, same[name].value, same[name].high) == (0, 0, 0) for name in AP)
 
 
@@ -171,14 +171,14 @@ def test_samples_of_ap_are_moved_to_its_value():
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    pictures = random_pictures(3)
+    images = random_images(3)
     with pytest.raises(ValueError, match=r"pip install 'gligen-xl\[evaluation\]'"):
-        summarize(pictures)
-    assert "ap" not in summarize(pictures, ap=False)
+        summarize(images)
+    assert "ap" not in summarize(images, ap=False)
 
 
 def test_objects_without_labels_are_refused(library):
-    item = random_pictures(1)[0]
+    item = random_images(1)[0]
     unlabelled = replace(item, objects=tuple(replace(score, label="") for score in item.objects))
     with pytest.raises(ValueError, match="AP needs the label"):
         summarize([unlabelled])

@@ -1,4 +1,4 @@
-"""CLIP scores of pictures and of boxes: against the model itself, in batches, of the smallest boxes."""
+"""CLIP scores of images and of boxes: against the model itself, in batches, of the smallest boxes."""
 
 import json
 import shutil
@@ -31,16 +31,16 @@ def folder(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    pictures = CLIPImageProcessorPil(
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_center_crop=True
     )
     root = tmp_path_factory.mktemp("clip") / "tiny-clip"
     model.save_pretrained(root)
-    CLIPProcessor(pictures, CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)).save_pretrained(root)
+    CLIPProcessor(images, CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)).save_pretrained(root)
     return root
 
 
-def pictures():
+def images():
     rng = np.random.default_rng(0)
     return [
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((40, 60), (64, 32), (32, 32))
@@ -54,8 +54,8 @@ LAYOUTS = [
 ]
 
 
-def cosine(scorer, picture, text):
-    inputs = scorer.processor(text=[text], images=picture, return_tensors="pt", padding=True)
+def cosine(scorer, image, text):
+    inputs = scorer.processor(text=[text], images=image, return_tensors="pt", padding=True)
     with torch.no_grad():
         outputs = scorer.model(**inputs)
     return torch.nn.functional.cosine_similarity(outputs.image_embeds, outputs.text_embeds).item()
@@ -67,17 +67,17 @@ def flat(scores):
 
 def test_scores_are_a_hundred_times_the_cosine_and_not_below_0(folder):
     scorer = ClipScorer.load(folder)
-    scores = scorer.score(pictures(), LAYOUTS)
-    for picture, layout, score in zip(pictures(), LAYOUTS, scores, strict=True):
+    scores = scorer.score(images(), LAYOUTS)
+    for image, layout, score in zip(images(), LAYOUTS, scores, strict=True):
         if layout.prompt:
-            value = cosine(scorer, picture, layout.prompt)
+            value = cosine(scorer, image, layout.prompt)
             assert 0 < value < 1
             assert score.clip == pytest.approx(100 * value, abs=1e-3)
-        width, height = picture.size
+        width, height = image.size
         for box, phrase, found in zip(layout.boxes, layout.phrases, score.clip_objects, strict=True):
             left, top = int(box[0] * width), int(box[1] * height)
             right, bottom = int(np.ceil(box[2] * width)), int(np.ceil(box[3] * height))
-            part = picture.crop((left, top, right, bottom)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            part = image.crop((left, top, right, bottom)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             assert found == pytest.approx(100 * cosine(scorer, part, phrase), abs=1e-3)
     assert scores[2].clip is None  # there is no prompt
     assert scorer.settings == {
@@ -85,14 +85,14 @@ def test_scores_are_a_hundred_times_the_cosine_and_not_below_0(folder):
     }  # fmt: skip
     assert len(set(flat(scores))) == 8
     scorer.model.visual_projection.weight.data.neg_()
-    assert set(flat(scorer.score(pictures(), LAYOUTS))) == {0.0}
+    assert set(flat(scorer.score(images(), LAYOUTS))) == {0.0}
 
 
-def test_a_picture_gives_the_same_whatever_is_beside_it(folder):
-    together = ClipScorer.load(folder, batch_size=3).score(pictures(), LAYOUTS)
-    alone = [ClipScorer.load(folder).score([p], [of])[0] for p, of in zip(pictures(), LAYOUTS, strict=True)]
+def test_a_image_gives_the_same_whatever_is_beside_it(folder):
+    together = ClipScorer.load(folder, batch_size=3).score(images(), LAYOUTS)
+    alone = [ClipScorer.load(folder).score([p], [of])[0] for p, of in zip(images(), LAYOUTS, strict=True)]
     np.testing.assert_allclose(flat(together), flat(alone), atol=1e-3)
-    assert ClipScorer.load(folder).score(pictures()[:1], [Layout()]) == [ClipScore(None, ())]
+    assert ClipScorer.load(folder).score(images()[:1], [Layout()]) == [ClipScore(None, ())]
     assert ClipScorer.load(folder).score([], []) == []
 
 
@@ -102,17 +102,15 @@ def test_each_text_is_embedded_once(folder, monkeypatch):
     monkeypatch.setattr(
         scorer.model, "get_text_features", lambda **inputs: seen.append(len(inputs["input_ids"])) or embed(**inputs)
     )
-    first = scorer.score(pictures(), LAYOUTS)
+    first = scorer.score(images(), LAYOUTS)
     assert sum(seen) == 5  # a cat, cat, dog, two dogs, a bird
-    assert scorer.score(pictures(), LAYOUTS) == first
+    assert scorer.score(images(), LAYOUTS) == first
     assert sum(seen) == 5
 
 
 def test_long_texts_are_cut_and_counted(folder):
     scorer = ClipScorer.load(folder)
-    scorer.score(
-        pictures()[:1], [Layout(prompt="a prompt that is much too long", phrases=["cat"], boxes=[[0, 0, 1, 1]])]
-    )
+    scorer.score(images()[:1], [Layout(prompt="a prompt that is much too long", phrases=["cat"], boxes=[[0, 0, 1, 1]])])
     assert scorer.cut_texts == 1
 
 
@@ -131,8 +129,8 @@ def test_a_tokenizer_that_does_not_say_how_much_the_model_reads(folder, tmp_path
     del said["model_max_length"]
     (copy / "tokenizer_config.json").write_text(json.dumps(said))
     long = [Layout(prompt="a prompt that is much too long", phrases=["cat"], boxes=[[0, 0, 1, 1]])]
-    scorer, expected = ClipScorer.load(copy), ClipScorer.load(folder).score(pictures()[:1], long)
-    assert scorer.score(pictures()[:1], long) == expected
+    scorer, expected = ClipScorer.load(copy), ClipScorer.load(folder).score(images()[:1], long)
+    assert scorer.score(images()[:1], long) == expected
     assert scorer.cut_texts == 1
 
 

@@ -1,4 +1,4 @@
-"""Detectors for evaluation: what a phrase asks for, boxes of the picture, batches, colours, errors."""
+"""Detectors for evaluation: what a phrase asks for, boxes of the image, batches, colours, errors."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ from gligen_xl.detect.detection import Found
 from gligen_xl.detect.detectors import ColourDetector, ShapesDetector, Wanted, find_detector
 from gligen_xl.detect.network_detectors import _distinct, plain
 from gligen_xl.detect.outputs import Detections
-from gligen_xl.evaluate.matching import score_picture
+from gligen_xl.evaluate.matching import score_image
 from gligen_xl.layout import Layout, xyxy_from_cxcywh
 from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
@@ -101,9 +101,9 @@ def class_models():
 
 
 def phrase_models():
-    pictures = GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 160})
+    images = GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 160})
     side = {"height": 32, "width": 32}
-    words = GroundingDinoProcessor(pictures, bert_tokenizer())
+    words = GroundingDinoProcessor(images, bert_tokenizer())
     return {
         "grounding-dino": (word_model(GroundingDinoConfig, GroundingDinoForObjectDetection), words),
         "mm-grounding-dino": (word_model(MMGroundingDinoConfig, MMGroundingDinoForObjectDetection), words),
@@ -149,14 +149,14 @@ def layout(*phrases):
 
 
 @pytest.mark.parametrize("name", CLASS_DETECTORS + PHRASE_DETECTORS)
-def test_a_picture_gives_the_same_whatever_is_beside_it(models, name):
-    pictures = noise((40, 60), (60, 40), (40, 60), (64, 64), (40, 60))
+def test_a_image_gives_the_same_whatever_is_beside_it(models, name):
+    images = noise((40, 60), (60, 40), (40, 60), (64, 64), (40, 60))
     layouts = [layout("a person"), layout("a car", "the person"), layout("a bus"), layout("a person"), Layout()]
-    together = find_detector(models / name, threshold=0.0, batch_size=2).detect(pictures, layouts)
+    together = find_detector(models / name, threshold=0.0, batch_size=2).detect(images, layouts)
     detector = find_detector(models / name, threshold=0.0, batch_size=1)
     assert all(together[:4])
-    for picture, of_picture, found in zip(pictures, layouts, together, strict=True):
-        (alone,) = detector.detect([picture], [of_picture])
+    for image, of_image, found in zip(images, layouts, together, strict=True):
+        (alone,) = detector.detect([image], [of_image])
         assert [item.label for item in alone] == [item.label for item in found]
         np.testing.assert_allclose([item.score for item in alone], [item.score for item in found], atol=1e-4)
         boxes = np.reshape([item.box for item in found], (-1, 4))
@@ -166,17 +166,17 @@ def test_a_picture_gives_the_same_whatever_is_beside_it(models, name):
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
         if name in PHRASE_DETECTORS:
-            assert {item.label for item in found} <= {plain(phrase) for phrase in of_picture.phrases}
+            assert {item.label for item in found} <= {plain(phrase) for phrase in of_image.phrases}
         else:
             assert {item.label for item in found} <= set(CLASSES)
 
 
 @pytest.mark.parametrize("name", ["rt-detr", "detr", "owlvit"])
 def test_less_sure_detections_are_kept_for_ap(models, name):
-    pictures, layouts = noise((40, 60)), [layout("a person", "a car")]
-    (every,) = find_detector(models / name, threshold=0.0).detect(pictures, layouts)
+    images, layouts = noise((40, 60)), [layout("a person", "a car")]
+    (every,) = find_detector(models / name, threshold=0.0).detect(images, layouts)
     detector = find_detector(models / name)
-    (found,) = detector.detect(pictures, layouts)
+    (found,) = detector.detect(images, layouts)
     assert found == [item for item in every if item.score > 0.05]
     assert detector.settings["threshold"] == (0.25 if name == "owlvit" else 0.5)
     assert detector.settings["kept_from"] == 0.05
@@ -304,12 +304,12 @@ def test_of_boxes_that_are_the_same_object_the_best_is_kept():
 
 def test_a_candidate_s_score_is_the_model_s(models):
     detector = find_detector(models / "owlvit", threshold=0.0)
-    (picture,) = noise((40, 60))
+    (image,) = noise((40, 60))
     network = detector.network
-    inputs = network.processor(text=[["man", "red lamp"]], images=picture, return_tensors="pt")
+    inputs = network.processor(text=[["man", "red lamp"]], images=image, return_tensors="pt")
     with torch.no_grad():
         outputs = network.model(**inputs)
-    (found,) = detector.detect([picture], [layout("a man", "a red lamp")])
+    (found,) = detector.detect([image], [layout("a man", "a red lamp")])
     best = outputs.logits[0].max(-1)
     corners = xyxy_from_cxcywh(outputs.pred_boxes[0].numpy()).clip(0, 1)
     expected = np.concatenate([corners, best.values.sigmoid()[:, None], best.indices[:, None]], axis=1)
@@ -348,14 +348,14 @@ def test_what_is_none_of_the_colours():
 
 
 def test_a_fifth_of_the_pixels_in_the_ellipse_decides():
-    picture = Image.new("RGB", (100, 50), PAINT["white"])
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (100, 50), PAINT["white"])
+    pen = ImageDraw.Draw(image)
     pen.rectangle((0, 0, 100, 4), fill=PAINT["red"])  # a tenth of the box, and less of its ellipse
-    assert ColourJudge().colours(picture, [(0, 0, 1, 1)]) == [("white",)]
+    assert ColourJudge().colours(image, [(0, 0, 1, 1)]) == [("white",)]
     pen.rectangle((0, 0, 100, 16), fill=PAINT["red"])  # a third
-    assert ColourJudge().colours(picture, [(0, 0, 1, 1), (0, 0, 0.5, 0.2)]) == [("white", "red"), ("red",)]
-    assert ColourJudge(share=0.4).colours(picture, [(0, 0, 1, 1)]) == [("white",)]
-    assert ColourJudge().colours(picture, []) == []
+    assert ColourJudge().colours(image, [(0, 0, 1, 1), (0, 0, 0.5, 0.2)]) == [("white", "red"), ("red",)]
+    assert ColourJudge(share=0.4).colours(image, [(0, 0, 1, 1)]) == [("white",)]
+    assert ColourJudge().colours(image, []) == []
     # Only the corners are blue.
     corners = Image.new("RGB", (40, 40), PAINT["blue"])
     ImageDraw.Draw(corners).ellipse((0, 0, 39, 39), fill=PAINT["green"])
@@ -365,8 +365,8 @@ def test_a_fifth_of_the_pixels_in_the_ellipse_decides():
 def test_the_smallest_box_has_a_pixel():
     assert pixel_box((0.999, 0.5, 1, 0.5001), 10, 10) == (9, 5, 10, 6)
     assert pixel_box((0, 0, 1, 1), 7, 5) == (0, 0, 7, 5)
-    picture = Image.new("RGB", (8, 8), PAINT["blue"])
-    assert ColourJudge().colours(picture, [(0.5, 0.5, 0.501, 0.501)]) == [("blue",)]
+    image = Image.new("RGB", (8, 8), PAINT["blue"])
+    assert ColourJudge().colours(image, [(0.5, 0.5, 0.501, 0.501)]) == [("blue",)]
 
 
 def test_a_phrase_is_split_into_colour_and_object():
@@ -388,26 +388,26 @@ class Boxes:
     def wanted(self, phrase):
         return Wanted(plain(phrase))
 
-    def detect(self, pictures, layouts):
+    def detect(self, images, layouts):
         self.layouts += layouts
-        return [self.found for _ in pictures]
+        return [self.found for _ in images]
 
 
 def test_what_is_found_is_judged_for_its_colours():
-    picture = Image.new("RGB", (40, 40), PAINT["white"])
-    ImageDraw.Draw(picture).rectangle((0, 0, 19, 20), fill=PAINT["red"])
-    ImageDraw.Draw(picture).rectangle((0, 12, 19, 39), fill=PAINT["green"])  # on the left red above, green below
+    image = Image.new("RGB", (40, 40), PAINT["white"])
+    ImageDraw.Draw(image).rectangle((0, 0, 19, 20), fill=PAINT["red"])
+    ImageDraw.Draw(image).rectangle((0, 12, 19, 39), fill=PAINT["green"])  # on the left red above, green below
     left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
     inner = Boxes(Found(left, "car"), Found(right, "car"))
     detector = ColourDetector(inner, ColourJudge())
-    (found,) = detector.detect([picture], [Layout(phrases=["a red car", "a blue car"], boxes=[left, right])])
+    (found,) = detector.detect([image], [Layout(phrases=["a red car", "a blue car"], boxes=[left, right])])
     assert [item.attributes for item in found] == [{"colour": ("green", "red")}, {"colour": ("white",)}]
     assert [item.box for item in found] == [left, right]
     assert inner.layouts[0].phrases == ("a car", "a car")
     assert detector.wanted("a red car") == Wanted("car", {"colour": "red"})
     assert detector.name == "boxes-colour"
     assert detector.settings["colour_mask"] == "ellipse inside the box"
-    score = score_picture(Layout(phrases=["a red car", "a blue car"], boxes=[left, right]), "0", found, detector)
+    score = score_image(Layout(phrases=["a red car", "a blue car"], boxes=[left, right]), "0", found, detector)
     assert [item.attributes["colour"] for item in score.objects] == [True, False]
 
 
@@ -428,10 +428,10 @@ def test_masks_of_sam(models):
             mask[0, :4, :4] = True  # the second object has no pixels
             return mask
 
-    picture = Image.new("RGB", (8, 8), PAINT["blue"])
-    ImageDraw.Draw(picture).rectangle((0, 0, 3, 3), fill=PAINT["red"])
+    image = Image.new("RGB", (8, 8), PAINT["blue"])
+    ImageDraw.Draw(image).rectangle((0, 0, 3, 3), fill=PAINT["red"])
     judge = ColourJudge(segmenter=Given())
-    assert judge.colours(picture, [(0, 0, 1, 1), (0, 0, 1, 1)]) == [("red",), ()]
+    assert judge.colours(image, [(0, 0, 1, 1), (0, 0, 1, 1)]) == [("red",), ()]
     assert judge.settings["colour_mask"] == "given"
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gligen_xl.evaluate.fid import distances, frechet_error, kernel_distance, pictures_in
+from gligen_xl.evaluate.fid import distances, frechet_error, images_in, kernel_distance
 
-# In the place of clean-fid: features of a picture are its mean colour and more, the FID is the distance of the means.
+# In the place of clean-fid: features of an image are its mean colour and more, the FID is the distance of the means.
 CLEANFID = """
 import numpy as np
 from PIL import Image
@@ -51,35 +51,35 @@ def paint(folder, *greys):
     return folder
 
 
-def test_distances_of_sets_from_the_real_pictures(tmp_path, stand_in):
+def test_distances_of_sets_from_the_real_images(tmp_path, stand_in):
     log = stand_in(CLEANFID)
-    real = pictures_in(paint(tmp_path / "real", 0, 51, 102, 255))
-    near, far = pictures_in(paint(tmp_path / "near", 0, 51, 153)), pictures_in(paint(tmp_path / "far", 255, 204))
+    real = images_in(paint(tmp_path / "real", 0, 51, 102, 255))
+    near, far = images_in(paint(tmp_path / "near", 0, 51, 153)), images_in(paint(tmp_path / "far", 255, 204))
     found = distances({"near": near, "far": far}, real, workers=2, batch_size=16)
     assert list(found) == ["near", "far"]
-    assert log.read_text().split("\n")[:-1] == ["real pictures", "near", "far"]  # each is looked at once
+    assert log.read_text().split("\n")[:-1] == ["real images", "near", "far"]  # each is looked at once
     assert found["near"].fid == pytest.approx(3 * (204 / 255 / 3 - 408 / 255 / 4) ** 2, abs=1e-6)
     assert found["far"].fid > found["near"].fid
     assert found["near"].fid_low < found["near"].fid < found["near"].fid_high
-    assert (found["near"].pictures, found["far"].pictures, found["far"].real_pictures) == (3, 2, 4)
+    assert (found["near"].images, found["far"].images, found["far"].real_images) == (3, 2, 4)
     features = [np.repeat(np.array(greys)[:, None] / 255, 3, 1) for greys in ((0, 51, 153), (0, 51, 102, 255))]
     expected = kernel_distance(*features)
     one = found["near"]
     assert (one.kid, one.kid_low, one.kid_high) == pytest.approx(expected, abs=1e-5)
 
 
-def test_pictures_of_a_folder(tmp_path):
+def test_images_of_a_folder(tmp_path):
     paint(tmp_path, 1, 2)
     paint(tmp_path / "more", 3)
     paint(tmp_path / ".hidden", 4)
     (tmp_path / "report.json").write_text("{}")
     (tmp_path / ".0.png.7.partial").write_text("")
-    names = [str(path.relative_to(tmp_path)) for path in pictures_in(tmp_path)]
+    names = [str(path.relative_to(tmp_path)) for path in images_in(tmp_path)]
     assert names == ["0.png", "1.png", "more/0.png"]
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="holds no pictures"):
-            pictures_in(folder)
+        with pytest.raises(FileNotFoundError, match="holds no images"):
+            images_in(folder)
 
 
 def plain_kid(x, y):
@@ -125,9 +125,7 @@ def frechet(x, y):
     return np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * shared
 
 
-@pytest.mark.parametrize(
-    ("count", "width"), [(400, 4), (300, 24), (20, 24)]
-)  # many pictures, fewer, fewer than features
+@pytest.mark.parametrize(("count", "width"), [(400, 4), (300, 24), (20, 24)])  # many images, fewer, fewer than features
 def test_the_interval_of_fid_is_as_wide_as_fid_varies(count, width):
     rng = np.random.default_rng(0)
     mixed, other = rng.normal(size=(2, width, width))
@@ -141,7 +139,7 @@ def test_the_interval_of_fid_is_as_wide_as_fid_varies(count, width):
 
 
 def sets(tmp_path):
-    return {"beta-1": pictures_in(paint(tmp_path / "made", 1, 2))}, pictures_in(paint(tmp_path / "real", 3, 4))
+    return {"beta-1": images_in(paint(tmp_path / "made", 1, 2))}, images_in(paint(tmp_path / "real", 3, 4))
 
 
 def test_an_interpreter_without_clean_fid_says_how_to_make_one(tmp_path, stand_in, capfd):
@@ -170,11 +168,11 @@ def test_what_is_no_interpreter(tmp_path):
         distances(*sets(tmp_path), python=broken)
 
 
-def test_too_few_pictures_are_named(tmp_path):
+def test_too_few_images_are_named(tmp_path):
     made, real = sets(tmp_path)
-    with pytest.raises(ValueError, match="beta-1: 1 pictures; FID and KID need at least 2"):
+    with pytest.raises(ValueError, match="beta-1: 1 images; FID and KID need at least 2"):
         distances({"beta-1": made["beta-1"][:1]}, real)
-    with pytest.raises(ValueError, match="real pictures: 0 pictures"):
+    with pytest.raises(ValueError, match="real images: 0 images"):
         distances(made, [])
 
 
@@ -183,5 +181,5 @@ def test_the_program_needs_nothing_of_this_library(tmp_path, stand_in):
     checks = "assert 'gligen_xl' not in sys.modules and not importlib.util.find_spec('colour')"
     stand_in(f"import importlib.util, sys\n{checks}\n{CLEANFID}")
     found = distances(*sets(tmp_path), python=sys.executable, workers=2, batch_size=16)
-    assert found["beta-1"].pictures == 2
+    assert found["beta-1"].images == 2
     json.dumps(vars(found["beta-1"]))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gligen_xl.detect.detection import Found
-from gligen_xl.evaluate.matching import ObjectScore, PictureScore, score_picture
+from gligen_xl.evaluate.matching import ImageScore, ObjectScore, score_image
 from gligen_xl.evaluate.metrics import paired_difference, point_metrics, summarize
 from gligen_xl.layout import Layout
 
@@ -48,8 +48,8 @@ def perfect(layout):
     return [found(phrase, box) for phrase, box in zip(layout.phrases, layout.boxes, strict=True)]
 
 
-def picture(layout, seen, key="0", detector=Words()):
-    return score_picture(layout, key, seen, detector)
+def image(layout, seen, key="0", detector=Words()):
+    return score_image(layout, key, seen, detector)
 
 
 LEFT, RIGHT, BOTH = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0, 0, 1, 1]
@@ -69,38 +69,38 @@ def test_found_goes_through_json():
 
 def test_only_detections_of_the_label_are_assigned_and_of_another_colour_are_wrong():
     layout = layout_of(red_cat=LEFT, blue_dog=RIGHT)
-    scored = picture(layout, [found("red dog", LEFT), found("blue cat", BOTH), found("red dog", RIGHT)])
+    scored = image(layout, [found("red dog", LEFT), found("blue cat", BOTH), found("red dog", RIGHT)])
     assert scored.objects == (
         ObjectScore(0.5, {"colour": False}, 1, "cat"),
         ObjectScore(1.0, {"colour": False}, 2, "dog"),
     )
     assert (scored.extra, scored.missing) == (1, 0)
-    free = picture(layout, scored.found, detector=Words(labels_decide=False))
+    free = image(layout, scored.found, detector=Words(labels_decide=False))
     assert [score.assigned for score in free.objects] == [0, 2]
 
 
 def test_two_of_a_kind_take_turns():
     """One cat over both boxes stands for one of them only; the published COCO-MIG would count it for both."""
     layout = layout_of(blue_cat=[0, 0, 0.625, 1], red_cat=[0.375, 0, 1, 1])
-    one = picture(layout, [found("red cat", [0, 0, 1, 1])])
+    one = image(layout, [found("red cat", [0, 0, 1, 1])])
     assert sorted(score.iou for score in one.objects) == [0, 0.625]
     assert (one.extra, one.missing) == (0, 1)
     assert one.objects[1].success  # of equal overlaps, the right colour goes first
-    swapped = picture(layout, [found("red cat", layout.boxes[0]), found("blue cat", layout.boxes[1])])
+    swapped = image(layout, [found("red cat", layout.boxes[0]), found("blue cat", layout.boxes[1])])
     assert [score.iou for score in swapped.objects] == [1, 1]
     assert not any(score.attributes["colour"] for score in swapped.objects)
 
 
 def test_the_best_pairs_go_first():
     layout = layout_of(red_cat=[0, 0, 0.4, 1], red_cat2=[0.1, 0, 0.5, 1])
-    scored = picture(layout, [found("red cat", [0.08, 0, 0.48, 1]), found("red cat", [0.12, 0, 0.42, 1])])
+    scored = image(layout, [found("red cat", [0.08, 0, 0.48, 1]), found("red cat", [0.12, 0, 0.42, 1])])
     assert [score.assigned for score in scored.objects] == [1, 0]
 
 
 def test_unsure_detections_are_kept_and_not_counted():
     layout = layout_of(red_cat=LEFT)
     seen = [found("red cat", LEFT, 0.2), found("red cat", RIGHT, 0.3)]
-    scored = picture(layout, seen, detector=Words(settings={"threshold": 0.3}))
+    scored = image(layout, seen, detector=Words(settings={"threshold": 0.3}))
     assert scored.objects[0].assigned is None
     assert scored.found == tuple(seen)
     assert (scored.extra, scored.missing) == (0, 0)
@@ -109,11 +109,11 @@ def test_unsure_detections_are_kept_and_not_counted():
 def test_counts_are_of_requested_labels_wherever_they_stand():
     layout = layout_of(red_cat=LEFT, blue_cat=RIGHT, red_dog=BOTH)
     seen = [found("red cat", [0, 0, 0.01, 0.01])] * 4 + [found("red bird", LEFT)] * 3
-    scored = picture(layout, seen)
+    scored = image(layout, seen)
     assert (scored.extra, scored.missing) == (2, 1)
-    free = picture(layout, seen, detector=Words(labels_decide=False))
+    free = image(layout, seen, detector=Words(labels_decide=False))
     assert (free.extra, free.missing) == (4, 0)
-    nothing = picture(layout, [])
+    nothing = image(layout, [])
     assert (nothing.extra, nothing.missing) == (0, 3)
     assert all(score == ObjectScore(0, {"colour": False}, None, score.label) for score in nothing.objects)
 
@@ -125,11 +125,11 @@ def scored(*objects, key="0", extra=0, missing=0, **values):
     """From (iou, colour is right) each."""
     scores = tuple(ObjectScore(iou, {"colour": right}, None, "cat") for iou, right in objects)
     layout = Layout(phrases=["red cat"] * len(scores), boxes=[LEFT] * len(scores))
-    return PictureScore(layout, key, scores, (), extra, missing, **values)
+    return ImageScore(layout, key, scores, (), extra, missing, **values)
 
 
-def values(pictures, **options):
-    return {name: estimate.value for name, estimate in summarize(pictures, ap=False, **options).items()}
+def values(images, **options):
+    return {name: estimate.value for name, estimate in summarize(images, ap=False, **options).items()}
 
 
 BY_HAND = (
@@ -157,7 +157,7 @@ def test_metrics_by_hand():
 
 def test_metrics_of_nothing():
     assert "colour_of_found" not in values([scored((0.4, True))])  # none is found
-    plain = PictureScore(Layout(phrases=["cat"], boxes=[LEFT]), "0", (ObjectScore(0.7),), (), 0, 0)
+    plain = ImageScore(Layout(phrases=["cat"], boxes=[LEFT]), "0", (ObjectScore(0.7),), (), 0, 0)
     assert set(values([plain])) == {
         "objects", "pictures", "mean_iou", "recall_50", "recall_75", "success", "picture_success", "wrong_count",
         "extra_objects",
@@ -182,15 +182,15 @@ layouts = st.lists(objects, min_size=1, max_size=3).map(
 )
 detections = st.lists(st.builds(found, phrases, boxes, st.sampled_from([0.5, 0.9])), max_size=5)
 detectors = st.booleans().map(lambda decide: Words(labels_decide=decide))
-whole_pictures = st.lists(st.tuples(layouts, detections), min_size=1, max_size=3).map(
-    lambda items: [picture(layout, seen, str(key)) for key, (layout, seen) in enumerate(items)]
+whole_images = st.lists(st.tuples(layouts, detections), min_size=1, max_size=3).map(
+    lambda items: [image(layout, seen, str(key)) for key, (layout, seen) in enumerate(items)]
 )
 
 
 @settings(max_examples=30, deadline=None)
 @given(layout=layouts, detector=detectors)
-def test_perfect_pictures_score_one(layout, detector):
-    got = values([picture(layout, perfect(layout), detector=detector)], resamples=5)
+def test_perfect_images_score_one(layout, detector):
+    got = values([image(layout, perfect(layout), detector=detector)], resamples=5)
     wrong = {"wrong_count": 0, "extra_objects": 0, "pictures": 1, "objects": len(layout.boxes)}
     assert got == {name: wrong.get(name, 1) for name in got}
 
@@ -200,7 +200,7 @@ def test_perfect_pictures_score_one(layout, detector):
 def test_a_shifted_box_falls_as_iou_says(box, shift):
     width = box[2] - box[0]
     moved = found("red cat", (box[0] + shift * width, box[1], box[2] + shift * width, box[3]))
-    got = values([picture(Layout(phrases=["red cat"], boxes=[box]), [moved])], resamples=5)
+    got = values([image(Layout(phrases=["red cat"], boxes=[box]), [moved])], resamples=5)
     iou = (1 - shift) / (1 + shift)
     assert got["mean_iou"] == pytest.approx(iou)
     if abs(iou - 0.5) > 1e-9:
@@ -213,8 +213,8 @@ def test_a_shifted_box_falls_as_iou_says(box, shift):
 def test_the_order_of_objects_and_detections_does_not_matter(layout, seen, detector, data):
     order = data.draw(st.permutations(range(len(layout.boxes))))
     other = Layout(phrases=[layout.phrases[k] for k in order], boxes=[layout.boxes[k] for k in order])
-    here = picture(layout, seen, detector=detector)
-    there = picture(other, data.draw(st.permutations(seen)), detector=detector)
+    here = image(layout, seen, detector=detector)
+    there = image(other, data.draw(st.permutations(seen)), detector=detector)
     assert (here.extra, here.missing) == (there.extra, there.missing)
 
     def told(scored):
@@ -226,21 +226,21 @@ def test_the_order_of_objects_and_detections_does_not_matter(layout, seen, detec
 
 
 @settings(max_examples=30, deadline=None)
-@given(pictures=whole_pictures, data=st.data())
-def test_the_order_of_pictures_does_not_matter(pictures, data):
-    assert values(data.draw(st.permutations(pictures)), resamples=5) == pytest.approx(values(pictures, resamples=5))
+@given(images=whole_images, data=st.data())
+def test_the_order_of_images_does_not_matter(images, data):
+    assert values(data.draw(st.permutations(images)), resamples=5) == pytest.approx(values(images, resamples=5))
 
 
 @settings(max_examples=30, deadline=None)
 @given(layout=layouts, seen=detections, more=detections)
 def test_detections_that_stand_for_nothing_count_as_extra_only(layout, seen, more):
-    few, many = picture(layout, seen), picture(layout, [*seen, *(replace(item, label="bird") for item in more)])
+    few, many = image(layout, seen), image(layout, [*seen, *(replace(item, label="bird") for item in more)])
     assert replace(many, found=few.found) == few  # nobody asked for birds
     elsewhere = [replace(item, box=(2, 2, 2 + item.box[2], 2 + item.box[3])) for item in more]
-    many = picture(layout, [*seen, *elsewhere])
+    many = image(layout, [*seen, *elsewhere])
     assert many.objects == few.objects
     assert many.extra >= few.extra
-    full = picture(layout, [*perfect(layout), *perfect(layout)])
+    full = image(layout, [*perfect(layout), *perfect(layout)])
     assert values([full], resamples=5)["recall_50"] == 1
     assert full.extra == len(layout.boxes)
 
@@ -249,9 +249,9 @@ def test_detections_that_stand_for_nothing_count_as_extra_only(layout, seen, mor
 
 
 @settings(max_examples=30, deadline=None)
-@given(pictures=whole_pictures, seed=st.integers(0, 9))
-def test_intervals_hold_the_value_and_shares_are_shares(pictures, seed):
-    for name, estimate in summarize(pictures, ap=False, seed=seed, resamples=20).items():
+@given(images=whole_images, seed=st.integers(0, 9))
+def test_intervals_hold_the_value_and_shares_are_shares(images, seed):
+    for name, estimate in summarize(images, ap=False, seed=seed, resamples=20).items():
         assert estimate.low <= estimate.value <= estimate.high
         if name not in ("objects", "pictures", "extra_objects"):
             assert estimate.low >= 0
@@ -259,22 +259,22 @@ def test_intervals_hold_the_value_and_shares_are_shares(pictures, seed):
 
 
 def simulated(count, objects=1, share=0.3, seed=0):
-    """Pictures whose objects are all found, or none, at random."""
+    """Images whose objects are all found, or none, at random."""
     hits = np.random.default_rng(seed).random(count) < share
     return [scored(*[(float(hit), True)] * objects, key=str(k)) for k, hit in enumerate(hits)]
 
 
 def test_the_interval_follows_from_the_seed():
-    pictures = [scored((iou, True), key=str(k)) for k, iou in enumerate(np.linspace(0.1, 0.9, 40).tolist())]
-    assert summarize(pictures, ap=False, seed=3) == summarize(pictures, ap=False, seed=3)
-    assert summarize(pictures, ap=False, seed=3) != summarize(pictures, ap=False, seed=4)
-    one = summarize(pictures[:1], ap=False)["mean_iou"]
+    images = [scored((iou, True), key=str(k)) for k, iou in enumerate(np.linspace(0.1, 0.9, 40).tolist())]
+    assert summarize(images, ap=False, seed=3) == summarize(images, ap=False, seed=3)
+    assert summarize(images, ap=False, seed=3) != summarize(images, ap=False, seed=4)
+    one = summarize(images[:1], ap=False)["mean_iou"]
     assert one.low == one.value == one.high
 
 
 @pytest.mark.parametrize("objects", [1, 4])
 def test_intervals_hold_the_truth_in_about_95_of_100_cases(objects):
-    """Also where the objects of a picture are all alike: pictures are resampled, not objects."""
+    """Also where the objects of an image are all alike: images are resampled, not objects."""
     held = 0
     for seed in range(300):
         recall = summarize(simulated(80, objects, 0.3, seed), ap=False, seed=seed, resamples=300)["recall_50"]
@@ -283,11 +283,11 @@ def test_intervals_hold_the_truth_in_about_95_of_100_cases(objects):
 
 
 @settings(max_examples=30, deadline=None)
-@given(pictures=whole_pictures, seed=st.integers(0, 9))
-def test_nothing_differs_from_itself(pictures, seed):
-    difference = paired_difference(pictures, pictures, ap=False, seed=seed, resamples=20)
+@given(images=whole_images, seed=st.integers(0, 9))
+def test_nothing_differs_from_itself(images, seed):
+    difference = paired_difference(images, images, ap=False, seed=seed, resamples=20)
     for name in ("objects", "pictures"):
-        assert difference.pop(name) == summarize(pictures, ap=False)[name]
+        assert difference.pop(name) == summarize(images, ap=False)[name]
     assert all((e.value, e.low, e.high) == (0, 0, 0) for e in difference.values())
 
 
@@ -307,9 +307,9 @@ def test_pairs_are_of_the_same_layouts():
     both = paired_difference(a[1:], list(reversed(b)), ap=False)
     assert both["pictures"].value == both["objects"].value == 4
     assert both["mean_iou"].value == pytest.approx(values(a[1:])["mean_iou"] - values(b[1:5])["mean_iou"])
-    with pytest.raises(ValueError, match="no picture of one side"):
+    with pytest.raises(ValueError, match="no image of one side"):
         paired_difference(a[:2], b[2:], ap=False)
     with pytest.raises(ValueError, match="1 is another layout"):
         paired_difference(a, [scored((1.0, True), (1.0, True), key="1")], ap=False)
-    with pytest.raises(ValueError, match="6 pictures have only 5 different keys"):
+    with pytest.raises(ValueError, match="6 images have only 5 different keys"):
         paired_difference([*a, a[0]], b, ap=False)

@@ -1,4 +1,4 @@
-"""Protocols: which layouts are evaluated, at the edges of their filters; real pictures are framed as the boxes are."""
+"""Protocols: which layouts are evaluated, at the edges of their filters; real images are framed as the boxes are."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gligen_xl.evaluate.coco_layouts import CocoPicture, gligen_layouts, layout_to_image_layouts
+from gligen_xl.evaluate.coco_layouts import CocoImage, gligen_layouts, layout_to_image_layouts
 from gligen_xl.evaluate.coco_mig import draw_layouts
 from gligen_xl.evaluate.protocols import PROTOCOLS, find_protocol
 from gligen_xl.evaluate.real_images import Photographs, centre_crop, squeeze
@@ -19,12 +19,12 @@ from gligen_xl.toyworld.world import HELD_OUT_SEED, draw, sample_scene, scene_la
 
 CATEGORIES = {1: "person", 2: "cat", 3: "dining table"}
 
-LARGE = [20, 10.5, 0]  # width and height in a picture of 100 x 100, crowd: 2.1 %
+LARGE = [20, 10.5, 0]  # width and height in an image of 100 x 100, crowd: 2.1 %
 EXACT = [20, 10, 0]  # 2 % exactly
 CROWD = [50, 50, 1]
 
-# Ten pictures by their objects, and how many of those coco-2017 keeps (0: the picture is left out).
-PICTURES = {
+# Ten images by their objects, and how many of those coco-2017 keeps (0: the image is left out).
+IMAGES = {
     139: ([LARGE] * 3, 3),
     285: ([LARGE] * 8, 8),
     632: ([LARGE] * 2, 0),
@@ -43,9 +43,9 @@ def write(path, value):
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
 
 
-def coco_folder(folder: Path, split="val2017", captions=True, pictures=True) -> Path:
-    """The ten pictures as a COCO folder; annotations are in no order of images, as COCO's are not."""
-    images = [{"id": k, "file_name": f"{k:012d}.png", "height": 100, "width": 100} for k in PICTURES]
+def coco_folder(folder: Path, split="val2017", captions=True, with_files=True) -> Path:
+    """The ten images as a COCO folder; annotations are in no order of images, as COCO's are not."""
+    images = [{"id": k, "file_name": f"{k:012d}.png", "height": 100, "width": 100} for k in IMAGES]
     annotations = [
         {
             "id": 10 * number + turn,
@@ -55,7 +55,7 @@ def coco_folder(folder: Path, split="val2017", captions=True, pictures=True) -> 
             "iscrowd": objects[turn][2],
         }
         for turn in range(9)
-        for number, (image, (objects, _)) in enumerate(PICTURES.items())
+        for number, (image, (objects, _)) in enumerate(IMAGES.items())
         if turn < len(objects)
     ]
     categories = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
@@ -65,22 +65,22 @@ def coco_folder(folder: Path, split="val2017", captions=True, pictures=True) -> 
     )
     if captions:
         texts = [
-            {"id": 9 - turn, "image_id": k, "caption": f"Take {turn}\n of {k} "} for turn in (0, 1) for k in PICTURES
+            {"id": 9 - turn, "image_id": k, "caption": f"Take {turn}\n of {k} "} for turn in (0, 1) for k in IMAGES
         ]
         texts = [text for text in texts if text["image_id"] != 285]
         write(folder / "annotations" / f"captions_{split}.json", {"images": images, "annotations": texts})
-    if pictures:
+    if with_files:
         (folder / split).mkdir()
         for number, image in enumerate(images):
             Image.new("RGB", (100, 100), (20 * number, 0, 0)).save(folder / split / image["file_name"])
     return folder
 
 
-def picture(boxes, size=(100, 100), categories=None, name="7"):
+def image(boxes, size=(100, 100), categories=None, name="7"):
     """`boxes` in shares."""
     boxes = np.array(boxes, float).reshape(-1, 4)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    return CocoPicture(name, f"{name}.png", size, tuple(categories or ["cat"] * len(boxes)), boxes, areas)
+    return CocoImage(name, f"{name}.png", size, tuple(categories or ["cat"] * len(boxes)), boxes, areas)
 
 
 # COCO 2017, layout-to-image -----------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def picture(boxes, size=(100, 100), categories=None, name="7"):
 def test_coco_2017_keeps_three_to_eight_objects_above_two_percent(tmp_path):
     protocol = find_protocol("coco-2017", coco=coco_folder(tmp_path))
     assert {layout.id: len(layout.boxes) for layout in protocol.layouts} == {
-        str(image): kept for image, (_, kept) in PICTURES.items() if kept
+        str(image): kept for image, (_, kept) in IMAGES.items() if kept
     }
     layout = protocol.layouts[0]
     assert layout.prompt == "Take 1 of 139"  # of the lowest annotation id
@@ -112,20 +112,18 @@ def test_coco_is_2017_where_the_folder_has_both(tmp_path):
     assert find_protocol("coco", coco=folder).name == "coco-2014"
 
 
-def test_annotations_alone_have_prompts_of_names_and_no_real_pictures(tmp_path):
-    protocol = find_protocol("coco-2017", coco=coco_folder(tmp_path, captions=False, pictures=False))
+def test_annotations_alone_have_prompts_of_names_and_no_real_images(tmp_path):
+    protocol = find_protocol("coco-2017", coco=coco_folder(tmp_path, captions=False, with_files=False))
     assert protocol.layouts[0].prompt == "person, cat, dining table"
     assert protocol.real is None
     assert protocol.parameters["real_pictures"] == "none, the folder has no val2017/"
 
 
-def test_count_takes_the_first_and_only_their_pictures_are_asked_for(tmp_path):
+def test_count_takes_the_first_and_only_their_images_are_asked_for(tmp_path):
     folder = coco_folder(tmp_path)
     (folder / "val2017" / f"{885:012d}.png").unlink()
     assert [layout.id for layout in find_protocol("coco-2017", coco=folder, count=2).layouts] == ["139", "285"]
-    with pytest.raises(
-        FileNotFoundError, match=r"1 of 5 pictures are missing.*885\.png; they are in http.*val2017\.zip"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"1 of 5 images are missing.*885\.png; they are in http.*val2017\.zip"):
         find_protocol("coco-2017", coco=folder)
     with pytest.raises(ValueError, match="count is 6; coco-2017 holds 5 layouts"):
         find_protocol("coco-2017", coco=folder, count=6)
@@ -133,14 +131,14 @@ def test_count_takes_the_first_and_only_their_pictures_are_asked_for(tmp_path):
         find_protocol("coco-2017", coco=folder, count=0)
 
 
-def test_a_picture_that_is_not_the_annotated_one(tmp_path):
+def test_a_image_that_is_not_the_annotated_one(tmp_path):
     folder = coco_folder(tmp_path)
     Image.new("RGB", (60, 100)).save(folder / "val2017" / f"{139:012d}.png")
     protocol = find_protocol("coco-2017", coco=folder)
     with pytest.raises(ValueError, match="60 x 100 pixels, but its annotations are made for 100 x 100"):
         protocol.real(protocol.layouts[0])  # type: ignore[misc]
-    (folder / "val2017" / f"{285:012d}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="not a picture"):
+    (folder / "val2017" / f"{285:012d}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="not an image"):
         protocol.real(protocol.layouts[1])  # type: ignore[misc]
 
 
@@ -150,22 +148,22 @@ def test_a_picture_that_is_not_the_annotated_one(tmp_path):
 def test_coco_2014_is_the_middle_square_with_objects_of_one_percent(tmp_path):
     protocol = find_protocol("coco-2014", coco=coco_folder(tmp_path, split="val2014"))
     assert {layout.id: len(layout.boxes) for layout in protocol.layouts} == {
-        str(image): sum(not crowd for _, _, crowd in objects) for image, (objects, _) in PICTURES.items() if objects
+        str(image): sum(not crowd for _, _, crowd in objects) for image, (objects, _) in IMAGES.items() if objects
     }
     # 200 x 100 pixels: the middle from a quarter to three quarters.
-    wide = picture(
+    wide = image(
         [[0, 0, 0.2, 1], [0.2, 0, 0.3, 0.5], [0.4, 0.2, 0.5, 0.7], [0.5, 0, 0.555, 0.1], [0.5, 0, 0.545, 0.1]],
         size=(100, 200),
         categories=["left", "cut", "within", "above", "below"],
     )
-    (layout,) = gligen_layouts([wide, picture([[0, 0, 0.09, 0.09]])], {})
-    assert layout.phrases == ("within", "cut", "above")  # largest first; the second picture has no object left
+    (layout,) = gligen_layouts([wide, image([[0, 0, 0.09, 0.09]])], {})
+    assert layout.phrases == ("within", "cut", "above")  # largest first; the second image has no object left
     assert np.allclose(layout.boxes, [[0.3, 0.2, 0.5, 0.7], [0, 0, 0.1, 0.5], [0.5, 0, 0.61, 0.1]])
 
 
 def test_coco_2014_keeps_the_thirty_largest():
     boxes = [[0, 0, 0.2 + k / 100, 0.2] for k in range(31)]
-    (layout,) = gligen_layouts([picture(boxes)], {})
+    (layout,) = gligen_layouts([image(boxes)], {})
     assert np.allclose([box[2] for box in layout.boxes], [0.5 - k / 100 for k in range(30)])
 
 
@@ -179,7 +177,7 @@ def test_coco_2014_keeps_the_thirty_largest():
     sides=st.tuples(st.floats(0.3, 0.5), st.floats(0.3, 0.5)),
     cropped=st.booleans(),
 )
-def test_an_object_of_the_framed_picture_is_where_its_layout_says(tmp_path_factory, size, corner, sides, cropped):
+def test_an_object_of_the_framed_image_is_where_its_layout_says(tmp_path_factory, size, corner, sides, cropped):
     height, width = size
     x0, y0 = round(corner[0] * width), round(corner[1] * height)
     x1, y1 = x0 + round(sides[0] * width), y0 + round(sides[1] * height)
@@ -187,7 +185,7 @@ def test_an_object_of_the_framed_picture_is_where_its_layout_says(tmp_path_facto
     pixels[y0:y1, x0:x1] = 255
     path = tmp_path_factory.mktemp("frame") / "7.png"
     Image.fromarray(pixels).save(path)
-    annotated = picture([[x0 / width, y0 / height, x1 / width, y1 / height]] * 3, size)
+    annotated = image([[x0 / width, y0 / height, x1 / width, y1 / height]] * 3, size)
 
     layouts = (gligen_layouts if cropped else layout_to_image_layouts)([annotated], {})
     if not layouts:
@@ -253,7 +251,7 @@ def test_the_published_yaml_of_coco_mig_is_read(tmp_path):
     assert layout.boxes[2] == (0.6, 0.1, 0.9, 0.3)
 
 
-def test_the_published_file_of_coco_position_has_real_pictures(tmp_path):
+def test_the_published_file_of_coco_position_has_real_images(tmp_path):
     write(tmp_path / "coco_position.jsonl", {"0": {**ENTRY, "question_prompt": "unused"}})
     assert find_protocol("coco-position", coco=tmp_path).real is None
     (tmp_path / "val2014").mkdir()
@@ -283,15 +281,13 @@ def test_a_published_file_that_is_not_as_expected(tmp_path, content, message):
 
 
 def test_coco_mig_is_drawn_by_its_procedure():
-    eighth = picture([[0, 0, 0.125, 0.125], [0.5, 0.5, 0.624, 1], [0.5, 0.5, 1, 1]], name="eighth")
-    person = picture([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], categories=["cat", "person"], name="person")
-    thin = picture(
-        [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0, 0.1, 1]], categories=["cat", "dog", "person"], name="thin"
-    )
-    seven = picture([[0, 0, 0.2 + k / 10, 0.5] for k in range(7)], name="seven")
-    one = picture([[0, 0, 1, 1]], name="one")
-    pictures = [eighth, person, thin, seven, one]
-    layouts = draw_layouts(pictures, colours=True, seed=3)
+    eighth = image([[0, 0, 0.125, 0.125], [0.5, 0.5, 0.624, 1], [0.5, 0.5, 1, 1]], name="eighth")
+    person = image([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], categories=["cat", "person"], name="person")
+    thin = image([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0, 0.1, 1]], categories=["cat", "dog", "person"], name="thin")
+    seven = image([[0, 0, 0.2 + k / 10, 0.5] for k in range(7)], name="seven")
+    one = image([[0, 0, 1, 1]], name="one")
+    images = [eighth, person, thin, seven, one]
+    layouts = draw_layouts(images, colours=True, seed=3)
     by_id = {layout.id: layout for layout in layouts}
     assert set(by_id) == {"eighth", "thin", "seven"}
     assert by_id["eighth"].boxes == ((0, 0, 0.125, 0.125), (0.5, 0.5, 1, 1))
@@ -300,16 +296,16 @@ def test_coco_mig_is_drawn_by_its_procedure():
     assert phrase.startswith("a ")
     assert phrase.endswith(" dog")
     assert phrase in by_id["thin"].prompt
-    assert draw_layouts(pictures, colours=True, seed=3) == layouts
-    assert draw_layouts(pictures, colours=True, seed=4) != layouts
-    plain = {layout.id: layout for layout in draw_layouts(pictures, colours=False, seed=3)}
+    assert draw_layouts(images, colours=True, seed=3) == layouts
+    assert draw_layouts(images, colours=True, seed=4) != layouts
+    plain = {layout.id: layout for layout in draw_layouts(images, colours=False, seed=3)}
     assert plain["thin"].prompt == "a photo of a cat and a dog"
     assert plain["thin"].phrases == ("a cat", "a dog")
 
 
 def test_drawn_layouts_take_turns_and_end_at_160_of_a_number():
-    two = [picture([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], name=f"two{k}") for k in range(200)]
-    four = [picture([[0, 0, 0.5, 0.5]] * 4, name=f"four{k}") for k in range(3)]
+    two = [image([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], name=f"two{k}") for k in range(200)]
+    four = [image([[0, 0, 0.5, 0.5]] * 4, name=f"four{k}") for k in range(3)]
     layouts = draw_layouts([*two, *four], colours=False, seed=0)
     assert [len(layout.boxes) for layout in layouts] == [2, 4] * 3 + [2] * 157
     other = draw_layouts([*two, *four], colours=False, seed=1)
@@ -332,7 +328,7 @@ def test_drawn_layouts_of_a_folder_say_so(tmp_path):
 
 
 def thick_folder(folder):
-    """Two wide pictures of two cats each."""
+    """Two wide images of two cats each."""
     annotations = [
         {"id": k, "image_id": 1 + k % 2, "category_id": 2, "bbox": [10 * k, 0, 30, 40], "iscrowd": 0} for k in range(4)
     ]
@@ -411,7 +407,7 @@ def test_shapes_draws_the_scenes_of_its_layouts():
     assert len(find_protocol("shapes").layouts) == 256
 
 
-def test_a_file_of_layouts_with_real_pictures_by_id(tmp_path):
+def test_a_file_of_layouts_with_real_images_by_id(tmp_path):
     layouts = [Layout(prompt="p", phrases=["a dog"], boxes=[[0, 0, 1, 1]], id=name, width=40) for name in ("a", "b/c")]
     write_layouts(tmp_path / "mine.jsonl", layouts)
     protocol = find_protocol(tmp_path / "mine.jsonl")
@@ -419,20 +415,20 @@ def test_a_file_of_layouts_with_real_pictures_by_id(tmp_path):
     assert protocol.empty(layouts[0]).size == (40, 512)
     (tmp_path / "real" / "b").mkdir(parents=True)
     Image.new("RGB", (30, 20), "red").save(tmp_path / "real" / "a.png")
-    with pytest.raises(ValueError, match="no picture of 1 of 2 layouts, the first is 'b/c'"):
-        find_protocol(tmp_path / "mine.jsonl", pictures=tmp_path / "real")
+    with pytest.raises(ValueError, match="no image of 1 of 2 layouts, the first is 'b/c'"):
+        find_protocol(tmp_path / "mine.jsonl", images=tmp_path / "real")
     Image.new("RGB", (30, 20), "blue").save(tmp_path / "real" / "b" / "c.png")
-    protocol = find_protocol(tmp_path / "mine.jsonl", pictures=tmp_path / "real")
+    protocol = find_protocol(tmp_path / "mine.jsonl", images=tmp_path / "real")
     assert protocol.real is not None
     assert protocol.real(layouts[1]).getpixel((0, 0)) == (0, 0, 255)
     assert protocol.real(layouts[1]).size == (30, 20)  # as it is: its boxes are the user's
     Image.new("RGB", (30, 20), "red").save(tmp_path / "real" / "a.bmp")
-    with pytest.raises(ValueError, match=r"two pictures a: a\.bmp and a\.png"):
-        find_protocol(tmp_path / "mine.jsonl", pictures=tmp_path / "real")
+    with pytest.raises(ValueError, match=r"two images a: a\.bmp and a\.png"):
+        find_protocol(tmp_path / "mine.jsonl", images=tmp_path / "real")
     write_layouts(tmp_path / "unnamed.jsonl", [Layout(phrases=["a dog"], boxes=[[0, 0, 1, 1]])])
     (tmp_path / "real" / "a.bmp").unlink()
     with pytest.raises(ValueError, match="layout 0 has no id"):
-        find_protocol(tmp_path / "unnamed.jsonl", pictures=tmp_path / "real")
+        find_protocol(tmp_path / "unnamed.jsonl", images=tmp_path / "real")
     with pytest.raises(FileNotFoundError, match="no such protocol; there are shapes, coco, "):
         find_protocol("coc")
 

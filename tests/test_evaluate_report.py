@@ -14,7 +14,7 @@ from gligen_xl import Layout
 from gligen_xl.detect.detection import Found
 from gligen_xl.detect.detectors import ShapesDetector, Wanted
 from gligen_xl.evaluate.compare import Comparison
-from gligen_xl.evaluate.matching import score_picture
+from gligen_xl.evaluate.matching import score_image
 from gligen_xl.evaluate.metrics import paired_difference, summarize
 from gligen_xl.evaluate.protocols import Protocol, find_protocol, grey
 from gligen_xl.evaluate.report import SCHEMA_VERSION, Report, write_report
@@ -40,7 +40,7 @@ class Words:
 
 
 def found_near(layout, detector, noise, share, random):
-    """Each object with the chance `share`, its box moved by `noise` of the picture, and sometimes one more."""
+    """Each object with the chance `share`, its box moved by `noise` of the image, and sometimes one more."""
     found = []
     for phrase, box in zip(layout.phrases, layout.boxes, strict=True):
         if random.random() < share:
@@ -56,7 +56,7 @@ def found_near(layout, detector, noise, share, random):
 
 
 def condition(protocol, detector, folder, name, kind="grounded", settings=None, *, noise=0.02, share=0.9, lost=()):
-    """Scored without looking; pictures are written, those of `lost` are not."""
+    """Scored without looking; images are written, those of `lost` are not."""
     layouts = keyed(protocol.layouts)
     random = np.random.default_rng(len(name))
     against = shuffled(layouts) if kind == "shuffled" else layouts
@@ -69,7 +69,7 @@ def condition(protocol, detector, folder, name, kind="grounded", settings=None, 
         paths[key].parent.mkdir(parents=True, exist_ok=True)
         draw(layout).save(paths[key])
         found = [] if kind == "empty" else found_near(layout, detector, noise, share, random)
-        scores.append(score_picture(against[key], key, found, detector))
+        scores.append(score_image(against[key], key, found, detector))
     return Condition(name, kind, settings or {}, tuple(scores), paths, dict.fromkeys(lost, MISSING))
 
 
@@ -89,7 +89,7 @@ def whole_report(folder, count=16, lost=(), **settings):
         made("empty", "empty"),
     ]
     other = made("beta-1", noise=0.05, share=0.6)
-    compared = [Comparison("beta-1", "beta-1", paired_difference(conditions[0].pictures, other.pictures, ap=False))]
+    compared = [Comparison("beta-1", "beta-1", paired_difference(conditions[0].images, other.images, ap=False))]
     about = {"model": "shapes", "adapter": "runs/mine/adapter", "steps": 20, **settings}
     return Report(protocol, detector, conditions, about, compared)
 
@@ -203,18 +203,18 @@ def test_the_figures_are_those_of_the_scores(whole):
     _, document = read(folder)
     assert [condition["kind"] for condition in document["conditions"]] == [c.kind for c in report.conditions]
     for condition, saved in zip(report.conditions, document["conditions"], strict=True):
-        expected = summarize(condition.pictures, ap=False)
+        expected = summarize(condition.images, ap=False)
         for name in ("success", "mean_iou", "wrong_count"):
             assert saved["metrics"][name]["value"] == pytest.approx(expected[name].value, abs=1e-6)
-        assert len(saved["pictures"]) == len(condition.pictures)
-        for picture, score in zip(saved["pictures"], condition.pictures, strict=True):
-            assert picture["key"] == score.key
-            assert (folder / picture["path"]).is_file()
-            assert Layout.from_dict(picture["layout"]).phrases == score.layout.phrases
-            for item, k in zip(picture["objects"], range(len(score.objects)), strict=True):
+        assert len(saved["pictures"]) == len(condition.images)
+        for image, score in zip(saved["pictures"], condition.images, strict=True):
+            assert image["key"] == score.key
+            assert (folder / image["path"]).is_file()
+            assert Layout.from_dict(image["layout"]).phrases == score.layout.phrases
+            for item, k in zip(image["objects"], range(len(score.objects)), strict=True):
                 assert item["iou"] == pytest.approx(score.objects[k].iou, abs=1e-6)
                 if item["assigned"] is not None:
-                    assert picture["found"][item["assigned"]]["box"] == pytest.approx(
+                    assert image["found"][item["assigned"]]["box"] == pytest.approx(
                         score.found[score.objects[k].assigned].box, abs=1e-6
                     )
     first, *others = document["conditions"]
@@ -230,7 +230,7 @@ def test_what_a_reader_must_know_comes_first(whole):
     table = (folder / "report.md").read_text(encoding="utf-8")
     real, empty = (next(c for c in document["conditions"] if c["kind"] == kind) for kind in ("real", "empty"))
     for start in (head, table[: table.index("| beta-1 ")]):
-        assert "beta-1: 1 of 16 pictures: shapes-1000003-2 (missing)" in start
+        assert "beta-1: 1 of 16 images: shapes-1000003-2 (missing)" in start
         assert "are in no figure" in start
         assert f"{100 * real['metrics']['success']['value']:.1f} %" in start
         assert "upper bound" in start
@@ -276,10 +276,10 @@ def test_a_curve_begins_with_what_is_without_grounding(whole):
 
 def test_the_best_come_first(whole):
     _, report = whole
-    order = ranked(report.conditions[0].pictures)
-    shares = [np.mean([score.success for score in picture.objects]) for picture in order]
+    order = ranked(report.conditions[0].images)
+    shares = [np.mean([score.success for score in image.objects]) for image in order]
     assert shares == sorted(shares, reverse=True)
-    assert len({picture.key for picture in order}) == len(report.conditions[0].pictures)
+    assert len({image.key for image in order}) == len(report.conditions[0].images)
     equal = [np.mean([s.iou for s in p.objects]) for p, share in zip(order, shares, strict=True) if share == 1]
     assert equal == sorted(equal, reverse=True)
     text, _ = read(whole[0])
@@ -288,10 +288,10 @@ def test_the_best_come_first(whole):
 
 def test_the_grid_shows_what_it_has(whole):
     folder, _ = whole
-    with Image.open(folder / "grid.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
+    with Image.open(folder / "grid.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[1] > 6 * 256  # six conditions: all but the shuffled
-    assert (pixels == 128).all(-1).sum() > 20_000  # the picture that is missing
+    assert (pixels == 128).all(-1).sum() > 20_000  # the image that is missing
 
 
 def test_text_of_the_data_is_no_markup(tmp_path):
@@ -304,7 +304,7 @@ def test_text_of_the_data_is_no_markup(tmp_path):
         evil,
         "grounded",
         {},
-        report.conditions[0].pictures,
+        report.conditions[0].images,
         report.conditions[0].paths,
         {evil: evil, "\udcff": "\udcff"},
     )
@@ -321,24 +321,24 @@ def test_text_of_the_data_is_no_markup(tmp_path):
     assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + len(report.names) + 1
 
 
-def test_one_picture_and_no_controls(tmp_path):
+def test_one_image_and_no_controls(tmp_path):
     layouts = [Layout(prompt="a dog", phrases=["a dog"], boxes=[[0.2, 0.2, 0.8, 0.8]], width=320, height=192)]
     write_report(free_report(tmp_path, layouts, share=1.0), tmp_path)
     text, document = read(tmp_path)
     page = Page(text)
     assert page.tags.count("img") == 1
     assert "<h3>Worst" not in text
-    assert "No real pictures were scored" in text
-    assert "No empty pictures were scored" in text
-    assert "1 picture a condition are few" in text
+    assert "No real images were scored" in text
+    assert "No empty images were scored" in text
+    assert "1 image a condition are few" in text
     assert "Not measured, as it was not asked for: CLIP." in text
     assert document["conditions"][0]["metrics"]["pictures"] == 1
     assert [part["name"] for part in document["conditions"][0]["slices"]["position"]] == ["middle"]
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.width > picture.height
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width > image.height
 
 
-def test_all_pictures_unread(tmp_path):
+def test_all_images_unread(tmp_path):
     layouts = [Layout(prompt="a dog", phrases=["a dog"], boxes=[[0.2, 0.2, 0.8, 0.8]], id=f"dog{k}") for k in range(9)]
     write_report(free_report(tmp_path, layouts, lost=[f"dog{k}" for k in range(9)]), tmp_path)
     text, document = read(tmp_path)
@@ -347,21 +347,21 @@ def test_all_pictures_unread(tmp_path):
     assert only["metrics"] == {}
     assert only["pictures"] == []
     assert len(only["unread"]) == 9
-    assert "pictures: 9 of 9 pictures: dog0 (missing)" in text
+    assert "images: 9 of 9 images: dog0 (missing)" in text
     assert "and 4 more" in text
     table = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| 0 " not in table.split("pictures", 1)[0]
     assert "0.0 %" not in table
 
 
-def test_a_picture_that_is_gone_by_then(tmp_path):
+def test_a_image_that_is_gone_by_then(tmp_path):
     layouts = [Layout(prompt="a dog", phrases=["a dog"], boxes=[[0.2, 0.2, 0.8, 0.8]], id=f"dog{k}") for k in range(2)]
     report = free_report(tmp_path, layouts)
     report.conditions[0].paths["dog0"].write_bytes(b"\x89PNG half")
     report.conditions[0].paths["dog1"].unlink()
     write_report(report, tmp_path)
     text, _ = read(tmp_path)
-    assert text.count("The picture is no longer there.") == 2
+    assert text.count("The image is no longer there.") == 2
 
 
 def test_distances_stand_beside_the_metrics(tmp_path):
@@ -397,7 +397,7 @@ def test_the_terminal_shows_the_same_figures_in_120_columns(whole):
         ["empty"],
     ]
     at = lines.index(heads[0])
-    assert re.findall(r"\d+ pictures", lines[at + 1]) == ["15 pictures"] + 5 * ["16 pictures"]
+    assert re.findall(r"\d+ images", lines[at + 1]) == ["15 images"] + 5 * ["16 images"]
     (success,) = [k for k, line in enumerate(lines[: lines.index(heads[1])]) if line.startswith("success ")]
     for k, condition in enumerate(report.conditions[:-1]):
         estimate = report.metrics[condition.name]["success"]
@@ -406,7 +406,7 @@ def test_the_terminal_shows_the_same_figures_in_120_columns(whole):
         columns = [[(found.group(), found.end()) for found in of_line] for of_line in ends]
         assert (columns[0][k + 1][0], columns[1][k][0]) == written
         assert columns[0][k + 1][1] == columns[1][k][1] == re.search(rf"{condition.name}(?= |$)", heads[0]).end()
-    for said in ("upper bound", "beta-1: 1 of 16 pictures: shapes-1000003-2 (missing)", "are in no figure"):
+    for said in ("upper bound", "beta-1: 1 of 16 images: shapes-1000003-2 (missing)", "are in no figure"):
         assert said in " ".join(table.split())
         assert said in " ".join(markdown.split())
     difference = report.compared[0].difference["success"]
@@ -429,10 +429,10 @@ def test_the_terminal_is_sent_text_alone(tmp_path):
     report = free_report(tmp_path, layouts)
     (only,) = report.conditions
     name = "name-of-a-folder-that-is-longer-than-a-column-\udcff"
-    odd = Condition(name, "grounded", {}, only.pictures, only.paths, {"key|\x1b[31m": "<no\nfile>"})
+    odd = Condition(name, "grounded", {}, only.images, only.paths, {"key|\x1b[31m": "<no\nfile>"})
     table = Report(report.protocol, report.detector, [odd], {}).table()
     assert "key|\\x1b[31m (<no file>)" in table
-    assert "\\udcff: 1 of 2 pictures" in table
+    assert "\\udcff: 1 of 2 images" in table
     table.encode()
     assert max(map(len, table.splitlines())) <= 120
 
@@ -441,7 +441,7 @@ def test_what_is_measured_is_shown_whatever_the_protocol(tmp_path):
     """Of a file of layouts seen by a detector of colours, and of CLIP beside the shapes world's metrics."""
     layouts = [Layout(phrases=["a red circle"], boxes=[[0, 0, 0.5, 0.5]])]
     report = free_report(tmp_path, layouts)
-    shapes = replace(report.conditions[0], pictures=tuple(replace(one, clip=31.0) for one in one_score()))
+    shapes = replace(report.conditions[0], images=tuple(replace(one, clip=31.0) for one in one_score()))
     report = Report(report.protocol, ShapesDetector(), [shapes], {})
     assert [name for name in report.names if name != "ap"] == [
         "success", "mean_iou", "wrong_count", "clip", "colour", "shape"
@@ -464,4 +464,4 @@ def test_figures_in_words():
 def one_score():
     layout = Layout(phrases=["a red circle"], boxes=[[0, 0, 0.5, 0.5]])
     found = [Found((0, 0, 0.5, 0.5), "red circle", 1.0, {"colour": "red", "shape": "circle"})]
-    return [score_picture(layout, "0", found, ShapesDetector())]
+    return [score_image(layout, "0", found, ShapesDetector())]

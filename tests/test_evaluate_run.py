@@ -1,4 +1,4 @@
-"""Generating and scoring: seeds, kills, several processes, damaged pictures, other programs' pictures, comparing."""
+"""Generating and scoring: seeds, kills, several processes, damaged images, other programs' images, comparing."""
 
 import json
 import multiprocessing
@@ -21,8 +21,8 @@ from gligen_xl.evaluate import compare, evaluate_layouts, find_detector, find_pr
 from gligen_xl.evaluate.binding import bind, generation_settings, only_one_at
 from gligen_xl.evaluate.clip import ClipScore
 from gligen_xl.evaluate.real_images import photographs_of
-from gligen_xl.evaluate.run import find_pictures, generate_all, score_all, shuffled, way_called
-from gligen_xl.evaluate.sampling import Way, find_files, find_ways, generate_pictures, keyed, read_about, seeded
+from gligen_xl.evaluate.run import find_images, generate_all, score_all, shuffled, way_called
+from gligen_xl.evaluate.sampling import Way, find_files, find_ways, generate_images, keyed, read_about, seeded
 
 ON, OFF = Way.grounded(1.0, 2.0), Way.off(2.0)
 RED = {"prompt": "grass", "phrases": ["a red circle"], "boxes": [[0.1, 0.1, 0.5, 0.5]]}
@@ -34,7 +34,7 @@ def scenes(count):
 
 
 def point(condition):
-    return point_metrics([score for picture in condition.pictures for score in picture.objects])
+    return point_metrics([score for image in condition.images for score in image.objects])
 
 
 class Counting(ShapesDetector):
@@ -43,16 +43,16 @@ class Counting(ShapesDetector):
     def __init__(self):
         self.looked, self.largest = 0, 0
 
-    def detect(self, pictures, layouts):
-        self.looked += len(pictures)
-        self.largest = max(self.largest, len(pictures))
-        return super().detect(pictures, layouts)
+    def detect(self, images, layouts):
+        self.looked += len(images)
+        self.largest = max(self.largest, len(images))
+        return super().detect(images, layouts)
 
 
 # Names, seeds, ways -------------------------------------------------------------------------------------------------
 
 
-def test_names_of_pictures():
+def test_names_of_images():
     ids = [None, "cat-1.2", "a/b", "../x", "", "Grün", "y" * 100, None]
     keys = list(keyed([Layout(**RED, id=name) for name in ids]))
     assert keys[0] == "000000"
@@ -105,7 +105,7 @@ def test_shuffled_layouts_are_the_next_ones():
 # Generating ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_the_same_in_whatever_batch_order_or_part_it_is_made(tmp_path):
+def test_a_image_is_the_same_in_whatever_batch_order_or_part_it_is_made(tmp_path):
     """Of a real pipeline, to rounding."""
     pipeline = grounded(sdxl_pipeline())
     layouts = keyed(
@@ -116,12 +116,12 @@ def test_a_picture_is_the_same_in_whatever_batch_order_or_part_it_is_made(tmp_pa
             for k in range(6)
         ]
     )
-    assert generate_pictures(pipeline, layouts, tmp_path / "whole", ON, steps=3, batch_size=4) == 6
+    assert generate_images(pipeline, layouts, tmp_path / "whole", ON, steps=3, batch_size=4) == 6
     turned = dict(reversed(layouts.items()))
     for part in ((2, 2), (1, 2)):
-        assert generate_pictures(pipeline, turned, tmp_path / "parts", ON, steps=3, batch_size=2, part=part) == 3
+        assert generate_images(pipeline, turned, tmp_path / "parts", ON, steps=3, batch_size=2, part=part) == 3
     few = {key: layouts[key] for key in ("4", "1")}
-    assert generate_pictures(pipeline, few, tmp_path / "few", ON, steps=3, batch_size=1) == 2
+    assert generate_images(pipeline, few, tmp_path / "few", ON, steps=3, batch_size=1) == 2
     for folder in ("parts", "few"):
         for key, path in find_files(tmp_path / folder, layouts).items():
             with Image.open(path) as one, Image.open(tmp_path / "whole" / f"{key}.png") as other:
@@ -136,23 +136,23 @@ def test_nothing_is_made_twice_after_an_interrupt(tmp_path):
     protocol, layouts = scenes(10)
     painter = Painter(protocol, most=4)
     with pytest.raises(KeyboardInterrupt):
-        generate_pictures(painter, layouts, tmp_path, ON, steps=3, batch_size=2)
+        generate_images(painter, layouts, tmp_path, ON, steps=3, batch_size=2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(before) == 4
     again = Painter(protocol)
-    assert generate_pictures(again, layouts, tmp_path, ON, steps=3, batch_size=4) == again.made == 6
-    assert generate_pictures(again, layouts, tmp_path, ON, steps=3, batch_size=4) == 0
+    assert generate_images(again, layouts, tmp_path, ON, steps=3, batch_size=4) == again.made == 6
+    assert generate_images(again, layouts, tmp_path, ON, steps=3, batch_size=4) == 0
     assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}.items()
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(layouts)
 
 
 def _paint(folder, count, part):
     protocol, layouts = scenes(count)
-    generate_pictures(Painter(protocol, seconds=0.01), layouts, folder, ON, steps=3, batch_size=2, part=part)
+    generate_images(Painter(protocol, seconds=0.01), layouts, folder, ON, steps=3, batch_size=2, part=part)
 
 
 def test_a_killed_process_and_two_at_once(tmp_path):
-    """Every file is a whole picture at every moment; what a killed process made stays as it is."""
+    """Every file is a whole image at every moment; what a killed process made stays as it is."""
     begin = multiprocessing.get_context("fork").Process
     killed = begin(target=_paint, args=(tmp_path, 40, (1, 1)))
     killed.start()
@@ -172,8 +172,8 @@ def test_a_killed_process_and_two_at_once(tmp_path):
     assert before.items() <= after.items()
     assert len(after) == 40
     for path in after:
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.load()
 
 
 def test_another_setting_in_the_same_folder_is_refused(tmp_path):
@@ -191,7 +191,7 @@ def test_another_setting_in_the_same_folder_is_refused(tmp_path):
             generate_all(painter, layouts, tmp_path, [ON], **{**settings, **other})
     (key, layout), *rest = layouts.items()
     moved = {key: replace(layout, boxes=[[0, 0, 0.5, 0.5]] * len(layout.boxes)), **dict(rest)}
-    with pytest.raises(ValueError, match=f"{key}.png is a picture of another layout"):
+    with pytest.raises(ValueError, match=f"{key}.png is an image of another layout"):
         generate_all(painter, moved, tmp_path, [ON], **settings)
     with pytest.raises(ValueError, match="guidance_scale"):
         generate_all(
@@ -255,7 +255,7 @@ def painted(tmp_path_factory):
     """The folder of twenty scenes, painted and scored."""
     out, (protocol, _), detector = tmp_path_factory.mktemp("painted"), scenes(20), Counting()
     evaluate_layouts(Painter(protocol), protocol, detector, out, betas=[1])
-    assert detector.looked == 80  # on, off, real and empty; shuffled are pictures that were looked at
+    assert detector.looked == 80  # on, off, real and empty; shuffled are images that were looked at
     assert detector.largest <= 16
     return out
 
@@ -291,65 +291,65 @@ def test_what_was_found_is_kept(evaluated, tmp_path):
     assert detector.looked == 3
     detector.looked = 1
 
-    path = conditions[0].paths[conditions[0].pictures[3].key]
-    noise((64, 64)).save(path)  # another picture under the same name
+    path = conditions[0].paths[conditions[0].images[3].key]
+    noise((64, 64)).save(path)  # another image under the same name
     changed = evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False)
     assert detector.looked == 2
-    assert changed[0].pictures[3] != conditions[0].pictures[3]
+    assert changed[0].images[3] != conditions[0].images[3]
     detector.settings = {"detector": "shapes", "threshold": 0.5}
     evaluate_layouts(painter, protocol, detector, out, betas=[1], controls=False)
     assert detector.looked == 22
 
 
-def test_damaged_and_missing_pictures_are_named_and_in_no_metric(evaluated, tmp_path):
+def test_damaged_and_missing_images_are_named_and_in_no_metric(evaluated, tmp_path):
     protocol, detector, conditions = evaluated
     whole = conditions[0]
-    truncated, text, empty, gone, large = (whole.pictures[k].key for k in (2, 5, 7, 11, 13))
+    truncated, text, empty, gone, large = (whole.images[k].key for k in (2, 5, 7, 11, 13))
     path = whole.paths[truncated]
     path.write_bytes(path.read_bytes()[:-200])
-    whole.paths[text].write_text("no picture")
+    whole.paths[text].write_text("no image")
     whole.paths[empty].write_bytes(b"")
     whole.paths[gone].unlink()
-    with Image.open(whole.paths[large]) as picture:
-        picture.resize((128, 96), Image.Resampling.NEAREST).save(whole.paths[large])
+    with Image.open(whole.paths[large]) as image:
+        image.resize((128, 96), Image.Resampling.NEAREST).save(whole.paths[large])
     layouts = keyed(protocol.layouts)
-    after = score_all(protocol, find_pictures(tmp_path / "out" / "pictures", layouts), tmp_path / "out", detector)
+    after = score_all(protocol, find_images(tmp_path / "out" / "pictures", layouts), tmp_path / "out", detector)
     damaged = after[0]
     assert list(damaged.unread) == [truncated, text, empty, gone]
     assert "truncated or damaged" in damaged.unread[truncated]
-    assert "not a picture" in damaged.unread[text]
+    assert "not an image" in damaged.unread[text]
     assert damaged.unread[empty] == "empty file"
     assert damaged.unread[gone] == "missing"
-    kept = [score for score in whole.pictures if score.key not in damaged.unread and score.key != large]
-    assert [score for score in damaged.pictures if score.key != large] == kept
+    kept = [score for score in whole.images if score.key not in damaged.unread and score.key != large]
+    assert [score for score in damaged.images if score.key != large] == kept
     assert point(damaged)["recall_50"] == 1
     by_name = {condition.name: condition for condition in after}
     assert by_name["shuffled"].unread == damaged.unread
     assert not by_name["off"].unread
-    assert len(by_name["off"].pictures) == len(by_name["real"].pictures) == 20
+    assert len(by_name["off"].images) == len(by_name["real"].images) == 20
 
 
-def test_a_condition_without_any_readable_picture_is_told_as_such(evaluated, tmp_path):
+def test_a_condition_without_any_readable_image_is_told_as_such(evaluated, tmp_path):
     protocol, detector, conditions = evaluated
     by_name = {condition.name: condition for condition in conditions}
     for path in by_name["off"].paths.values():
         path.write_text("x")
     conditions = evaluate_layouts(Painter(protocol), protocol, detector, tmp_path / "out", betas=[1])
     by_name = {condition.name: condition for condition in conditions}
-    assert (len(by_name["off"].pictures), len(by_name["off"].unread)) == (0, 20)
-    assert len(by_name["beta-1"].pictures) == 20
+    assert (len(by_name["off"].images), len(by_name["off"].unread)) == (0, 20)
+    assert len(by_name["beta-1"].images) == 20
     for path in by_name["beta-1"].paths.values():
         path.write_text("x")
-    with pytest.raises(ValueError, match="none of 20 pictures of beta-1, off can be read; the first one, "):
+    with pytest.raises(ValueError, match="none of 20 images of beta-1, off can be read; the first one, "):
         evaluate_layouts(Painter(protocol), protocol, detector, tmp_path / "out", betas=[1])
 
 
-def test_other_real_pictures_take_the_place_of_the_former(tmp_path):
+def test_other_real_images_take_the_place_of_the_former(tmp_path):
     protocol, layouts = scenes(4)
-    for name, picture_of in (("good", protocol.real), ("bad", protocol.empty)):
+    for name, image_of in (("good", protocol.real), ("bad", protocol.empty)):
         (tmp_path / name).mkdir()
         for layout in layouts.values():
-            picture_of(layout).save(tmp_path / name / f"{layout.id}.png")
+            image_of(layout).save(tmp_path / name / f"{layout.id}.png")
 
     def success(name):
         real = replace(protocol, real=photographs_of(tmp_path / name, protocol.layouts))
@@ -359,7 +359,7 @@ def test_other_real_pictures_take_the_place_of_the_former(tmp_path):
     assert (success("good"), success("bad"), success("good")) == (1, 0, 1)
 
 
-def test_objects_that_real_pictures_hold_beside_those_asked_for_are_passed_over(tmp_path):
+def test_objects_that_real_images_hold_beside_those_asked_for_are_passed_over(tmp_path):
     """As protocols leave small objects out of their layouts, but not out of the photographs."""
     whole, _ = scenes(24)
     several = [layout for layout in whole.layouts if len(layout.boxes) > 1]
@@ -379,7 +379,7 @@ def test_objects_that_real_pictures_hold_beside_those_asked_for_are_passed_over(
     def bound(protocol, out):
         conditions = evaluate_layouts(Painter(protocol), protocol, ShapesDetector(), tmp_path / out, betas=[1])
         (real,) = [condition for condition in conditions if condition.kind == "real"]
-        return summarize(real.pictures)
+        return summarize(real.images)
 
     with_them, without = bound(protocol, "a"), bound(replace(protocol, real=replace(photographs, annotated={})), "b")
     assert with_them["success"].value == without["success"].value == 1
@@ -388,7 +388,7 @@ def test_objects_that_real_pictures_hold_beside_those_asked_for_are_passed_over(
     assert without["ap_50"].value < 0.95
 
 
-def test_real_pictures_that_cannot_be_read_are_named(tmp_path):
+def test_real_images_that_cannot_be_read_are_named(tmp_path):
     protocol, layouts = scenes(4)
     broken = list(layouts)[1]
 
@@ -404,7 +404,7 @@ def test_real_pictures_that_cannot_be_read_are_named(tmp_path):
     assert condition.unread == {broken: "truncated or damaged: photo.jpg"}
 
 
-def test_a_real_picture_that_was_damaged_later_is_in_no_figure(tmp_path):
+def test_a_real_image_that_was_damaged_later_is_in_no_figure(tmp_path):
     protocol, _ = scenes(4)
     (tmp_path / "real").mkdir()
     for layout in protocol.layouts:
@@ -416,13 +416,13 @@ def test_a_real_picture_that_was_damaged_later_is_in_no_figure(tmp_path):
         conditions = evaluate_layouts(Painter(protocol), protocol, ShapesDetector(), tmp_path / "out", betas=[1])
         (real,) = [condition for condition in conditions if condition.kind == "real"]
         assert list(real.unread) == damaged
-        assert len(real.pictures) == 4 - len(damaged)
+        assert len(real.images) == 4 - len(damaged)
 
 
-# Pictures of other programs -----------------------------------------------------------------------------------------
+# Images of other programs -----------------------------------------------------------------------------------------
 
 
-def test_pictures_of_any_program_in_any_format(tmp_path):
+def test_images_of_any_program_in_any_format(tmp_path):
     protocol, layouts = scenes(6)
     flat, ways = tmp_path / "flat", tmp_path / "ways"
     flat.mkdir()
@@ -432,28 +432,28 @@ def test_pictures_of_any_program_in_any_format(tmp_path):
             protocol.real(layout).save(ways / folder / f"{key}.{'webp' if k % 2 else 'png'}", lossless=True)
         protocol.real(layout).save(flat / f"{key}.bmp")
     (flat / "readme.txt").write_text("x")
-    found = find_pictures(flat, layouts)
+    found = find_images(flat, layouts)
     assert [(way.name, way.kind, way.settings) for way in found] == [("pictures", "grounded", {})]
     assert point(score_all(protocol, found, tmp_path / "a", ShapesDetector(), controls=False)[0])["recall_50"] == 1
-    found = find_pictures(ways, layouts)
+    found = find_images(ways, layouts)
     assert [way.name for way in found] == ["beta-1", "beta-0.4", "mine", "off"]
     assert [way.kind for way in found] == ["grounded"] * 3 + ["off"]
     assert list(found)[1].settings == {"beta": 0.4}
     (ways / "shuffled").mkdir()
     with pytest.raises(ValueError, match="the name of a control"):
-        find_pictures(ways, layouts)
+        find_images(ways, layouts)
     (flat / f"{next(iter(layouts))}.jpg").write_text("")
     with pytest.raises(ValueError, match="leave one of the two"):
-        find_pictures(flat, layouts)
+        find_images(flat, layouts)
     with pytest.raises(ValueError, match=r"expected 000000\.png and so on"):
-        find_pictures(flat, keyed([Layout(**RED)]))
+        find_images(flat, keyed([Layout(**RED)]))
     with pytest.raises(FileNotFoundError, match="no folder"):
-        find_pictures(tmp_path / "nowhere", layouts)
+        find_images(tmp_path / "nowhere", layouts)
 
 
-def test_pictures_that_say_they_are_of_another_layout(evaluated, tmp_path):
+def test_images_that_say_they_are_of_another_layout(evaluated, tmp_path):
     protocol, detector, conditions = evaluated
-    first, second = (conditions[0].paths[score.key] for score in conditions[0].pictures[:2])
+    first, second = (conditions[0].paths[score.key] for score in conditions[0].images[:2])
     second.write_bytes(first.read_bytes())
     with pytest.raises(ValueError, match=f"{second.name} is of a layout with other"):
         score_all(protocol, {ON: first.parent}, tmp_path / "out", detector)
@@ -462,17 +462,17 @@ def test_pictures_that_say_they_are_of_another_layout(evaluated, tmp_path):
 # Comparing ----------------------------------------------------------------------------------------------------------
 
 
-def test_two_evaluations_are_compared_picture_by_picture(evaluated, tmp_path):
+def test_two_evaluations_are_compared_image_by_image(evaluated, tmp_path):
     _, detector, conditions = evaluated
     worse, _ = scenes(20)
     bad = {layout.id for layout in worse.layouts[:5]}
     layouts = keyed(worse.layouts)
     (tmp_path / "theirs").mkdir()
     for key, layout in layouts.items():
-        picture = worse.empty(layout) if layout.id in bad else worse.real(layout)
-        picture.save(tmp_path / "theirs" / f"{key}.png")
+        image = worse.empty(layout) if layout.id in bad else worse.real(layout)
+        image.save(tmp_path / "theirs" / f"{key}.png")
     other = tmp_path / "other"
-    score_all(worse, find_pictures(tmp_path / "theirs", layouts), other, detector)
+    score_all(worse, find_images(tmp_path / "theirs", layouts), other, detector)
     (compared,) = compare(conditions, other, detector)
     assert (compared.condition, compared.other) == ("beta-1", "pictures")
     objects = sum(len(layout.boxes) for layout in worse.layouts)
@@ -484,12 +484,12 @@ def test_two_evaluations_are_compared_picture_by_picture(evaluated, tmp_path):
     assert [(c.condition, c.other) for c in same] == [("beta-1", "beta-1"), ("off", "off")]
     assert same[0].difference["mean_iou"].value == 0
 
-    # Pictures of the same bytes, and one that changes into such a one: each is compared as it was last seen.
+    # Images of the same bytes, and one that changes into such a one: each is compared as it was last seen.
     first, *others, last = (tmp_path / "theirs" / f"{key}.png" for key in layouts)
     for same in (others, [last]):
         for path in same:
             shutil.copy(first, path)
-        (theirs,) = score_all(worse, find_pictures(first.parent, layouts), other, detector, controls=False)
+        (theirs,) = score_all(worse, find_images(first.parent, layouts), other, detector, controls=False)
         (compared,) = compare(conditions, other, detector)
         assert compared.difference["pictures"].value == len(layouts)
         success = point(conditions[0])["success"] - point(theirs)["success"]
@@ -502,18 +502,18 @@ def test_two_evaluations_are_compared_picture_by_picture(evaluated, tmp_path):
         compare(conditions, tmp_path / "theirs", detector)
 
 
-def test_what_clip_has_not_seen_in_all_pictures_is_not_compared(tmp_path):
+def test_what_clip_has_not_seen_in_all_images_is_not_compared(tmp_path):
     class Similar:
         settings = {"clip": "similar"}  # noqa: RUF012
 
-        def score(self, pictures, layouts):
+        def score(self, images, layouts):
             return [SimpleNamespace(clip=0.3, clip_objects=[0.2] * len(layout.boxes)) for layout in layouts]
 
     protocol, layouts = scenes(6)
     (tmp_path / "pictures").mkdir()
     for key, layout in layouts.items():
         protocol.real(layout).save(tmp_path / "pictures" / f"{key}.png")
-    found, detector, clip = find_pictures(tmp_path / "pictures", layouts), ShapesDetector(), Similar()
+    found, detector, clip = find_images(tmp_path / "pictures", layouts), ShapesDetector(), Similar()
     conditions = score_all(protocol, found, tmp_path / "out", detector, clip=clip, controls=False)
     (whole,) = compare(conditions, tmp_path / "out", detector, clip)
     assert whole.difference["clip"].value == 0
@@ -525,14 +525,14 @@ def test_what_clip_has_not_seen_in_all_pictures_is_not_compared(tmp_path):
 
 
 def test_without_a_prompt_clip_has_no_score_of_the_whole_and_that_is_kept(tmp_path):
-    """It is not measured anew each time, and the pictures that have one are compared."""
+    """It is not measured anew each time, and the images that have one are compared."""
 
     class Similar:
         settings = {"clip": "similar"}  # noqa: RUF012
         looked = 0
 
-        def score(self, pictures, layouts):
-            self.looked += len(pictures)
+        def score(self, images, layouts):
+            self.looked += len(images)
             return [ClipScore(0.3 if layout.prompt else None, (0.2,) * len(layout.boxes)) for layout in layouts]
 
     protocol, _ = scenes(6)
@@ -541,33 +541,33 @@ def test_without_a_prompt_clip_has_no_score_of_the_whole_and_that_is_kept(tmp_pa
     (tmp_path / "pictures").mkdir()
     for (key, _), drawn in zip(by_key.items(), scenes(6)[0].layouts, strict=True):
         protocol.real(drawn).save(tmp_path / "pictures" / f"{key}.png")
-    found, detector, clip = find_pictures(tmp_path / "pictures", by_key), ShapesDetector(), Similar()
+    found, detector, clip = find_images(tmp_path / "pictures", by_key), ShapesDetector(), Similar()
     for _ in range(2):
         conditions = score_all(protocol, found, tmp_path / "out", detector, clip=clip, controls=False)
-        assert [score.clip for score in conditions[0].pictures] == [0.3, None] * 3
+        assert [score.clip for score in conditions[0].images] == [0.3, None] * 3
         assert clip.looked == 6
     (compared,) = compare(conditions, tmp_path / "out", detector, clip)
     assert compared.difference["clip"].value == 0
     assert compared.difference["clip_objects"].value == 0
-    assert summarize(conditions[0].pictures, ap=False)["clip"].value == pytest.approx(0.3)
+    assert summarize(conditions[0].images, ap=False)["clip"].value == pytest.approx(0.3)
 
 
 def test_what_is_kept_in_another_form_is_said_and_looked_at_anew(evaluated, tmp_path):
     protocol, _, conditions = evaluated
-    pictures = {ON: next(iter(conditions[0].paths.values())).parent}
-    score_all(protocol, pictures, tmp_path, ShapesDetector(), controls=False)
+    images = {ON: next(iter(conditions[0].paths.values())).parent}
+    score_all(protocol, images, tmp_path, ShapesDetector(), controls=False)
     (file,) = tmp_path.glob("detections/*/*.jsonl")
     lines = file.read_text().splitlines(keepends=True)
     strange = json.loads(lines[0]) | {"found": {"boxes": 7}}
     file.write_text("".join([json.dumps(strange) + "\n", *lines[1:-1], lines[-1][:40]]))
     detector = Counting()
     with pytest.warns(UserWarning, match="1 lines are of another form"):
-        score_all(protocol, pictures, tmp_path, detector, controls=False)
+        score_all(protocol, images, tmp_path, detector, controls=False)
     assert detector.looked == 2
 
 
-def test_pictures_of_other_programs_in_odd_forms(tmp_path):
-    """Modes, sizes, ids that are numbers, files that belong to nobody, pictures that are missing or hold nothing."""
+def test_images_of_other_programs_in_odd_forms(tmp_path):
+    """Modes, sizes, ids that are numbers, files that belong to nobody, images that are missing or hold nothing."""
     protocol, _ = scenes(6)
     layouts = [replace(layout, id=str(7 + k)) for k, layout in enumerate(protocol.layouts)]
     protocol, by_key = replace(protocol, layouts=layouts), keyed(layouts)
@@ -582,17 +582,15 @@ def test_pictures_of_other_programs_in_odd_forms(tmp_path):
     for name in ("7.json", "7.txt", "99.png", "7-boxes.png", ".8.png", "Thumbs.db"):
         (folder / name).write_text("x")
     (folder / "7.png.d").mkdir()
-    (condition,) = score_all(
-        protocol, find_pictures(folder, by_key), tmp_path / "out", ShapesDetector(), controls=False
-    )
-    assert [score.key for score in condition.pictures] == ["7", "8", "9", "10", "11"]
+    (condition,) = score_all(protocol, find_images(folder, by_key), tmp_path / "out", ShapesDetector(), controls=False)
+    assert [score.key for score in condition.images] == ["7", "8", "9", "10", "11"]
     assert dict(condition.unread) == {"12": "missing"}
-    assert all(one.iou > 0.8 for score in condition.pictures[:3] for one in score.objects)
-    for score in condition.pictures[3:]:
+    assert all(one.iou > 0.8 for score in condition.images[:3] for one in score.objects)
+    for score in condition.images[3:]:
         assert score.found == ()
         assert score.missing == len(score.objects)
         assert {one.iou for one in score.objects} == {0.0}
-    assert summarize(condition.pictures, ap=True)["recall_50"].value < 1
+    assert summarize(condition.images, ap=True)["recall_50"].value < 1
 
 
 @pytest.mark.parametrize(
@@ -608,5 +606,5 @@ def test_what_the_name_of_a_folder_tells(name, settings):
 def test_layouts_are_written_by_their_keys(evaluated, tmp_path):
     _, _, conditions = evaluated
     lines = [json.loads(line) for line in (tmp_path / "out" / "layouts.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in lines] == [score.key for score in conditions[0].pictures]
+    assert [line["id"] for line in lines] == [score.key for score in conditions[0].images]
     assert find_detector("shapes").name == "shapes"

@@ -1,4 +1,4 @@
-"""Parts of the objects: each object is in one part of a grouping, where its box, phrase and picture say."""
+"""Parts of the objects: each object is in one part of a grouping, where its box, phrase and image say."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gligen_xl import Layout
 from gligen_xl.detect.detection import Found
 from gligen_xl.detect.detectors import ShapesDetector, Wanted
-from gligen_xl.evaluate.matching import ObjectScore, score_picture
+from gligen_xl.evaluate.matching import ObjectScore, score_image
 from gligen_xl.evaluate.metrics import summarize
 from gligen_xl.evaluate.slices import (
     METRICS,
@@ -43,11 +43,11 @@ def scored(layouts=LAYOUTS):
         ]
         for layout in layouts
     ]
-    return [score_picture(layout, layout.id, here, detector) for layout, here in zip(layouts, found, strict=True)]
+    return [score_image(layout, layout.id, here, detector) for layout, here in zip(layouts, found, strict=True)]
 
 
 def told(parts):
-    return {part.name: (part.objects, part.pictures, part.metrics["success"].value) for part in parts}
+    return {part.name: (part.objects, part.images, part.metrics["success"].value) for part in parts}
 
 
 def test_parts_by_hand():
@@ -66,20 +66,20 @@ def test_parts_by_hand():
 
 def test_a_part_that_is_the_whole_has_its_interval():
     layouts = [Layout(phrases=["a red circle"], boxes=[LARGE], id=f"{k}") for k in range(30)]
-    pictures = [*scored(layouts[:20]), *(replace(picture, objects=(MISSED,)) for picture in scored(layouts[20:]))]
-    (whole,) = slices(pictures, layouts, ShapesDetector().wanted)["size"]
-    metrics = summarize(pictures, ap=False)
+    images = [*scored(layouts[:20]), *(replace(image, objects=(MISSED,)) for image in scored(layouts[20:]))]
+    (whole,) = slices(images, layouts, ShapesDetector().wanted)["size"]
+    metrics = summarize(images, ap=False)
     assert whole.metrics == {name: metrics[name] for name in METRICS}
     assert metrics["success"].low < metrics["success"].value == 2 / 3 < metrics["success"].high
 
 
 def test_phrases_are_counted_in_all_layouts():
-    """Also in those whose pictures could not be read."""
+    """Also in those whose images could not be read."""
     parts = slices(scored()[1:2], LAYOUTS, ShapesDetector().wanted)
     assert told(parts["frequency"]) == {"2 to 9 times": (1, 1, 1)}
 
 
-def test_phrases_without_attributes_and_no_pictures():
+def test_phrases_without_attributes_and_no_images():
     parts = slices(scored(), LAYOUTS, Wanted)
     assert list(parts) == ["size", "position", "objects", "frequency"]
     assert slices([], LAYOUTS, Wanted) == {}
@@ -95,9 +95,9 @@ def test_phrases_without_attributes_and_no_pictures():
 def test_every_object_is_in_one_part_of_each_grouping(corners):
     boxes = [(x, y, min(x + w, 1.0), min(y + h, 1.0)) for x, y, w, h in corners]
     layout = Layout(phrases=["a red circle"] * len(boxes), boxes=boxes, id="x")
-    pictures = scored([layout])
-    whole = summarize(pictures, ap=False, resamples=1)["success"].value
-    for name, parts in slices(pictures, [layout], ShapesDetector().wanted).items():
+    images = scored([layout])
+    whole = summarize(images, ap=False, resamples=1)["success"].value
+    for name, parts in slices(images, [layout], ShapesDetector().wanted).items():
         assert sum(part.objects for part in parts) == len(boxes), name
         right = sum(part.objects * part.metrics["success"].value for part in parts)
         assert right / len(boxes) == pytest.approx(whole)

@@ -37,17 +37,17 @@ import diffusers
 folder, out, calls = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 pipeline.set_progress_bar_config(disable=True)
-pictures = []
+images = []
 for call in calls:
     scheduler = call.pop("scheduler", None)
     if scheduler:
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     try:
-        pictures.append(pipeline(**call, generator=torch.Generator().manual_seed(3)).images)
+        images.append(pipeline(**call, generator=torch.Generator().manual_seed(3)).images)
     except ValueError as error:
-        pictures.append(str(error))
+        images.append(str(error))
 assert "gligen_xl" not in sys.modules
-torch.save({"pictures": pictures, "class": type(pipeline).__name__}, out)
+torch.save({"pictures": images, "class": type(pipeline).__name__}, out)
 """
 
 
@@ -61,7 +61,7 @@ def elsewhere(folder, tmp_path, calls, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [sdxl_pipeline, sd_pipeline])
-def test_diffusers_alone_gives_the_same_pictures(make, tmp_path, monkeypatch):
+def test_diffusers_alone_gives_the_same_images(make, tmp_path, monkeypatch):
     pipeline = grounded(make(), slots=5)
     export_pipeline(pipeline, tmp_path / "exported")
     common = {"prompt": "grass", "num_inference_steps": 5, "output_type": "latent", "height": 16, "width": 16}
@@ -154,8 +154,8 @@ def test_diffusers_own_class_inpaints_with_an_exported_inpainting_adapter(tmp_pa
     export_pipeline(pipeline, tmp_path)
     theirs = diffusers.StableDiffusionGLIGENPipeline.from_pretrained(tmp_path, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
-    picture = Image.new("RGB", (16, 16), "green")
-    got = theirs("grass", num_inference_steps=2, output_type="np", gligen_inpaint_image=picture, **LAYOUT).images
+    image = Image.new("RGB", (16, 16), "green")
+    got = theirs("grass", num_inference_steps=2, output_type="np", gligen_inpaint_image=image, **LAYOUT).images
     assert got.shape == (1, 16, 16, 3)
     for slots, make in ((5, sd_pipeline), (30, sdxl_pipeline)):
         pipeline = make()

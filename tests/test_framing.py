@@ -1,4 +1,4 @@
-"""Framing: pictures and boxes go together into squares and buckets, upright and mirrored, decoded once."""
+"""Framing: images and boxes go together into squares and buckets, upright and mirrored, decoded once."""
 
 import io
 import math
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from gligen_xl.images.crop import BUCKETS, bucket_frame, square_frame
 from gligen_xl.prepare import framing
-from gligen_xl.prepare.framing import Framed, Framing, frame_picture
+from gligen_xl.prepare.framing import Framed, Framing, frame_image
 from gligen_xl.prepare.item import Item
 from gligen_xl.prepare.report import UnitReport
 from gligen_xl.prepare.settings import Settings
@@ -21,7 +21,7 @@ RED, BLUE = (250, 10, 20), (20, 30, 240)
 sides = st.integers(40, 1200)
 
 
-def encoded(picture, form="PNG", orientation=None, **options):
+def encoded(image, form="PNG", orientation=None, **options):
     """The bytes of a file; with an EXIF orientation, stored so that it is seen upright again."""
     if orientation is not None:
         stored_by = {
@@ -29,21 +29,21 @@ def encoded(picture, form="PNG", orientation=None, **options):
             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
             7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
         }[orientation]  # fmt: skip
-        picture = picture if stored_by is None else picture.transpose(stored_by)
+        image = image if stored_by is None else image.transpose(stored_by)
         exif = Image.Exif()
         exif[0x0112] = orientation
         options["exif"] = exif.tobytes()
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
-def noise_picture(height, width, seed=0):
+def noise_image(height, width, seed=0):
     """Full of detail."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def natural_picture(height, width):
+def natural_image(height, width):
     """Smooth noise of several scales, and shapes with edges."""
     rng = np.random.default_rng(0)
     total = np.zeros((height, width, 3))
@@ -51,16 +51,16 @@ def natural_picture(height, width):
         coarse = rng.normal(0, strength, (cells, cells, 3))
         layers = [Image.fromarray(coarse[..., k].astype(np.float32)) for k in range(3)]
         total += np.stack([np.asarray(layer.resize((width, height), Image.Resampling.BICUBIC)) for layer in layers], -1)
-    picture = Image.fromarray(np.clip(total + 128, 0, 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(np.clip(total + 128, 0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
     for _ in range(30):
         x, y, size = rng.integers(0, width), rng.integers(0, height), rng.integers(20, 200)
         pen.ellipse((x, y, x + size, y + size), fill=tuple(int(value) for value in rng.integers(0, 256, 3)))
-    return picture.filter(ImageFilter.GaussianBlur(0.7))
+    return image.filter(ImageFilter.GaussianBlur(0.7))
 
 
 def taken(source, stated=None, **options):
-    result = frame_picture(source, stated, Framing(**options))
+    result = frame_image(source, stated, Framing(**options))
     assert isinstance(result, Framed), result
     return result
 
@@ -103,19 +103,19 @@ def test_moved_back_boxes_are_where_they_were(height, width, buckets, boxes):
     np.testing.assert_allclose(frame.move(np.array([frame.region])), [[0, 0, 1, 1]], atol=1e-9)
 
 
-# Pictures -----------------------------------------------------------------------------------------------------------
+# Images -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("buckets", [False, True])
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (90, 400), (48, 60)])
-def test_a_framed_picture_is_resized_whole_and_cut(size, buckets):
-    picture = noise_picture(*size)
-    result = taken(encoded(picture), resolutions=(64, 128), buckets=buckets)
+def test_a_framed_image_is_resized_whole_and_cut(size, buckets):
+    image = noise_image(*size)
+    result = taken(encoded(image), resolutions=(64, 128), buckets=buckets)
     for resolution, frame, pixels in zip((64, 128), result.frames, result.pixels, strict=True):
         assert frame == (bucket_frame if buckets else square_frame)(*size, resolution)
         assert frame.original == size
         height, width = frame.resized
-        whole = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+        whole = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
         cut = whole[frame.top : frame.top + frame.size[0], frame.left : frame.left + frame.size[1]]
         assert pixels.dtype == np.uint8
         assert np.array_equal(pixels, cut)
@@ -125,7 +125,7 @@ def test_several_resolutions_are_of_one_decode(monkeypatch):
     decoded = []
     real = framing.decode
     monkeypatch.setattr(framing, "decode", lambda *a, **b: decoded.append(1) or real(*a, **b))
-    data = encoded(noise_picture(300, 200), "JPEG")
+    data = encoded(noise_image(300, 200), "JPEG")
     together = taken(data, resolutions=(128, 64, 32))
     assert len(decoded) == 1
     for k, resolution in enumerate((128, 64, 32)):
@@ -133,7 +133,7 @@ def test_several_resolutions_are_of_one_decode(monkeypatch):
 
 
 def test_fast_jpeg_differs_little():
-    data = encoded(natural_picture(2250, 1500), "JPEG", quality=90)
+    data = encoded(natural_image(2250, 1500), "JPEG", quality=90)
     full, fast = (taken(data, resolutions=(512,), fast_jpeg=fast) for fast in (False, True))
     assert full.frames == fast.frames
     difference = np.abs(full.pixels[0].astype(float) - fast.pixels[0])
@@ -145,34 +145,34 @@ def test_fast_jpeg_differs_little():
 
 
 def test_fast_jpeg_leaves_others_as_they_are():
-    data = encoded(natural_picture(400, 300))
+    data = encoded(natural_image(400, 300))
     full, fast = (taken(data, resolutions=(64,), fast_jpeg=fast) for fast in (False, True))
     assert np.array_equal(full.pixels[0], fast.pixels[0])
 
 
 def test_what_cannot_be_framed_says_why(tmp_path):
-    data = encoded(noise_picture(100, 80), "JPEG")
+    data = encoded(noise_image(100, 80), "JPEG")
     plain = Framing(resolutions=(64,))
     (tmp_path / "a.jpg").write_bytes(data)
-    assert isinstance(frame_picture(tmp_path / "a.jpg", (100, 80), plain), Framed)
+    assert isinstance(frame_image(tmp_path / "a.jpg", (100, 80), plain), Framed)
     reasons = [
         (data, (80, 100), plain, "its size is not what its annotation states"),
         (data, None, Framing(resolutions=(64,), min_side=81), "too small"),
         (tmp_path / "none.jpg", None, plain, "file is missing"),
         (data[: len(data) // 2], None, plain, "truncated or damaged"),
         (b"", None, plain, "empty file"),
-        (b"no picture at all", None, plain, "not a picture"),
+        (b"no image at all", None, plain, "not an image"),
         (encoded(Image.new("RGB", (60_000, 1))), None, Framing(resolutions=(512,)), "too long and narrow"),
     ]
     for source, stated, how, reason in reasons:
-        assert frame_picture(source, stated, how) == reason
-    assert isinstance(frame_picture(data, None, Framing(resolutions=(64,), min_side=80)), Framed)
+        assert frame_image(source, stated, how) == reason
+    assert isinstance(frame_image(data, None, Framing(resolutions=(64,), min_side=80)), Framed)
 
 
 @pytest.mark.parametrize("orientation", [6, 8])
-def test_a_stated_size_is_that_of_the_upright_picture(orientation):
-    data = encoded(noise_picture(100, 80), "JPEG", orientation)
-    assert frame_picture(data, (80, 100), Framing(resolutions=(64,))) == "its size is not what its annotation states"
+def test_a_stated_size_is_that_of_the_upright_image(orientation):
+    data = encoded(noise_image(100, 80), "JPEG", orientation)
+    assert frame_image(data, (80, 100), Framing(resolutions=(64,))) == "its size is not what its annotation states"
     assert taken(data, (100, 80), resolutions=(64,)).frames[0].original == (100, 80)
 
 
@@ -186,7 +186,7 @@ def item(**changes):
 
 
 def seen(item, size, report=None, resolution=64, buckets=False, pixels=None, **options):
-    """Pictures and rows of an item in one frame."""
+    """Images and rows of an item in one frame."""
     how = Settings(framing=Framing(resolutions=(resolution,), buckets=buckets), **options)
     (frame,) = how.framing.frames(*size)
     pixels = np.zeros((*frame.size, 3), np.uint8) if pixels is None else pixels
@@ -201,11 +201,11 @@ def test_a_painted_box_is_where_its_row_says(data):
     x1, y1 = data.draw(st.integers(x0 + 10, width), "x1"), data.draw(st.integers(y0 + 10, height), "y1")
     resolution, buckets = data.draw(st.sampled_from([64, 128, 256]), "resolution"), data.draw(st.booleans(), "buckets")
     orientation = data.draw(st.integers(1, 8), "orientation")
-    picture = Image.new("RGB", (width, height), BLUE)
-    picture.paste(RED, (x0, y0, x1, y1))
-    stored = encoded(picture, "PNG", orientation)
+    image = Image.new("RGB", (width, height), BLUE)
+    image.paste(RED, (x0, y0, x1, y1))
+    stored = encoded(image, "PNG", orientation)
     with Image.open(io.BytesIO(stored)) as opened:
-        assert np.array_equal(np.asarray(ImageOps.exif_transpose(opened)), np.asarray(picture))
+        assert np.array_equal(np.asarray(ImageOps.exif_transpose(opened)), np.asarray(image))
     framed = taken(stored, (height, width), resolutions=(resolution,), buckets=buckets)
     box = (x0 / width, y0 / height, x1 / width, y1 / height)
     found = seen(
@@ -242,7 +242,7 @@ def test_a_box_is_kept_where_enough_of_it_is_seen(data):
     ]
     x0, y0, x1, y1 = frame.region
     shares, widths = [], []
-    for box in boxes:  # areas in the whole picture: no box is moved here
+    for box in boxes:  # areas in the whole image: no box is moved here
         wide, high = min(box[2], x1) - max(box[0], x0), min(box[3], y1) - max(box[1], y0)
         shares.append(max(wide, 0) * max(high, 0) / ((box[2] - box[0]) * (box[3] - box[1])))
         widths.append(min(wide * frame.resized[1], high * frame.resized[0]))
@@ -271,18 +271,18 @@ def test_boxes_that_cannot_be_used_are_counted_by_reason():
     assert report.dropped_boxes == {
         "cut away by the crop": 1, "without a phrase": 2, "without width or height": 1,
         "reversed, its second corner comes before its first": 1, "smaller than a pixel of the frame": 1,
-        "outside the picture": 2,
+        "outside the image": 2,
     }  # fmt: skip
     told = report.dropped_examples
     assert told["reversed, its second corner comes before its first"].startswith(
         "a: 'reversed' at [0.6, 0.4, 0.5, 0.6] (xyxy; in pixels [120.0, 40.0, 100.0, 60.0] of 200 x 100); expected "
     )
-    assert "'beyond' at [0.5, 1.1, 0.6, 1.3]" in told["outside the picture"]
+    assert "'beyond' at [0.5, 1.1, 0.6, 1.3]" in told["outside the image"]
     assert "'at the edge'" in told["cut away by the crop"]
     assert "64 x 64 pixels show [0.25, 0.0, 0.75, 1.0] of it" in told["cut away by the crop"]
 
 
-def test_pictures_with_too_few_boxes_are_left_out():
+def test_images_with_too_few_boxes_are_left_out():
     edge = item(boxes=((0.0, 0.0, 0.1, 0.1), (0.4, 0.4, 0.6, 0.6)), phrases=("a", "b"))
     assert len(seen(edge, (100, 200), min_boxes=1, flip="both")) == 2
     assert seen(edge, (100, 200), min_boxes=2, flip="both") == []
@@ -292,7 +292,7 @@ def test_pictures_with_too_few_boxes_are_left_out():
 # Mirror images ------------------------------------------------------------------------------------------------------
 
 
-def test_a_mirrored_row_describes_the_mirrored_picture():
+def test_a_mirrored_row_describes_the_mirrored_image():
     pixels = np.arange(64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(64, 64, 3)
     box = (0.3, 0.2, 0.5, 0.9)
     (plain, row), (turned, mirrored) = seen(item(boxes=(box,)), (100, 202), pixels=pixels, flip="both")
@@ -318,7 +318,7 @@ def test_a_mirrored_row_describes_the_mirrored_picture():
         ("bright light, cleft chin", False), ("", False),
     ],
 )  # fmt: skip
-def test_words_of_sides_keep_a_picture_from_being_mirrored(text, stays):
+def test_words_of_sides_keep_a_image_from_being_mirrored(text, stays):
     for change in ({"caption": text}, {"phrases": (text or "a dog",)}):
         found = seen(item(**change), (64, 64), flip="both")
         assert [row.image_id for _, row in found] == (["a"] if stays else ["a", "a-mirrored"])

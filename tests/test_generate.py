@@ -1,4 +1,4 @@
-"""Layouts to pictures: each picture is the same one in whatever batch it is made."""
+"""Layouts to images: each image is the same one in whatever batch it is made."""
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("grounded", [True, False])
-def test_a_picture_does_not_depend_on_its_batch(grounded):
+def test_a_image_does_not_depend_on_its_batch(grounded):
     pipeline = grounded_pipeline()
     settings = {"num_inference_steps": 3, "beta": 1.0, "seed": 2, "grounded": grounded}
     alone = list(generate(pipeline, LAYOUTS, batch_size=1, **settings))
     together = list(generate(pipeline, LAYOUTS, batch_size=5, **settings))
-    assert [picture.size for picture in alone] == [(layout.width, layout.height) for layout in LAYOUTS]
+    assert [image.size for image in alone] == [(layout.width, layout.height) for layout in LAYOUTS]
     for first, second in zip(alone, together, strict=True):
         difference = np.asarray(first).astype(int) - np.asarray(second)
         assert abs(difference).max() <= 1

@@ -40,7 +40,7 @@ def config(base, tmp_path):
     return TrainConfig(
         model=str(base), data=str(write(tmp_path / "shards", 40)), out=str(tmp_path / "run"), samples=48, batch_size=4,
         checkpoint_every=16, log_every=2, track=[], optimization=Optimization(warmup_samples=0, ema_decay=0.5),
-        validation=Validation(held_out=0.1, every=24, loss_samples=8, pictures=1, steps=2),
+        validation=Validation(held_out=0.1, every=24, loss_samples=8, images=1, steps=2),
     )  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def test_a_dry_run_says_it(config):
 
 
 def test_the_recipe_of_the_embedded_model_looks_at_own_images(tmp_path, capsys):
-    """Drawn as pictures of one's own: the detector of the shapes world knows their phrases, but not others."""
+    """Drawn as images of one's own: the detector of the shapes world knows their phrases, but not others."""
     assert main(["shapes", "draw", "--count", "24", "--out", str(tmp_path / "pictures")]) == 0
     words = [str(tmp_path / "pictures"), "--vae", "shapes", "--resolution", "64", "--workers", "0"]
     assert main(["prepare", *words, "--out", str(tmp_path / "shards")]) == 0

@@ -54,7 +54,7 @@ def draw(pipeline, **kwargs):
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent", "width": 16, "height": 16}
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
-    return pipeline("a picture of grass", generator=generator, **(settings | kwargs)).images
+    return pipeline("an image of grass", generator=generator, **(settings | kwargs)).images
 
 
 def draws_the_same(pipeline, other):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from source_items import HEIGHT, WIDTH, images, in_pixels, items, picture, put, reasons
+from source_items import HEIGHT, WIDTH, image, images, in_pixels, items, put, reasons
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -50,7 +50,7 @@ def hugging(form="dict", text=False, **more):
         feature = datasets.Sequence({"bbox": box, "category": label})
     else:
         feature = {"bbox": datasets.List(box), "category": datasets.List(label)}
-    columns = {"image": [Image.open(io.BytesIO(picture("PNG"))) for _ in OBJECTS], "objects": values} | more
+    columns = {"image": [Image.open(io.BytesIO(image("PNG"))) for _ in OBJECTS], "objects": values} | more
     features = {"image": datasets.Image(), "objects": feature}
     for name, column in more.items():
         features[name] = datasets.Value("int64" if isinstance(column[0], int) else "string")
@@ -62,7 +62,7 @@ def check(found):
     assert (first.phrases, in_pixels(first)) == (("dog", "cat"), [[20, 10, 60, 30], [0, 0, 8, 8]])
     assert (second.boxes, second.phrases) == ((), ())
     assert (third.phrases, in_pixels(third)) == (("cat",), [[40, 20, 80, 40]])
-    assert all(Image.open(io.BytesIO(item.picture)).size == (WIDTH, HEIGHT) for item in (first, second, third))
+    assert all(Image.open(io.BytesIO(item.image)).size == (WIDTH, HEIGHT) for item in (first, second, third))
 
 
 @pytest.mark.parametrize("form", ["dict", "list", "sequence"])
@@ -109,7 +109,7 @@ def test_boxes_in_other_formats(tmp_path):
             x, y, w, h = entry["bbox"]
             entry["bbox"] = [x / WIDTH, y / HEIGHT, (x + w) / WIDTH, (y + h) / HEIGHT]
     datasets.Dataset.from_dict(made, features=hugging("list").features).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet, row 1: boxes look like shares of the picture"):
+    with pytest.raises(ValueError, match=r"x\.parquet, row 1: boxes look like shares of the image"):
         open_source(tmp_path / "x.parquet")
     check(items(tmp_path / "x.parquet", box_format="xyxy"))
     hugging().to_parquet(tmp_path / "y.parquet")
@@ -132,12 +132,12 @@ def table(path, columns, metadata=None):
 ])  # fmt: skip
 def test_descriptions_of_other_versions(tmp_path, feature):
     said = json.dumps({"info": {"features": {"image": {"_type": "Image"}, "objects": feature}}})
-    columns = {"image": [{"bytes": picture(), "path": None}] * 3, "objects": [as_dict(entry) for entry in OBJECTS]}
+    columns = {"image": [{"bytes": image(), "path": None}] * 3, "objects": [as_dict(entry) for entry in OBJECTS]}
     check(items(table(tmp_path / "a.parquet", columns, {"huggingface": said})))
 
 
 def test_numbers_without_names(tmp_path):
-    columns = {"image": [picture()] * 3, "objects": [as_dict(entry) for entry in OBJECTS]}
+    columns = {"image": [image()] * 3, "objects": [as_dict(entry) for entry in OBJECTS]}
     path = table(tmp_path / "a.parquet", columns)
     with pytest.raises(ValueError, match=r"phrases are numbers: they are \[1, 0\]; expected the names of the classes"):
         open_source(path)
@@ -157,7 +157,7 @@ def test_classes_of_class_labels(tmp_path):
 
 def test_columns_of_their_own(tmp_path):
     columns = {
-        "img": [picture()] * 3,
+        "img": [image()] * 3,
         "bboxes": [[box for box, _ in entry] for entry in OBJECTS],
         "labels": [[NAMES[which] for _, which in entry] for entry in OBJECTS],
     }
@@ -168,9 +168,9 @@ def test_rows_that_are_odd(tmp_path):
     boxes = [[1.0, 2.0, 3.0, 4.0]]
     good = {"bbox": boxes, "category": ["cat"]}
     rows = [
-        (picture(), good), (None, good), (picture(), {"bbox": boxes, "category": ["cat", "dog"]}),
-        (picture(), {"bbox": [[1.0, 2.0, 3.0]], "category": ["cat"]}), (picture(), None),
-        (picture(), {"bbox": [[float("nan"), 2.0, 3.0, 4.0]], "category": ["cat"]}),
+        (image(), good), (None, good), (image(), {"bbox": boxes, "category": ["cat", "dog"]}),
+        (image(), {"bbox": [[1.0, 2.0, 3.0]], "category": ["cat"]}), (image(), None),
+        (image(), {"bbox": [[float("nan"), 2.0, 3.0, 4.0]], "category": ["cat"]}),
     ]  # fmt: skip
     path = table(tmp_path / "a.parquet", {"image": [row[0] for row in rows], "objects": [row[1] for row in rows]})
     found = items(path)
@@ -182,14 +182,14 @@ def test_rows_that_are_odd(tmp_path):
 
 
 def test_images_that_are_only_named(tmp_path):
-    put(tmp_path / "photos/x/a.jpg", picture())
+    put(tmp_path / "photos/x/a.jpg", image())
     columns = {
         "image": [{"bytes": None, "path": "/cache/x/a.jpg"}, {"bytes": None, "path": "../../etc/passwd"}],
         "objects": [as_dict(OBJECTS[0], NAMES)] * 2,
     }
     path = table(tmp_path / "set/a.parquet", columns)
     found = items(path, images=tmp_path / "photos")
-    assert images(found)["a"].picture == tmp_path / "photos/x/a.jpg"
+    assert images(found)["a"].image == tmp_path / "photos/x/a.jpg"
     assert reasons(found) == {"passwd": "file is missing"}
 
 
@@ -200,7 +200,7 @@ def test_tables_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="has the columns id, bbox, and none of images; expected image"):
         open_source(path, kind="huggingface")
     with pytest.raises(ValueError, match="objects is string; expected bbox and category in it"):
-        open_source(table(path, {"image": [picture()], "objects": ["x"]}))
+        open_source(table(path, {"image": [image()], "objects": ["x"]}))
     with pytest.raises(ValueError, match=r"boxes\.parquet is not a readable parquet file"):
         open_source(put(path, b"PAR1xxxx"), kind="huggingface")
 
@@ -227,7 +227,7 @@ def test_folders_that_are_not_whole(tmp_path):
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_memory_is_that_of_some_rows(tmp_path, saved):
-    noise = picture() + np.random.default_rng(0).bytes(2**20)
+    noise = image() + np.random.default_rng(0).bytes(2**20)
     columns = {"image": [{"bytes": noise, "path": None}] * 64, "objects": [as_dict(OBJECTS[0], NAMES)] * 64}
     made = pa.table(columns)
     path = tmp_path / "a.parquet"
@@ -264,7 +264,7 @@ def test_a_table_that_changes_makes_another_unit(tmp_path):
 def test_objects_in_metadata(tmp_path, form):
     rows = []
     for name, entry in zip("abc", OBJECTS, strict=True):
-        put(tmp_path / f"{name}.jpg", picture())
+        put(tmp_path / f"{name}.jpg", image())
         objects = as_dict(entry, NAMES)
         if form == "list":
             objects = as_list(entry, NAMES)

@@ -1,4 +1,4 @@
-"""Inpainting in boxes: what lies outside of them stays the picture's, with U-Nets of four channels and of nine."""
+"""Inpainting in boxes: what lies outside of them stays the image's, with U-Nets of four channels and of nine."""
 
 import json
 
@@ -46,7 +46,7 @@ from gligen_xl.adapter import (
     set_slots,
 )
 from gligen_xl.layout import box_iou
-from gligen_xl.pipelines.inpaint import fit_pictures, mask_outside
+from gligen_xl.pipelines.inpaint import fit_images, mask_outside
 from gligen_xl.toyworld.detector import detect
 from gligen_xl.toyworld.world import COLOURS, HELD_OUT_SEED, sample_scene
 from gligen_xl.toyworld.world import draw as draw_scene
@@ -60,7 +60,7 @@ def photo(height=16, width=16, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def draw(pipeline, prompt="a picture of grass", seed=3, **kwargs):
+def draw(pipeline, prompt="an image of grass", seed=3, **kwargs):
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "width": 16, "height": 16}
     settings["generator"] = torch.Generator().manual_seed(seed)
     return pipeline(prompt, **(settings | kwargs)).images
@@ -103,7 +103,7 @@ def refuse_to_run(pipeline, monkeypatch):
     monkeypatch.setattr(pipeline.vae, "encode", lambda *_, **__: pytest.fail("the VAE ran"))
 
 
-# Pictures and masks -------------------------------------------------------------------------------------------------
+# Images and masks -------------------------------------------------------------------------------------------------
 
 
 def test_the_mask_leaves_every_cell_that_a_box_reaches_into():
@@ -112,30 +112,30 @@ def test_the_mask_leaves_every_cell_that_a_box_reaches_into():
         assert torch.equal(mask_outside([boxes], height, width)[0, 0].bool(), outside(boxes, height, width))
 
 
-def test_pictures_are_cropped_at_the_centre_not_squeezed():
+def test_images_are_cropped_at_the_centre_not_squeezed():
     stripes = np.zeros((16, 48, 3), np.uint8)
     stripes[:, :16], stripes[:, 16:32], stripes[:, 32:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    (square,) = fit_pictures(Image.fromarray(stripes), 1, 16, 16)
+    (square,) = fit_images(Image.fromarray(stripes), 1, 16, 16)
     assert square.size == (16, 16)
     assert np.asarray(square).reshape(-1, 3).mean(0).round().tolist() == [0, 255, 0]
-    (tall,) = fit_pictures(Image.fromarray(stripes.transpose(1, 0, 2)), 1, 32, 8)
+    (tall,) = fit_images(Image.fromarray(stripes.transpose(1, 0, 2)), 1, 32, 8)
     assert (tall.size, np.asarray(tall)[16, 4].tolist()) == ((8, 32), [0, 255, 0])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_pictures_of_any_mode(mode):
-    (fitted,) = fit_pictures(photo().convert(mode), 1, 8, 24)
+def test_images_of_any_mode(mode):
+    (fitted,) = fit_images(photo().convert(mode), 1, 8, 24)
     assert (fitted.mode, fitted.size) == ("RGB", (24, 8))
 
 
-def test_a_picture_that_a_camera_turned_stands_upright(tmp_path):
+def test_a_image_that_a_camera_turned_stands_upright(tmp_path):
     flat = np.zeros((16, 32, 3), np.uint8)
     flat[:, :16] = 255  # the left half, which after a quarter turn to the right is the upper one
     turned = Image.fromarray(flat)
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.png", exif=exif)
-    (fitted,) = fit_pictures(Image.open(tmp_path / "turned.png"), 1, 32, 16)
+    (fitted,) = fit_images(Image.open(tmp_path / "turned.png"), 1, 32, 16)
     assert np.asarray(fitted)[:14].min() > 200
     assert np.asarray(fitted)[18:].max() < 50
 
@@ -159,7 +159,7 @@ SCHEDULERS = [
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("make", [sdxl_pipeline, sd_pipeline])
-def test_the_outside_is_the_picture_and_the_inside_is_not(make, scheduler):
+def test_the_outside_is_the_image_and_the_inside_is_not(make, scheduler):
     pipeline, image = with_adapter(make(), SLOTS), photo()
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     got, original = draw(pipeline, gligen_inpaint_image=image, **LAYOUT), encoded(pipeline, image)
@@ -175,12 +175,12 @@ def test_the_outside_is_the_picture_and_the_inside_is_not(make, scheduler):
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (32, 16), (8, 48)])
-@pytest.mark.parametrize("of_picture", [(16, 24), (37, 90), (200, 50)])
-def test_any_size_and_any_picture(shape, of_picture):
-    pipeline, image = with_adapter(sdxl_pipeline(), SLOTS), photo(*of_picture)
+@pytest.mark.parametrize("of_image", [(16, 24), (37, 90), (200, 50)])
+def test_any_size_and_any_image(shape, of_image):
+    pipeline, image = with_adapter(sdxl_pipeline(), SLOTS), photo(*of_image)
     height, width = shape
     got = draw(pipeline, gligen_inpaint_image=image, height=height, width=width, num_inference_steps=2, **LAYOUT)
-    (fitted,) = fit_pictures(image, 1, height, width)
+    (fitted,) = fit_images(image, 1, height, width)
     keep = outside(BOXES, height // 2, width // 2)
     assert torch.equal(got[..., keep], encoded(pipeline, fitted)[..., keep])
 
@@ -191,23 +191,23 @@ def test_the_models_own_size_is_the_default():
     assert torch.equal(got, draw(pipeline, gligen_inpaint_image=photo(64, 64), **LAYOUT))
 
 
-def test_one_picture_for_all_or_one_for_each():
+def test_one_image_for_all_or_one_for_each():
     pipeline = with_adapter(sdxl_pipeline(), SLOTS)
-    images, prompts = [photo(seed=k) for k in range(4)], ["grass", "sand"]
+    photos, prompts = [photo(seed=k) for k in range(4)], ["grass", "sand"]
     boxes = [BOXES, [[0.0, 0.0, 0.25, 1.0]]]
     layout = {"gligen_phrases": [PHRASES, ["a ring"]], "gligen_boxes": boxes, "gligen_scheduled_sampling_beta": 1.0}
     layout["num_images_per_prompt"] = 2
-    first = images[:1] * 4
-    for given, kept in ((images, images), (tuple(images), images), (images[:1], first), (images[0], first)):
-        pictures = draw(pipeline, prompts, gligen_inpaint_image=given, **layout)
-        for k, picture in enumerate(pictures):
+    first = photos[:1] * 4
+    for given, kept in ((photos, photos), (tuple(photos), photos), (photos[:1], first), (photos[0], first)):
+        images = draw(pipeline, prompts, gligen_inpaint_image=given, **layout)
+        for k, image in enumerate(images):
             keep = outside(boxes[k // 2], 8, 8)
-            torch.testing.assert_close(picture[:, keep], encoded(pipeline, kept[k])[0][:, keep], atol=1e-5, rtol=0)
+            torch.testing.assert_close(image[:, keep], encoded(pipeline, kept[k])[0][:, keep], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("end", [0.25, 0.5])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
-def test_a_run_that_ends_early_keeps_the_picture_at_its_noise_level(scheduler, end):
+def test_a_run_that_ends_early_keeps_the_image_at_its_noise_level(scheduler, end):
     """What follows, as a refiner, must find inside and outside equally noisy."""
     pipeline, image = with_adapter(sdxl_pipeline(), SLOTS), photo()
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
@@ -222,7 +222,7 @@ def test_a_run_that_ends_early_keeps_the_picture_at_its_noise_level(scheduler, e
     if scheduler is DDIMScheduler:
         alpha = alphas[int(time)]
         expected = alpha.sqrt() * original + (1 - alpha).sqrt() * noise
-    else:  # these hold latents in units of the picture, and their times may lie between two of the training's
+    else:  # these hold latents in units of the image, and their times may lie between two of the training's
         expected = original + np.interp(time, np.arange(len(alphas)), ((1 - alphas) / alphas).sqrt()) * noise
     torch.testing.assert_close(got[..., keep], expected[..., keep], atol=1e-4, rtol=1e-4)
 
@@ -260,7 +260,7 @@ def test_equal_to_a_sampling_loop_by_hand():
 
 
 def by_hand(pipeline, unet, image, *, steps, channels, grounded_steps=None, guidance=3.0):
-    """Latents of one picture of 16 x 16 by SD 1.x, whose U-Net is diffusers' own; nothing of ours runs."""
+    """Latents of one image of 16 x 16 by SD 1.x, whose U-Net is diffusers' own; nothing of ours runs."""
     hidden = []
     for text in ("", "grass"):
         ids = pipeline.tokenizer(text, padding="max_length", return_tensors="pt").input_ids
@@ -383,7 +383,7 @@ def load_nine(folder):
 
 @pytest.mark.parametrize(("beta", "grounded_steps"), [(1.0, None), (0.5, 2)])
 @torch.no_grad()
-def test_a_model_of_nine_channels_is_given_the_picture_and_the_mask(nine, beta, grounded_steps):
+def test_a_model_of_nine_channels_is_given_the_image_and_the_mask(nine, beta, grounded_steps):
     folder, native = nine
     pipeline, image = load_nine(folder), photo()
     layout = LAYOUT | {"gligen_scheduled_sampling_beta": beta}
@@ -393,7 +393,7 @@ def test_a_model_of_nine_channels_is_given_the_picture_and_the_mask(nine, beta, 
 
 
 @torch.no_grad()
-def test_a_model_of_nine_channels_without_a_picture_to_keep(nine):
+def test_a_model_of_nine_channels_without_a_image_to_keep(nine):
     """Then nothing is kept: the further channels are zero, as GLIGEN trains them beside an empty mask."""
     folder, native = nine
     pipeline = load_nine(folder)
@@ -430,7 +430,7 @@ both = pytest.mark.parametrize("make", [sdxl_pipeline, sd_pipeline])
 
 
 @both
-def test_an_inpainting_adapter_changes_no_plain_picture(make):
+def test_an_inpainting_adapter_changes_no_plain_image(make):
     pipeline = inpainting_adapter(make)
     assert pipeline.unet.config.in_channels == 4
     assert torch.equal(draw(pipeline), draw(make()))
@@ -438,7 +438,7 @@ def test_an_inpainting_adapter_changes_no_plain_picture(make):
 
 
 @both
-def test_its_nine_channels_serve_on_every_step_of_a_call_with_boxes_and_read_the_picture(make):
+def test_its_nine_channels_serve_on_every_step_of_a_call_with_boxes_and_read_the_image(make):
     pipeline, image, keep = inpainting_adapter(make), photo(), outside(BOXES, 8, 8)
     conv, kept = inpaint_conv(pipeline.unet), []
     pipeline.unet.register_forward_pre_hook(lambda *_: kept.append(conv.kept))
@@ -453,7 +453,7 @@ def test_its_nine_channels_serve_on_every_step_of_a_call_with_boxes_and_read_the
     assert differ(got[..., ~keep], other[..., ~keep])  # the inside is painted to fit the outside
     del kept[:]
     conv.plain.forward = lambda *_: pytest.fail("the base's own convolution ran")
-    draw(pipeline, **LAYOUT)  # no picture to keep: the further channels are zero
+    draw(pipeline, **LAYOUT)  # no image to keep: the further channels are zero
     assert kept == [None] * 4
 
 
@@ -546,24 +546,24 @@ def test_an_inpainting_adapter_under_a_pipeline_of_masks():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"gligen_inpaint_image": "photo.png", **LAYOUT}, "is a str; expected a PIL picture"),
-        ({"gligen_inpaint_image": np.zeros((16, 16, 3)), **LAYOUT}, "is a ndarray; expected a PIL picture"),
+        ({"gligen_inpaint_image": "photo.png", **LAYOUT}, "is a str; expected a PIL image"),
+        ({"gligen_inpaint_image": np.zeros((16, 16, 3)), **LAYOUT}, "is a ndarray; expected a PIL image"),
         ({"gligen_inpaint_image": [photo(), None], "num_images_per_prompt": 2, **LAYOUT}, "is a NoneType"),
-        ({"gligen_inpaint_image": [photo()] * 3, **LAYOUT}, "holds 3 pictures; expected one for all, or 1"),
-        ({"gligen_inpaint_image": [], **LAYOUT}, "holds 0 pictures"),
-        ({"gligen_inpaint_image": photo()}, "every picture needs one or more"),
+        ({"gligen_inpaint_image": [photo()] * 3, **LAYOUT}, "holds 3 images; expected one for all, or 1"),
+        ({"gligen_inpaint_image": [], **LAYOUT}, "holds 0 images"),
+        ({"gligen_inpaint_image": photo()}, "every image needs one or more"),
         ({"gligen_inpaint_image": photo(), "gligen_phrases": [], "gligen_boxes": []}, "needs one or more"),
         (
             {
                 "prompt": ["grass"] * 2, "gligen_inpaint_image": photo(),
                 "gligen_phrases": [PHRASES, []], "gligen_boxes": [BOXES, []],
             },
-            "every picture needs one or more",
+            "every image needs one or more",
         ),
         ({"gligen_inpaint_image": photo(), "height": 20, **LAYOUT}, "20 and 16; expected multiples of 8"),
         (
             {"gligen_inpaint_image": photo(), "generator": [torch.Generator()], "num_images_per_prompt": 2, **LAYOUT},
-            "1 generators for 2 pictures",
+            "1 generators for 2 images",
         ),
     ],
 )  # fmt: skip
@@ -583,7 +583,7 @@ def test_what_cannot_be_kept_stops_before_a_model_runs(make, arguments, says, mo
         (StableDiffusionGLIGENInpaintPipeline, {"image": photo(), "mask_image": photo().convert("L")}),
     ],
 )
-def test_pipelines_that_start_from_a_picture_have_their_own_ways(kind, call, monkeypatch):
+def test_pipelines_that_start_from_a_image_have_their_own_ways(kind, call, monkeypatch):
     sd = kind is StableDiffusionGLIGENInpaintPipeline
     parts = with_adapter((sd_pipeline if sd else sdxl_pipeline)(), SLOTS).components
     settings = {"requires_safety_checker": False} if sd else {"add_watermarker": False}
@@ -605,7 +605,7 @@ def test_a_controlnet_needs_to_be_told_the_size(given, monkeypatch):
         pipeline("grass", image=photo(), gligen_inpaint_image=photo(), **given, **LAYOUT)
 
 
-def test_a_picture_to_keep_without_an_adapter(monkeypatch):
+def test_a_image_to_keep_without_an_adapter(monkeypatch):
     pipeline = sdxl_pipeline()
     refuse_to_run(pipeline, monkeypatch)
     assert not is_attached(pipeline.unet)
@@ -618,7 +618,7 @@ def test_a_picture_to_keep_without_an_adapter(monkeypatch):
 
 @torch.no_grad()
 def round_trip(pipeline, image):
-    """What the VAE makes of a picture, (height, width, 3) in 0-1."""
+    """What the VAE makes of an image, (height, width, 3) in 0-1."""
     latents = pipeline.vae.encode(pipeline.image_processor.preprocess([image])).latent_dist.mode()
     return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample, output_type="np")[0]
 
@@ -629,7 +629,7 @@ def psnr(a, b):
 
 def test_an_object_is_painted_into_a_scene_and_the_scene_stays(shapes_pipeline):
     scenes = [sample_scene(HELD_OUT_SEED, index, num_objects=1) for index in range(6)]
-    pictures, phrases, boxes, colours = [draw_scene(scene) for scene in scenes], [], [], []
+    images, phrases, boxes, colours = [draw_scene(scene) for scene in scenes], [], [], []
     for k, scene in enumerate(scenes):  # into the corner across from the object that is there
         x0, y0, x1, y1 = scene.objects[0].box
         left, top = 0.08 if x0 + x1 > 1 else 0.56, 0.08 if y0 + y1 > 1 else 0.56
@@ -637,13 +637,13 @@ def test_an_object_is_painted_into_a_scene_and_the_scene_stays(shapes_pipeline):
         colours.append([colour for colour in COLOURS if colour != scene.objects[0].colour][k])
         phrases.append(f"a {colours[k]} {('circle', 'square', 'star', 'triangle')[k % 4]}")
     results = shapes_pipeline(
-        [scene.background for scene in scenes], gligen_inpaint_image=pictures,
+        [scene.background for scene in scenes], gligen_inpaint_image=images,
         gligen_phrases=[[phrase] for phrase in phrases], gligen_boxes=[[box] for box in boxes],
         gligen_scheduled_sampling_beta=1.0, num_inference_steps=8, guidance_scale=4.0, output_type="np",
         generator=[torch.Generator().manual_seed(k) for k in range(len(scenes))],
     ).images  # fmt: skip
     overlap, kept, fidelity = [], [], []
-    for scene, before, after, box, colour in zip(scenes, pictures, results, boxes, colours, strict=True):
+    for scene, before, after, box, colour in zip(scenes, images, results, boxes, colours, strict=True):
         found = detect((after * 255).round().astype(np.uint8))
 
         def best(colour, box, found=found):

@@ -31,14 +31,14 @@ LAYOUT = {"gligen_phrases": PHRASES, "gligen_boxes": BOXES}
 WAYS = ["native folder", "folder converted", "checkpoint converted", "safetensors converted"]
 
 
-def picture(seed=0):
+def image(seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
 def draw(pipeline, **kwargs):
     settings = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "latent", "height": 16, "width": 16}
     settings["generator"] = torch.Generator().manual_seed(3)
-    return pipeline("a picture of grass", **(settings | kwargs)).images
+    return pipeline("an image of grass", **(settings | kwargs)).images
 
 
 def base():
@@ -113,9 +113,9 @@ def test_all_ways_give_the_same_latents(weights, tmp_path, beta, scale):
         pipeline.set_gligen_adapter_scale(scale)
         seen = channels_of_each_step(pipeline)
         call = LAYOUT | {"gligen_scheduled_sampling_beta": beta}
-        kept = draw(pipeline, gligen_inpaint_image=picture(), **call)
+        kept = draw(pipeline, gligen_inpaint_image=image(), **call)
         assert seen == [9] * 10
-        results[way] = kept, draw(pipeline, gligen_inpaint_image=picture(1), **call), draw(pipeline, **call)
+        results[way] = kept, draw(pipeline, gligen_inpaint_image=image(1), **call), draw(pipeline, **call)
         assert not torch.equal(kept, results[way][1])
     for way in WAYS[1:]:
         for got, expected in zip(results[way], results[WAYS[0]], strict=True):
@@ -126,7 +126,7 @@ def test_a_call_without_boxes_is_that_of_the_base_where_there_is_one(weights, tm
     plain = draw(base())
     for way in WAYS[1:]:
         pipeline = load(weights, way, tmp_path)
-        draw(pipeline, gligen_inpaint_image=picture(), **LAYOUT)
+        draw(pipeline, gligen_inpaint_image=image(), **LAYOUT)
         assert torch.equal(draw(pipeline), plain)
 
 
@@ -137,9 +137,9 @@ def test_with_a_lora(weights, tmp_path):
         torch.manual_seed(1)
         targets = sorted(lora_targets(pipeline.unet))
         pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-        results.append(draw(pipeline, gligen_inpaint_image=picture(), **LAYOUT))
+        results.append(draw(pipeline, gligen_inpaint_image=image(), **LAYOUT))
         pipeline.unet.delete_adapters("default")
-        assert not torch.equal(results[-1], draw(pipeline, gligen_inpaint_image=picture(), **LAYOUT))
+        assert not torch.equal(results[-1], draw(pipeline, gligen_inpaint_image=image(), **LAYOUT))
     for got in results[1:]:
         assert float((got - results[0]).abs().max()) <= 1e-6
 
@@ -147,7 +147,7 @@ def test_with_a_lora(weights, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_unloaded_and_loaded_again(weights, tmp_path, way):
     pipeline = load(weights, way, tmp_path)
-    call = {"gligen_inpaint_image": picture(), **LAYOUT}
+    call = {"gligen_inpaint_image": image(), **LAYOUT}
     expected = draw(pipeline, **call)
     pipeline.save_gligen_adapter(tmp_path / "adapter")
     pipeline.unload_gligen_adapter()
@@ -159,7 +159,7 @@ def test_unloaded_and_loaded_again(weights, tmp_path, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_saved_and_loaded(weights, tmp_path, way):
     pipeline = load(weights, way, tmp_path)
-    call = {"gligen_inpaint_image": picture(), **LAYOUT}
+    call = {"gligen_inpaint_image": image(), **LAYOUT}
     expected = draw(pipeline, **call)
     pipeline.save_pretrained(tmp_path / "whole")
     again = StableDiffusionGLIGENPipeline.from_pretrained(tmp_path / "whole")
@@ -171,7 +171,7 @@ def test_saved_and_loaded(weights, tmp_path, way):
 
 
 def test_what_is_left_of_a_native_one_without_its_adapter_says_so(weights, tmp_path):
-    """Its U-Net has nine channels and no other first convolution: no plain picture can be drawn."""
+    """Its U-Net has nine channels and no other first convolution: no plain image can be drawn."""
     pipeline = load(weights, "native folder", tmp_path)
     pipeline.unload_gligen_adapter()
     with pytest.raises(ValueError, match=r"reads 9 channels, .* gives it 4; .*load_gligen_adapter"):
@@ -196,7 +196,7 @@ def test_the_nine_channels_hold_the_mask_as_trained(weights, tmp_path):
     conv = inpaint_conv(pipeline.unet)
     pipeline.unet.register_forward_pre_hook(lambda *_: kept.append(conv.kept))
     boxes = [[0.1, 0.1, 0.45, 0.6]]
-    draw(pipeline, gligen_inpaint_image=picture(), gligen_phrases=["a ring"], gligen_boxes=boxes)
+    draw(pipeline, gligen_inpaint_image=image(), gligen_phrases=["a ring"], gligen_boxes=boxes)
     mask = torch.ones(8, 8)
     mask[0:4, 0:3] = 0
     assert len(kept) == 10

@@ -28,7 +28,7 @@ MOVED = {**LAYOUT, "gligen_boxes": [[0.5, 0.1, 0.9, 0.5], [0.0, 0.4, 0.4, 1.0]]}
 SLOTS = 4
 
 
-def picture(seed=0):
+def image(seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
@@ -101,15 +101,15 @@ def control_parts():
 
 size = {"height": 16, "width": 16}
 control = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(8))
-inpainting = {"image": picture(), "mask_image": left_half()}
+inpainting = {"image": image(), "mask_image": left_half()}
 TEXT = Kind("StableDiffusionXLGLIGENPipeline", {"prompt_2": None, **size})
-IMAGE = Kind("StableDiffusionXLGLIGENImg2ImgPipeline", {"prompt_2": None, "image": picture(), "strength": 0.75})
+IMAGE = Kind("StableDiffusionXLGLIGENImg2ImgPipeline", {"prompt_2": None, "image": image(), "strength": 0.75})
 CONTROL = Kind(
     "StableDiffusionXLGLIGENControlNetPipeline", {"prompt_2": None, "image": control, **size}, parts=control_parts
 )
 CONTROL_IMAGE = Kind(
     "StableDiffusionXLGLIGENControlNetImg2ImgPipeline",
-    {"prompt_2": None, "image": picture(), "control_image": control, **size, "strength": 0.75},
+    {"prompt_2": None, "image": image(), "control_image": control, **size, "strength": 0.75},
     parts=control_parts,
 )
 MASK = Kind("StableDiffusionXLGLIGENInpaintPipeline", {"prompt_2": None, **inpainting}, extra=size)
@@ -129,10 +129,10 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-PIL_PICTURE = Image.new("RGB", (16, 16), "grey")
+PIL_IMAGE = Image.new("RGB", (16, 16), "grey")
 
 
-def draw(pipeline, call, prompt="a picture of grass", seed=3, **kwargs):
+def draw(pipeline, call, prompt="an image of grass", seed=3, **kwargs):
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     settings["generator"] = torch.Generator().manual_seed(seed)
     return pipeline(prompt, **(settings | call | kwargs)).images
@@ -144,7 +144,7 @@ def differ(a, b):
 
 @torch.no_grad()
 def tokens_by_hand(pipeline, layouts=((PHRASES, BOXES),), guided=True):
-    """The `gligen` argument of diffusers' U-Net for one picture a layout, the unguided halves first."""
+    """The `gligen` argument of diffusers' U-Net for one image a layout, the unguided halves first."""
     rows = []
     for phrases, boxes in layouts:
         parts = []
@@ -288,7 +288,7 @@ def test_arguments_by_their_place(kind):
     expected = draw(ours, kind.call, **LAYOUT)
     generator = torch.Generator().manual_seed(3)
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "generator": generator}
-    got = ours("a picture of grass", *kind.positional.values(), **settings, **kind.extra, **LAYOUT).images
+    got = ours("an image of grass", *kind.positional.values(), **settings, **kind.extra, **LAYOUT).images
     assert torch.equal(got, expected)
 
 
@@ -297,17 +297,17 @@ def test_embeddings_in_place_of_the_prompt(kind):
     ours = kind.make_ours()
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
     if kind.sd:
-        embeds = ours.encode_prompt("a picture of grass", torch.device("cpu"), 1, True)
+        embeds = ours.encode_prompt("an image of grass", torch.device("cpu"), 1, True)
     else:
-        embeds = ours.encode_prompt("a picture of grass")
+        embeds = ours.encode_prompt("an image of grass")
     given = dict(zip(names, embeds, strict=False))
     assert torch.equal(draw(ours, kind.call, prompt=None, **given, **LAYOUT), draw(ours, kind.call, **LAYOUT))
 
 
 @every_kind
-def test_several_pictures_a_prompt_each_with_its_generator(kind):
+def test_several_images_a_prompt_each_with_its_generator(kind):
     native, ours = kind.make_native(), kind.make_ours()
-    seeds, prompts = (3, 4, 5, 6), ["a picture of grass", "sand with a ring"]
+    seeds, prompts = (3, 4, 5, 6), ["an image of grass", "sand with a ring"]
     layouts = [(PHRASES, BOXES), (["a ring"], [[0.2, 0.3, 0.6, 0.9]])]
 
     def generators():
@@ -353,7 +353,7 @@ def test_forms_of_the_result(kind):
     images = draw(ours, kind.call, output_type="pil", **LAYOUT)
     assert np.abs(np.asarray(images[0]) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(3)}
-    pair = ours("a picture of grass", output_type="np", return_dict=False, **settings, **kind.call, **LAYOUT)
+    pair = ours("an image of grass", output_type="np", return_dict=False, **settings, **kind.call, **LAYOUT)
     assert isinstance(pair, tuple)
     assert np.array_equal(pair[0], array)
 
@@ -381,7 +381,7 @@ def test_an_unknown_argument_stops_before_a_model_runs(kind, unknown, monkeypatc
 def test_a_crop_that_boxes_do_not_know_of_is_refused(kind, monkeypatch):
     ours = kind.make_ours()
     refuse_to_run(ours, monkeypatch)
-    call = kind.call | {"image": PIL_PICTURE, "mask_image": PIL_PICTURE, "output_type": "pil", "padding_mask_crop": 4}
+    call = kind.call | {"image": PIL_IMAGE, "mask_image": PIL_IMAGE, "output_type": "pil", "padding_mask_crop": 4}
     with pytest.raises(ValueError, match="crop it yourself"):
         draw(ours, call, **LAYOUT)
 
@@ -406,7 +406,7 @@ def test_an_interrupt_leaves_nothing_behind(kind):
 
 # Layouts ------------------------------------------------------------------------------------------------------------
 
-FIRST = Layout(prompt="a picture of grass", phrases=PHRASES, boxes=BOXES)
+FIRST = Layout(prompt="an image of grass", phrases=PHRASES, boxes=BOXES)
 SECOND = Layout(prompt="sand with a ring", phrases=["a ring"], boxes=[[0.2, 0.3, 0.6, 0.9]])
 BETA = {"gligen_scheduled_sampling_beta": 1.0}
 
@@ -422,7 +422,7 @@ def test_a_layout_for_all_brings_its_prompt(kind):
 
 
 @every_kind
-def test_a_layout_for_each_prompt_and_for_each_picture(kind):
+def test_a_layout_for_each_prompt_and_for_each_image(kind):
     ours = kind.make_ours()
     prompts = [FIRST.prompt, SECOND.prompt]
     taken_apart = {
@@ -544,7 +544,7 @@ def test_two_halves_in_diffusers_pipelines():
 
 @pytest.mark.parametrize("shape", [(16, 24), (32, 16), (16, 48)])
 def test_boxes_and_sizes_mean_the_same_in_every_shape(shape):
-    """The U-Net is told the boxes as they are; of the picture's size it is told what the user says, or the truth."""
+    """The U-Net is told the boxes as they are; of the image's size it is told what the user says, or the truth."""
     height, width = shape
     ours = TEXT.make_ours()
     seen = watch(ours)
@@ -570,7 +570,7 @@ def test_other_shapes_are_those_of_diffusers_too(kind):
     same(draw(kind.make_ours(), call, **LAYOUT), expected)
 
 
-# Objects of the embedded world, which has only been trained on squares, in boxes that stretch with the picture.
+# Objects of the embedded world, which has only been trained on squares, in boxes that stretch with the image.
 STRETCHED = [
     ("a red circle", [0.1, 0.05, 0.6, 0.4]),
     ("a blue square", [0.4, 0.55, 0.95, 0.9]),
@@ -587,12 +587,12 @@ def test_objects_stand_in_their_boxes_in_other_shapes(height, width, shapes_pipe
         Layout(prompt="grass", phrases=[phrase], boxes=[box if width > height else [box[k] for k in (1, 0, 3, 2)]])
         for phrase, box in STRETCHED
     ]
-    pictures = shapes_pipeline(
+    images = shapes_pipeline(
         gligen_layouts=layouts, **BETA, height=height, width=width, num_inference_steps=12, guidance_scale=4.0,
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(layouts))],
     ).images  # fmt: skip
     overlap, elsewhere = [], []
-    for image, layout in zip(pictures, layouts, strict=True):
+    for image, layout in zip(images, layouts, strict=True):
         assert image.size == (width, height)
         colour, (x0, y0, x1, y1) = layout.phrases[0].split()[1], layout.boxes[0]
         found = [item.box for item in detect(image) if item.colour == colour]

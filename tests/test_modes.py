@@ -1,5 +1,5 @@
 """Ways to run the U-Net that grounding must survive: half precision, offloading, quantised bases, layerwise casting,
-compiling. In each, boxes act, and without them the picture is that of diffusers' own pipeline run the same way."""
+compiling. In each, boxes act, and without them the image is that of diffusers' own pipeline run the same way."""
 
 import itertools
 
@@ -39,7 +39,7 @@ def quiet(pipeline):
 
 def draw(pipeline, **kwargs):
     settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "pt", "width": 16, "height": 16}
-    return pipeline("a picture of grass", generator=torch.Generator().manual_seed(3), **(settings | kwargs)).images
+    return pipeline("an image of grass", generator=torch.Generator().manual_seed(3), **(settings | kwargs)).images
 
 
 def differ(a, b):
@@ -47,19 +47,19 @@ def differ(a, b):
 
 
 def check_grounded(pipeline, plain):
-    """Without boxes the plain pipeline's picture, bit for bit; with them another, which depends on where they are."""
+    """Without boxes the plain pipeline's image, bit for bit; with them another, which depends on where they are."""
     without = draw(pipeline)
     assert torch.equal(without, draw(plain))
-    picture = draw(pipeline, **LAYOUT)
-    assert picture.isfinite().all()
-    assert differ(picture, without)
-    assert differ(picture, draw(pipeline, **MOVED))
-    return picture
+    image = draw(pipeline, **LAYOUT)
+    assert image.isfinite().all()
+    assert differ(image, without)
+    assert differ(image, draw(pipeline, **MOVED))
+    return image
 
 
 @pytest.fixture(scope="module")
 def reference():
-    """The picture with boxes, in float32 on a U-Net that nothing was done to."""
+    """The image with boxes, in float32 on a U-Net that nothing was done to."""
     return draw(grounded(sdxl_pipeline()), **LAYOUT)
 
 
@@ -83,9 +83,9 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, reference):
     pipeline = grounded(sdxl_pipeline()).to(dtype)
-    picture = check_grounded(pipeline, plain_pipeline().to(dtype))
-    assert picture.dtype == dtype
-    torch.testing.assert_close(picture.float(), reference, atol=0.05, rtol=0)
+    image = check_grounded(pipeline, plain_pipeline().to(dtype))
+    assert image.dtype == dtype
+    torch.testing.assert_close(image.float(), reference, atol=0.05, rtol=0)
     pipeline.set_gligen_adapter_scale(0)
     assert torch.equal(draw(pipeline, **LAYOUT), draw(pipeline))
 
@@ -152,12 +152,12 @@ def test_sequential_offload(reference):
 def test_adapters_are_neither_loaded_nor_saved_while_their_weights_are_away(tmp_path):
     grounded(sdxl_pipeline()).save_gligen_adapter(tmp_path / "first")
     pipeline = sequentially_offloaded(grounded(sdxl_pipeline()))
-    picture = draw(pipeline, **LAYOUT)
+    image = draw(pipeline, **LAYOUT)
     with pytest.raises(ValueError, match="load the adapter before enabling it"):
         pipeline.load_gligen_adapter(tmp_path / "first")
     with pytest.raises(ValueError, match="save the adapter before enabling it"):
         pipeline.save_gligen_adapter(tmp_path / "second")
-    assert torch.equal(draw(pipeline, **LAYOUT), picture)
+    assert torch.equal(draw(pipeline, **LAYOUT), image)
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
@@ -310,12 +310,12 @@ def test_layerwise_casting(compute, tmp_path):
     grounded(sdxl_pipeline()).save_gligen_adapter(tmp_path / "adapter")
     plain = casting(plain_pipeline())
     pipeline, later = casting(grounded(sdxl_pipeline())), casting(sdxl_pipeline())
-    picture = check_grounded(pipeline, plain)
+    image = check_grounded(pipeline, plain)
     stored = {value.dtype for value in adapter_parameters(pipeline.unet).values()}
     assert stored == {FLOAT8, compute}  # gates and norms keep their bits
     later.load_gligen_adapter(tmp_path / "adapter")  # onto a U-Net that casts: as it is
     assert {value.dtype for value in adapter_parameters(later.unet).values()} == {compute}
-    torch.testing.assert_close(check_grounded(later, plain), picture, atol=0.05, rtol=0)
+    torch.testing.assert_close(check_grounded(later, plain), image, atol=0.05, rtol=0)
     pipeline.save_gligen_adapter(tmp_path / "again")
     saved, state = load_file(tmp_path / "again" / "gligen_adapter.safetensors"), adapter_state_dict(pipeline.unet)
     assert {value.dtype for value in saved.values()} == {torch.bfloat16, compute}
@@ -353,11 +353,11 @@ def test_compiling_gives_one_graph_with_grounding_and_one_without(compiled):
     fading = LAYOUT | {"gligen_scheduled_sampling_beta": (0.34, 0.66, 0)}
     one = {name: value if name.endswith("beta") else value[:1] for name, value in LAYOUT.items()}
     calls = [LAYOUT, {}, MOVED, fading, one]
-    pictures = [draw(pipeline, **call) for call in calls]
+    images = [draw(pipeline, **call) for call in calls]
     pipeline.set_gligen_adapter_scale(0.5)
-    pictures.append(draw(pipeline, **LAYOUT))
+    images.append(draw(pipeline, **LAYOUT))
     pipeline.set_gligen_adapter_scale(1)
-    assert all(not torch.equal(a, b) for a, b in itertools.combinations(pictures, 2))
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(images, 2))
 
     compiled(pipeline)
     first = draw(pipeline, **LAYOUT)
@@ -368,21 +368,21 @@ def test_compiling_gives_one_graph_with_grounding_and_one_without(compiled):
         got.append(draw(pipeline, **LAYOUT))
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
-    for picture, expected in zip(got, pictures, strict=True):
-        torch.testing.assert_close(picture, expected, atol=1e-6, rtol=0)
+    for image, expected in zip(got, images, strict=True):
+        torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
 
 
 def test_a_unet_in_the_wrapper_of_torch_compile_is_grounded_faded_and_scaled_as_bare(tmp_path):
     pipeline, plain = grounded(sdxl_pipeline()), draw(plain_pipeline())
     calls = [LAYOUT, MOVED, LAYOUT | {"gligen_scheduled_sampling_beta": (0.34, 0.66, 0)}]
-    pictures = [draw(pipeline, **call) for call in calls]
+    images = [draw(pipeline, **call) for call in calls]
     pipeline.unet = torch.compile(pipeline.unet, backend="eager")
     with torch.compiler.set_stance("force_eager"):  # what is compiled is the matter of the test above
-        assert all(torch.equal(draw(pipeline, **call), picture) for call, picture in zip(calls, pictures, strict=True))
+        assert all(torch.equal(draw(pipeline, **call), image) for call, image in zip(calls, images, strict=True))
         pipeline.set_gligen_adapter_scale(0)
         assert torch.equal(draw(pipeline, **LAYOUT), plain)
         pipeline.save_gligen_adapter(tmp_path)
         pipeline.unload_gligen_adapter()
         assert torch.equal(draw(pipeline), plain)
         pipeline.load_gligen_adapter(tmp_path)
-        assert torch.equal(draw(pipeline, **LAYOUT), pictures[0])
+        assert torch.equal(draw(pipeline, **LAYOUT), images[0])

@@ -51,7 +51,7 @@ boxes_strategy = st.lists(
 @given(boxes=boxes_strategy, height=st.integers(1, 9), width=st.integers(1, 9), weight=st.floats(0.1, 50))
 @settings(max_examples=100, deadline=None)
 def test_box_weights_are_counted_pixel_by_pixel(boxes, height, width, weight):
-    slots = len(boxes) + 1  # one is not used, and holds a box of the whole picture
+    slots = len(boxes) + 1  # one is not used, and holds a box of the whole image
     padded = torch.tensor([[*boxes, (0.0, 0.0, 1.0, 1.0)]])
     mask = (torch.arange(slots) < len(boxes)).float()[None]
     weights = box_weights(padded, mask, torch.Size((height, width)), weight)
@@ -74,19 +74,19 @@ def test_a_box_between_the_pixels_leaves_all_alike():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_min_snr_weighs_the_error_of_the_clean_picture(kind):
-    """The paper's definition: whatever is predicted, the loss is min(SNR, gamma) times the error of the picture."""
+def test_min_snr_weighs_the_error_of_the_clean_image(kind):
+    """The paper's definition: whatever is predicted, the loss is min(SNR, gamma) times the error of the image."""
     plan, time = scheduler(kind), torch.tensor([5, 200, 400, 700, 990])
     kept = plan.alphas_cumprod[time].view(-1, 1, 1, 1)
     clean, noise, wrong = torch.randn(3, 5, 4, 6, 6).double()
     noisy, target = noised(plan, clean, noise, time)
     predicted = target + wrong
     if kind == "epsilon":
-        picture = (noisy - (1 - kept).sqrt() * predicted) / kept.sqrt()
+        image = (noisy - (1 - kept).sqrt() * predicted) / kept.sqrt()
     else:
-        picture = kept.sqrt() * noisy - (1 - kept).sqrt() * predicted
+        image = kept.sqrt() * noisy - (1 - kept).sqrt() * predicted
     snr = (kept / (1 - kept)).flatten()
-    expected = snr.clamp(max=5) * (picture - clean).square().mean((1, 2, 3))
+    expected = snr.clamp(max=5) * (image - clean).square().mean((1, 2, 3))
     got = min_snr_weights(plan, time, 5.0) * (predicted - target).square().mean((1, 2, 3))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
     assert (snr > 5).any()

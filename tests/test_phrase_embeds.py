@@ -18,14 +18,14 @@ both = pytest.mark.parametrize("make", [sdxl_pipeline, sd_pipeline])
 CPU = torch.device("cpu")
 
 
-def draw(pipeline, prompt="a picture of grass", **kwargs):
+def draw(pipeline, prompt="an image of grass", **kwargs):
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", "width": 16, "height": 16}
     settings |= {"gligen_scheduled_sampling_beta": 1.0, "generator": torch.Generator().manual_seed(3)}
     return pipeline(prompt, **(settings | kwargs)).images
 
 
-def prompt_embeds(pipeline, prompt="a picture of grass"):
+def prompt_embeds(pipeline, prompt="an image of grass"):
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     given = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     return dict(zip(names, pipeline.encode_prompt(prompt, **given), strict=False))
@@ -144,7 +144,7 @@ def test_a_lora_of_the_text_encoders_is_at_the_scale_asked_for():
         (lambda rows: {"gligen_phrase_embeds": rows.long()}, "of torch.int64; expected a tensor"),
         (lambda rows: {"gligen_phrase_embeds": "a ring"}, "is a str; expected a tensor"),
         (lambda rows: {"gligen_phrase_embeds": [rows, rows]}, "gligen_boxes must nest alike"),
-        (lambda rows: {"gligen_phrase_embeds": [rows], "gligen_boxes": [BOXES, BOXES]}, "for 1 pictures"),
+        (lambda rows: {"gligen_phrase_embeds": [rows], "gligen_boxes": [BOXES, BOXES]}, "for 1 images"),
         (lambda rows: {"gligen_phrase_embeds": [rows] * 3, "gligen_boxes": [BOXES] * 3}, "3 layouts for 1 prompts"),
         (lambda rows: {"gligen_phrase_embeds": [rows[0]], "gligen_boxes": [BOXES]}, r"layout 0: .*of shape \(\d+,\)"),
     ],

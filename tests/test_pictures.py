@@ -1,4 +1,4 @@
-"""Pictures of every kind: their size from the header, their pixels upright, and what is wrong with bad ones."""
+"""Images of every kind: their size from the header, their pixels upright, and what is wrong with bad ones."""
 
 import io
 import os
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 from gligen_xl.images.crop import bucket_frame, square_frame
-from gligen_xl.images.decode import DAMAGED, EMPTY, NO_PICTURE, TOO_LARGE, PictureError, decode, framed, picture_size
+from gligen_xl.images.decode import DAMAGED, EMPTY, NO_IMAGE, TOO_LARGE, ImageError, decode, framed, image_size
 
 ORIENTATION = 274
 
@@ -53,7 +53,7 @@ def png(width, height, depth, colour, rows, *chunks):
 
 
 def reason(source, act=decode):
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         act(source)
     return caught.value.reason
 
@@ -64,7 +64,7 @@ def reason(source, act=decode):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_is_set_upright(kind, orientation):
-    """As EXIF defines them: the stored picture is the upright one, turned back."""
+    """As EXIF defines them: the stored image is the upright one, turned back."""
     upright = np.zeros((40, 64, 3), np.uint8)
     upright[:20, :32], upright[:20, 32:], upright[20:, :32] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     stored = {
@@ -80,7 +80,7 @@ def test_every_orientation_is_set_upright(kind, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     source = encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif)
-    assert picture_size(source) == (40, 64)
+    assert image_size(source) == (40, 64)
     decoded = np.asarray(decode(source), int)
     for y, x in ((10, 16), (10, 48), (30, 16), (30, 48)):
         assert abs(decoded[y, x] - upright[y, x]).max() < 12
@@ -90,26 +90,26 @@ def test_files_and_bytes_are_alike(tmp_path):
     source = encoded(photo())
     file = tmp_path / "not-called.what-it-is"
     file.write_bytes(source)
-    assert picture_size(file) == picture_size(source) == (60, 90)
+    assert image_size(file) == image_size(source) == (60, 90)
     assert decode(file).tobytes() == decode(source).tobytes()
     with pytest.raises(FileNotFoundError):
         decode(tmp_path / "none.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(FileNotFoundError, match="is not a file"):
-        picture_size(tmp_path / "pipe.jpg")
+        image_size(tmp_path / "pipe.jpg")
 
 
 def test_a_nonsense_orientation_is_none():
     exif = Image.Exif()
     exif[ORIENTATION] = 77
-    assert picture_size(encoded(photo(), exif=exif)) == (60, 90)
+    assert image_size(encoded(photo(), exif=exif)) == (60, 90)
 
 
 def test_size_is_a_hundred_times_faster_than_decoding():
     exif = Image.Exif()
     exif[ORIENTATION], exif[271] = 6, "a camera"
     source = encoded(photo(1500, 2250), exif=exif, quality=90)
-    assert picture_size(source) == (2250, 1500)
+    assert image_size(source) == (2250, 1500)
 
     def seconds(act, times):
         best = []
@@ -120,7 +120,7 @@ def test_size_is_a_hundred_times_faster_than_decoding():
             best.append((time.perf_counter() - begin) / times)
         return min(best)
 
-    assert seconds(decode, 1) > 100 * seconds(picture_size, 100)
+    assert seconds(decode, 1) > 100 * seconds(image_size, 100)
 
 
 # Colours ------------------------------------------------------------------------------------------------------------
@@ -259,20 +259,20 @@ def test_scaled_decoding_is_close():
 # What is wrong with bad ones ------------------------------------------------------------------------------------------
 
 
-def test_nothing_and_no_picture(tmp_path):
+def test_nothing_and_no_image(tmp_path):
     tmp_path.joinpath("empty.jpg").touch()
-    for act in (decode, picture_size):
+    for act in (decode, image_size):
         assert reason(b"", act) == reason(tmp_path / "empty.jpg", act) == EMPTY
         for other in (b"<html>404</html>", b"\0" * 3000, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P"):
-            assert reason(other, act) == NO_PICTURE
+            assert reason(other, act) == NO_IMAGE
 
 
 def test_formats_outside_the_list_are_not_opened():
     for kind in ("ICO", "TGA", "PCX", "SGI", "EPS", "ICNS"):
-        assert reason(encoded(photo(64, 64), kind)) == NO_PICTURE
+        assert reason(encoded(photo(64, 64), kind)) == NO_IMAGE
 
 
-def test_cut_pictures():
+def test_cut_images():
     image = photo(200, 300)
     whole = {kind: encoded(image, kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")}
     whole["progressive"] = encoded(image, "JPEG", progressive=True)
@@ -282,7 +282,7 @@ def test_cut_pictures():
             assert reason(cut) == DAMAGED, (kind, share)
 
 
-def test_other_settings_of_pillow_do_not_let_cut_pictures_pass(monkeypatch):
+def test_other_settings_of_pillow_do_not_let_cut_images_pass(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     source = encoded(photo(200, 300))
     assert reason(source[: len(source) // 2]) == DAMAGED
@@ -297,7 +297,7 @@ def test_a_jpeg_that_lies_about_its_size(progressive, options):
     assert decode(honest).size == (96, 64)
     for height, width in ((80, None), (640, None), (6400, None), (64, 960), (4000, 4000)):
         liar = with_size(honest, height, width)
-        assert picture_size(liar) == (height, width or 96)
+        assert image_size(liar) == (height, width or 96)
         assert reason(liar) == DAMAGED
         assert reason(liar, lambda source: decode(source, at_least=(8, 8))) == DAMAGED
     if not progressive:  # there, a later scan only refines
@@ -307,7 +307,7 @@ def test_a_jpeg_that_lies_about_its_size(progressive, options):
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_blocks": 4}])
 @pytest.mark.parametrize("least", [None, (5, 5), (30, 30)])
-def test_grey_pictures_are_no_lie(progressive, options, least):
+def test_grey_images_are_no_lie(progressive, options, least):
     for size in ((65, 97), (64, 96), (33, 15)):
         grey = Image.new("RGB", size[::-1], (128, 128, 128))
         framed_in_grey = grey.copy()
@@ -324,9 +324,9 @@ def test_bombs_are_refused_by_their_header():
     above = png(13_378, 13_378, 1, 0, [b""])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for act in (decode, picture_size):
+        for act in (decode, image_size):
             assert reason(bomb, act) == reason(above, act) == TOO_LARGE
-        assert picture_size(almost) == (13_000, 13_000)
+        assert image_size(almost) == (13_000, 13_000)
     jpeg = with_size(encoded(photo()), 65_500, 65_500)
     assert reason(jpeg) == TOO_LARGE
     assert len(almost) < 40_000
@@ -342,22 +342,22 @@ def test_encoded_size_is_limited(tmp_path):
     with file.open("wb") as stream:
         stream.write(encoded(photo()))
         stream.truncate(512 * 2**20 + 1)  # sparse: takes no space
-    assert reason(file) == reason(file, picture_size) == TOO_LARGE
+    assert reason(file) == reason(file, image_size) == TOO_LARGE
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "AVIF"]), st.data())
-def test_damage_is_an_error_of_ours_or_a_picture(kind, data):
+def test_damage_is_an_error_of_ours_or_a_image(kind, data):
     source = bytearray(encoded(photo(24, 24), kind))
     for place in data.draw(st.lists(st.integers(0, min(len(source) - 1, 400)), max_size=6)):
         source[place] = data.draw(st.integers(0, 255))
-    for act in (decode, picture_size):
+    for act in (decode, image_size):
         try:
             result, why = act(bytes(source)), None
-        except PictureError as error:
+        except ImageError as error:
             result, why = None, error.reason
-        assert why in (None, NO_PICTURE, TOO_LARGE, DAMAGED)
-        assert result is None or act is picture_size or result.mode == "RGB"
+        assert why in (None, NO_IMAGE, TOO_LARGE, DAMAGED)
+        assert result is None or act is image_size or result.mode == "RGB"
 
 
 def test_nothing_heavy_is_imported():

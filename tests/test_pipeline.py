@@ -1,4 +1,4 @@
-"""The pipeline: contract 1 on pictures, layouts for all / prompts / pictures, the schedule, folders, errors."""
+"""The pipeline: contract 1 on images, layouts for all / prompts / images, the schedule, folders, errors."""
 
 import json
 
@@ -24,7 +24,7 @@ def grounded_pipeline(open_=True):
     return pipeline
 
 
-def draw(pipeline, prompt="a picture of grass", seeds=(3,), **kwargs):
+def draw(pipeline, prompt="an image of grass", seeds=(3,), **kwargs):
     settings = {"num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "pt", "width": 16, "height": 16}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(prompt, generator=generators, **(settings | kwargs)).images
@@ -86,9 +86,9 @@ def test_equal_to_a_sampling_loop_by_hand(guidance_scale, beta):
     torch.testing.assert_close(got, latents, atol=1e-4, rtol=1e-4)
 
 
-def test_layouts_for_all_for_each_prompt_and_for_each_picture():
+def test_layouts_for_all_for_each_prompt_and_for_each_image():
     pipeline = grounded_pipeline()
-    prompts = ["a picture of grass", "sand with a ring"]
+    prompts = ["an image of grass", "sand with a ring"]
     first, second = (PHRASES, BOXES), (["a ring"], [[0.2, 0.3, 0.6, 0.9]])
 
     def alone(prompt, layout, seed):
@@ -106,7 +106,7 @@ def test_layouts_for_all_for_each_prompt_and_for_each_picture():
     each = {name: value * 2 for name, value in nested.items()}
     got = draw(pipeline, prompts, [1, 2, 3, 4], num_images_per_prompt=2, **each)
     check(got, [alone(prompts[k // 2], (first, second)[k % 2], k + 1) for k in range(4)])
-    # a picture may have none
+    # an image may have none
     got = draw(pipeline, prompts, [1, 2], gligen_phrases=[[], second[0]], gligen_boxes=[[], second[1]])
     check(got[1:], [alone(prompts[1], second, 2)])
 
@@ -114,7 +114,7 @@ def test_layouts_for_all_for_each_prompt_and_for_each_picture():
 def test_prompt_embeddings_in_place_of_prompts():
     pipeline = grounded_pipeline()
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    embeds = dict(zip(names, pipeline.encode_prompt("a picture of grass"), strict=True))
+    embeds = dict(zip(names, pipeline.encode_prompt("an image of grass"), strict=True))
     layout = {"gligen_phrases": PHRASES, "gligen_boxes": BOXES}
     assert torch.equal(draw(pipeline, None, **embeds, **layout), draw(pipeline, **layout))
 
@@ -187,8 +187,8 @@ def test_the_adapter_scale():
         ({"gligen_phrases": PHRASES}, "gligen_phrases without gligen_boxes"),
         ({"gligen_boxes": BOXES}, "gligen_boxes without gligen_phrases"),
         ({"gligen_phrases": PHRASES, "gligen_boxes": BOXES[:1]}, "2 phrases but 1 boxes"),
-        ({"gligen_phrases": [PHRASES] * 2, "gligen_boxes": [BOXES] * 2}, "2 layouts for 1 prompts x 1 pictures"),
-        ({"gligen_phrases": [PHRASES] * 2, "gligen_boxes": [BOXES]}, "for 2 pictures, gligen_boxes for 1"),
+        ({"gligen_phrases": [PHRASES] * 2, "gligen_boxes": [BOXES] * 2}, "2 layouts for 1 prompts x 1 images"),
+        ({"gligen_phrases": [PHRASES] * 2, "gligen_boxes": [BOXES]}, "for 2 images, gligen_boxes for 1"),
         ({"gligen_phrases": [PHRASES], "gligen_boxes": BOXES}, "nest alike"),
         ({"gligen_phrases": [PHRASES], "gligen_boxes": [[BOXES[0], [0, 0, 2, 9]]]}, "layout 0: .*pixels"),
         ({"gligen_phrases": PHRASES, "gligen_boxes": BOXES, "gligen_scheduled_sampling_beta": 2}, "beta is 2"),
@@ -285,8 +285,8 @@ def test_detached_adapters_of_other_models_can_be_put_on(tmp_path):
     save_adapter(pipeline.unet, tmp_path)
     other = sdxl_pipeline(seed=11)
     other.load_gligen_adapter(tmp_path)
-    picture = draw(other, gligen_phrases=PHRASES, gligen_boxes=BOXES)
-    assert np.isfinite(picture.numpy()).all()
+    image = draw(other, gligen_phrases=PHRASES, gligen_boxes=BOXES)
+    assert np.isfinite(image.numpy()).all()
     detach(other.unet)
 
 

@@ -1,4 +1,4 @@
-"""Preparation: the same shards however the work is shared out, whole or not at all, and an account of every picture."""
+"""Preparation: the same shards however the work is shared out, whole or not at all, and an account of every image."""
 
 import hashlib
 import io
@@ -41,23 +41,23 @@ HERE = Machine()
 # Sources ------------------------------------------------------------------------------------------------------------
 
 
-def png(picture, form="PNG"):
+def png(image, form="PNG"):
     buffer = io.BytesIO()
-    picture.save(buffer, form)
+    image.save(buffer, form)
     return buffer.getvalue()
 
 
 def scene_item(name, index, size=(64, 64), objects=None, **changes):
-    """A scene in the middle of a picture of `size` (height, width), at least 64."""
+    """A scene in the middle of an image of `size` (height, width), at least 64."""
     scene = sample_scene(1, index, num_objects=objects)
     layout = scene_layout(scene, seed=1, index=index)
     (height, width), square = size, draw(scene)
-    picture = square.resize((1, 1)).resize((width, height))
+    image = square.resize((1, 1)).resize((width, height))
     top, left = (height - 64) // 2, (width - 64) // 2
-    picture.paste(square, (left, top))
+    image.paste(square, (left, top))
     boxes = np.asarray(layout.boxes).reshape(-1, 4) * 64 + (left, top, left, top)
     values = {
-        "image_id": f"{name}-{index}", "picture": png(picture), "caption": layout.prompt, "phrases": layout.phrases,
+        "image_id": f"{name}-{index}", "picture": png(image), "caption": layout.prompt, "phrases": layout.phrases,
         "boxes": tuple(map(tuple, boxes / (width, height, width, height))), "scores": (1.0,) * len(boxes),
         "size": size, "done": index + 1,
     }  # fmt: skip
@@ -88,7 +88,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Eventful(Scenes):
-    """After its second picture something happens: `event(attempt)`. Attempts are counted in a file."""
+    """After its second image something happens: `event(attempt)`. Attempts are counted in a file."""
 
     folder: Path = Path()
     event: object = None
@@ -233,7 +233,7 @@ def test_the_same_bytes_on_a_cluster(tmp_path, units, how, undisturbed, ray, mon
     machine = Machine(batch_size=3, runner="ray", runners=2)
     report = prepare(
         [units[0], dies, *units[1:], fails], out, how, machine,
-        progress=lambda weight, pictures: told.update(weight=weight, pictures=pictures),
+        progress=lambda weight, images: told.update(weight=weight, images=images),
     )  # fmt: skip
     made = hashes(out)
     assert {name: made[name] for name in undisturbed} == undisturbed
@@ -390,8 +390,8 @@ def test_a_source_that_was_moved_is_the_same_until_it_changes(tmp_path, how, mad
 
 
 def test_another_source_that_comes_while_one_is_at_work_fails_its_unit(tmp_path, units, how):
-    def meanwhile(weight, pictures):
-        if pictures and not Done(tmp_path, how, "/one").is_done(units[1]):
+    def meanwhile(weight, images):
+        if images and not Done(tmp_path, how, "/one").is_done(units[1]):
             with UnitMaker(tmp_path, how) as maker:
                 run_unit(maker, Done(tmp_path, how, "/one"), units[1])
 
@@ -402,7 +402,7 @@ def test_another_source_that_comes_while_one_is_at_work_fails_its_unit(tmp_path,
 
 
 def test_units_that_the_source_has_no_more_go(tmp_path, how):
-    """As with another unit_size: else their pictures are trained on twice."""
+    """As with another unit_size: else their images are trained on twice."""
     prepare([Scenes(f"x-{k}", 2) for k in range(4)], tmp_path, how, HERE, source="/x")
     prepare([Scenes("y", 1)], tmp_path, how, HERE, source="/y")
     prepare([Scenes("z", 1)], tmp_path, how, HERE)
@@ -460,7 +460,7 @@ def test_a_unit_that_fails_is_tried_twice_and_stops_no_other(tmp_path, units, ho
     told, out = Counter(), tmp_path / "out"
     report = prepare(
         [units[0], *bad, *units[1:]], out, how, Machine(workers=workers),
-        progress=lambda weight, pictures: told.update(weight=weight),
+        progress=lambda weight, images: told.update(weight=weight),
     )  # fmt: skip
     assert hashes(out) == undisturbed
     assert report.failed == {"bad": "the archive is cut short", "odd": "KeyError: 'nobody expects this'"}
@@ -557,8 +557,8 @@ def test_a_report_that_does_not_fit_hides_no_error(tmp_path, units, how, monkeyp
 def test_an_interrupt_leaves_whole_shards_and_a_report(tmp_path, units, how, undisturbed, workers):
     seen = Counter()
 
-    def interrupt(weight, pictures):
-        seen.update(pictures=pictures)
+    def interrupt(weight, images):
+        seen.update(images=images)
         if seen["pictures"] == 7:
             raise KeyboardInterrupt
 
@@ -616,7 +616,7 @@ def test_a_damaged_mark_is_named(tmp_path, units, how, content, says):
 
 @dataclass(frozen=True)
 class Mixed(Scenes):
-    """Every fourth picture is fine, the others are each wrong in a way of their own."""
+    """Every fourth image is fine, the others are each wrong in a way of their own."""
 
     def items(self):
         for index in range(self.count):
@@ -626,21 +626,21 @@ class Mixed(Scenes):
             elif index % 4 == 1:
                 yield Skipped(image_id=f"{self.name}-{index}", reason="its row is broken", done=done)
             elif index % 4 == 2:
-                yield scene_item(self.name, index, picture=b"nothing")
+                yield scene_item(self.name, index, image=b"nothing")
             else:
                 yield scene_item(self.name, index, boxes=(), phrases=(), scores=())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_every_picture_is_accounted_for(tmp_path, how, workers):
+def test_every_image_is_accounted_for(tmp_path, how, workers):
     told = Counter()
     report = prepare(
         [Mixed("a", 30), Mixed("b", 2)], tmp_path, replace(how, min_boxes=1), Machine(workers=workers, batch_size=3),
-        progress=lambda weight, pictures: told.update(weight=weight, pictures=pictures),
+        progress=lambda weight, images: told.update(weight=weight, images=images),
     )  # fmt: skip
     total = report.total
     counts = {reason: entry["count"] for reason, entry in total.skipped.items()}
-    assert counts == {"its row is broken": 9, "not a picture": 7, "too few boxes": 7}
+    assert counts == {"its row is broken": 9, "not an image": 7, "too few boxes": 7}
     assert (total.seen, total.used, total.written) == (32, 9, 36)
     assert total.seen == total.used + sum(counts.values())
     assert total.skipped["its row is broken"]["examples"] == ["a-1", "a-5", "a-9", "a-13", "a-17"]
@@ -652,17 +652,17 @@ def test_every_picture_is_accounted_for(tmp_path, how, workers):
     assert told == {"weight": 32, "pictures": 32}
     written = json.loads((tmp_path / "prepare.json").read_text())
     assert written["boxes_per_row"] == round(total.boxes / 36, 2)
-    assert written["skipped"]["not a picture"]["count"] == 7
+    assert written["skipped"]["not an image"]["count"] == 7
     assert 0 < written["share_of_time_device_was_busy"] <= 1
     stages = total.seconds["encode"] + total.seconds["wait"] + total.seconds["write"] + total.seconds.get("start", 0)
     assert stages <= total.seconds["all"] * 1.01  # one after another, in this thread
     text = (tmp_path / "prepare.txt").read_text()
-    assert "pictures: 32 seen, 9 used, 36 rows of " in text
+    assert "images: 32 seen, 9 used, 36 rows of " in text
     assert "skipped, too few boxes: 7 (as a-3, a-7, a-11, a-15, a-19)" in text
     assert "boxes dropped, crowd: 18" in text
 
 
-def test_a_unit_without_a_picture_that_can_be_used_is_done(tmp_path, how, made):
+def test_a_unit_without_a_image_that_can_be_used_is_done(tmp_path, how, made):
     for _ in range(2):
         report = prepare([Mixed("b", 4)], tmp_path, replace(how, min_boxes=9), HERE)
         assert (report.total.seen, report.total.used, report.failed) == (4, 0, {})
@@ -671,14 +671,14 @@ def test_a_unit_without_a_picture_that_can_be_used_is_done(tmp_path, how, made):
 
 @dataclass(frozen=True)
 class Bright(Scenes):
-    """Grey pictures, and the second one has white in it."""
+    """Grey images, and the second one has white in it."""
 
     def items(self):
         for index in range(self.count):
-            picture = Image.new("RGB", (64, 64), (128, 127, 128))
+            image = Image.new("RGB", (64, 64), (128, 127, 128))
             if index == 1:
-                picture.paste((255, 255, 255), (0, 0, 30, 64))
-            yield scene_item(self.name, index, picture=png(picture))
+                image.paste((255, 255, 255), (0, 0, 30, 64))
+            yield scene_item(self.name, index, image=png(image))
 
 
 def test_latents_that_are_not_finite_are_left_out_and_told(tmp_path, how):
@@ -710,7 +710,7 @@ def test_what_overflows_in_half_precision_is_counted(tmp_path, how):
 
 @dataclass(frozen=True)
 class Edge(Scenes):
-    """A box so thin that only the larger picture resolves it."""
+    """A box so thin that only the larger image resolves it."""
 
     def items(self):
         for index in range(self.count):
@@ -718,7 +718,7 @@ class Edge(Scenes):
             yield scene_item(self.name, index, boxes=thin, phrases=("a pole",), scores=(1.0,))
 
 
-def test_a_picture_that_lacks_a_resolution_is_used_and_told(tmp_path, how):
+def test_a_image_that_lacks_a_resolution_is_used_and_told(tmp_path, how):
     report = prepare([Edge("a", 3)], tmp_path, replace(how, min_boxes=1), HERE)
     total = report.total
     assert (total.seen, total.used, total.written, total.skipped) == (3, 3, 6, {})
@@ -742,7 +742,7 @@ def test_boxes_that_are_all_dropped_are_warned_of(tmp_path, how):
             yield scene_item(self.name, 0, **far)
 
     report = prepare([Far("a", 1)], tmp_path / "far", how, HERE)
-    assert report.total.dropped_boxes == {"outside the picture": 2}
+    assert report.total.dropped_boxes == {"outside the image": 2}
     (warning,) = json.loads((tmp_path / "far" / "prepare.json").read_text())["warnings"]
     assert "whether box_format is that of the source" in warning
     assert f"warning: {warning}" in str(report)
@@ -754,12 +754,12 @@ def test_boxes_that_are_all_dropped_are_warned_of(tmp_path, how):
 
 @dataclass(frozen=True)
 class Many(Scenes):
-    """The same picture under many names."""
+    """The same image under many names."""
 
     def items(self):
         item = scene_item(self.name, 0, (128, 128))
         for index in range(self.count):
-            yield replace(item, image_id=f"{self.name}-{index}", picture=bytes(bytearray(item.picture)), done=index + 1)
+            yield replace(item, image_id=f"{self.name}-{index}", image=bytes(bytearray(item.image)), done=index + 1)
 
 
 def test_a_larger_unit_needs_no_more_memory(tmp_path, vae):
@@ -772,7 +772,7 @@ def test_a_larger_unit_needs_no_more_memory(tmp_path, vae):
             maker.make(Many(f"a{count}", count))
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-    # Rows wait for a group of 1024: about a kilobyte each. 300 decoded pictures would be 15 MB.
+    # Rows wait for a group of 1024: about a kilobyte each. 300 decoded images would be 15 MB.
     assert peaks[1] - peaks[0] < 300 * 3_000
 
 
@@ -788,7 +788,7 @@ def test_reading_is_only_so_far_ahead(tmp_path, vae):
 
     how = Settings(framing=Framing(resolutions=(32,)), vae=vae)
     with UnitMaker(tmp_path, how, workers=1, batch_size=4) as maker:
-        report, _ = maker.make(Watched("a", 60), lambda weight, pictures: read.update(seen=pictures))
+        report, _ = maker.make(Watched("a", 60), lambda weight, images: read.update(seen=images))
     assert report.seen == 60
     assert 4 <= max(ahead) <= 4 + 2 + 2  # a batch, two for each process, one in hand at either end
     assert threading.active_count() < 20
@@ -806,10 +806,10 @@ def decoded(vae, latents):
 def overlaps(shard, vae):
     """Of every box of a shard, its IoU with the object of its colour that is seen in the decoded latents."""
     found = []
-    pictures = decoded(vae, np.array(shard.latents))
-    for k, picture in enumerate(pictures):
+    images = decoded(vae, np.array(shard.latents))
+    for k, image in enumerate(images):
         row = shard.row(k)
-        seen = {item.colour: item.box for item in reversed(detect(picture))}
+        seen = {item.colour: item.box for item in reversed(detect(image))}
         for box, phrase in zip(row.boxes, row.phrases, strict=True):
             colour = phrase.split()[1]
             found.append(float(box_iou(np.array([box]), np.array([seen[colour]]))[0, 0]) if colour in seen else 0.0)
@@ -877,7 +877,7 @@ def test_captions_that_are_left_out_are_told(tmp_path, how, units):
     report = prepare([units[2], Scenes("d", 1)], tmp_path / "out", replace(how, captions=str(captions)), HERE)
     written = json.loads((tmp_path / "out" / "prepare.json").read_text())["captions"]  # once, not for every unit
     assert (written["captions"], written["duplicates"], written["empty"]) == (2, 1, 1)
-    assert "captions left out, of a picture that had one already: 1" in str(report)
+    assert "captions left out, of an image that had one already: 1" in str(report)
     assert "captions left out, empty: 1" in str(report)
 
 
@@ -889,14 +889,14 @@ class Cutting(Detector):
 
     reads_captions = True
 
-    def detect(self, pictures, captions):
+    def detect(self, images, captions):
         self.cut_texts += len(captions)
-        return [Detections() for _ in pictures]
+        return [Detections() for _ in images]
 
 
 @dataclass(frozen=True)
 class Silent(Scenes):
-    """Every second picture has no caption."""
+    """Every second image has no caption."""
 
     def items(self):
         for index in range(self.count):
@@ -912,7 +912,7 @@ def test_texts_that_were_cut_are_told(tmp_path, how, monkeypatch):
     assert prepare([Silent("a", 5)], tmp_path, replace(how, detector="d"), HERE).total.cut_texts == 3
 
 
-def test_a_detector_that_reads_no_captions_leaves_out_no_picture_without_one(tmp_path, how):
+def test_a_detector_that_reads_no_captions_leaves_out_no_image_without_one(tmp_path, how):
     report = prepare([Silent("a", 4)], tmp_path, replace(how, detector="shapes"), HERE)
     assert (report.total.used, report.total.skipped) == (4, {})
     assert report.total.boxes > 8

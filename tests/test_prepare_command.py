@@ -37,12 +37,12 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def test_from_pictures_to_a_trained_adapter(capsys, source, tmp_path):
+def test_from_images_to_a_trained_adapter(capsys, source, tmp_path):
     shards = tmp_path / "shards"
     words = ("prepare", source, "--out", shards, "--vae", "shapes", "--resolution", 64, "--workers", 1)
     output = succeeds(capsys, *words)
     assert "1 of 1 units done" in output
-    assert f"pictures: {COUNT} seen, {COUNT} used, {COUNT} rows" in output
+    assert f"images: {COUNT} seen, {COUNT} used, {COUNT} rows" in output
     assert output.rstrip().endswith(f"in {shards}")
     (shard,) = find_shards(shards)
     for index in range(COUNT):
@@ -130,13 +130,13 @@ def test_the_annotations_are_part_of_what_a_coco_source_is():
     assert command._name(arguments) != command._name(others)
 
 
-def test_a_source_without_a_picture_is_an_error(capsys, tiny, tmp_path):
+def test_a_source_without_a_image_is_an_error(capsys, tiny, tmp_path):
     (tmp_path / "wds").mkdir()
     for name in ("a", "b"):
         with tarfile.open(tmp_path / "wds" / f"{name}.tar", "w") as tar:
             tar.addfile(tarfile.TarInfo("readme.md"))
     words = ("prepare", tmp_path / "wds", "--vae", tiny, "--resolution", 32, "--workers", 0)
-    assert f"no picture was found in {tmp_path / 'wds'}" in fails(capsys, *words, "--out", tmp_path / "out")
+    assert f"no image was found in {tmp_path / 'wds'}" in fails(capsys, *words, "--out", tmp_path / "out")
     succeeds(capsys, *words, "--out", tmp_path / "parts", "--part", "1/2")  # the other part may have some
 
 
@@ -172,7 +172,7 @@ def test_options_are_spelled_with_dashes_too():
 def test_wrong_input_is_one_line(capsys, source, tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "readme.txt").write_text("no picture")
+    (tmp_path / "text" / "readme.txt").write_text("no image")
     good = ("--vae", tiny, "--resolution", 32, "--workers", 0)
     wrong = [
         ((tmp_path / "nowhere", *good), "there is no .*nowhere"),
@@ -195,7 +195,7 @@ def test_wrong_input_is_one_line(capsys, source, tiny, tmp_path):
         ((source, *good, "--detector", tmp_path / "empty"), "holds no config.json"),
         ((source, *good, "--captions", tmp_path / "none.jsonl"), "none.jsonl"),
         ((source, *good, "--min_share", 2), "min_share is 2.0; expected a share"),
-        ((source, *good, "--min_side", 65), "no picture could be used; the reasons are above"),
+        ((source, *good, "--min_side", 65), "no image could be used; the reasons are above"),
         ((source, *good, "--unit_size", 0), "unit_size is 0"),
         ((source, *good, "--wide"), "--wide"),
     ]
@@ -241,7 +241,7 @@ class Bar:
 def test_the_bar_counts_no_speed_for_what_was_done_before():
     bar = Bar()
     shown = command._Shown(bar, lambda: None)
-    for weight, pictures in ((50, 0), (5, 1), (5, 1)):
-        shown(weight, pictures)
+    for weight, images in ((50, 0), (5, 1), (5, 1)):
+        shown(weight, images)
     assert (bar.n, bar.initial) == (60, 50)
-    assert "2 pictures, 0.5/s" in bar.text
+    assert "2 images, 0.5/s" in bar.text

@@ -1,11 +1,11 @@
-"""The same pictures and boxes in YOLO, Pascal VOC, COCO and Hugging Face sets: the command makes the same shards."""
+"""The same images and boxes in YOLO, Pascal VOC, COCO and Hugging Face sets: the command makes the same shards."""
 
 import json
 import warnings
 
 import numpy as np
 import pytest
-from source_items import HEIGHT, WIDTH, dataset, picture, put
+from source_items import HEIGHT, WIDTH, dataset, image, put
 from test_cli import fails, succeeds
 from tiny import sdxl_vae
 
@@ -46,7 +46,7 @@ def as_parquet(folder):
 
     datasets.disable_progress_bars()
     rows = [
-        {"image": {"bytes": picture(), "path": name},
+        {"image": {"bytes": image(), "path": name},
          "objects": [{"bbox": [x0, y0, x1 - x0, y1 - y0], "category": which} for which, (x0, y0, x1, y1) in objects]}
         for name, objects in BOXES.items()
     ]  # fmt: skip
@@ -59,12 +59,12 @@ def as_parquet(folder):
 @pytest.mark.parametrize("write", [as_yolo, as_voc, as_coco, as_parquet])
 def test_the_same_boxes_from_every_form(capsys, tmp_path, options, write):
     output = succeeds(capsys, "prepare", *write(tmp_path / "set"), *options, "--out", tmp_path / "shards")
-    assert "pictures: 3 seen, 3 used, 3 rows" in output
+    assert "images: 3 seen, 3 used, 3 rows" in output
     (shard,) = find_shards(tmp_path / "shards")
     rows = [shard.row(k) for k in range(3)]
     assert [row.phrases for row in rows] == [["dog", "cat"], ["cat"], []]
     for row, objects in zip(rows, BOXES.values(), strict=True):
-        # The middle square of a picture that is twice as wide as high: 20 pixels are cut off at the left.
+        # The middle square of an image that is twice as wide as high: 20 pixels are cut off at the left.
         expected = [np.array([x0 - 20, y0, x1 - 20, y1]) / HEIGHT for _, (x0, y0, x1, y1) in objects]
         np.testing.assert_allclose(np.reshape(row.boxes, (-1, 4)), np.reshape(expected, (-1, 4)), atol=1e-5)
         assert (row.original_height, row.original_width, row.caption) == (HEIGHT, WIDTH, "")
@@ -89,7 +89,7 @@ def test_what_is_lost_is_in_the_report(capsys, tmp_path, options):
 def test_splits_share_a_folder(capsys, tmp_path, options):
     for split, names in (("train", ["a.jpg", "b.jpg"]), ("val", ["c.jpg", "d.jpg"])):
         for name in names:
-            put(tmp_path / f"set/images/{split}/{name}", picture())
+            put(tmp_path / f"set/images/{split}/{name}", image())
             put(tmp_path / f"set/labels/{split}/{name[0]}.txt", "0 0.5 0.5 0.2 0.2\n")
     put(tmp_path / "set/data.yaml", "train: images/train\nval: images/val\nnames: [cat]\n")
     for split in ("train", "val"):
@@ -99,7 +99,7 @@ def test_splits_share_a_folder(capsys, tmp_path, options):
 
 
 def test_annotations_that_are_not_understood_are_one_error(capsys, tmp_path, options):
-    put(tmp_path / "set/a.jpg", picture())
+    put(tmp_path / "set/a.jpg", image())
     put(tmp_path / "set/a.json", json.dumps({"shapes": [], "imagePath": "a.jpg", "flags": {}}))
     words = ("prepare", tmp_path / "set", *options, "--out", tmp_path / "set/shards")
     error = fails(capsys, *words)

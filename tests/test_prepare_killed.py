@@ -17,7 +17,7 @@ from scenes import scenes_folder
 
 from gligen_xl.cli.main import main
 
-PICTURES, UNIT_SIZE = 40, 8
+IMAGES, UNIT_SIZE = 40, 8
 ENDINGS = (".safetensors", ".parquet")
 
 
@@ -58,12 +58,12 @@ def server():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A folder of pictures, five units."""
+    """A folder of images, five units."""
 
-    def changed(picture, index):
-        return picture.resize((120, 120)).crop((0, 0, 120, 120 - index % 3))
+    def changed(image, index):
+        return image.resize((120, 120)).crop((0, 0, 120, 120 - index % 3))
 
-    return scenes_folder(tmp_path_factory.mktemp("source") / "scenes", PICTURES, seed=3, changed=changed)
+    return scenes_folder(tmp_path_factory.mktemp("source") / "scenes", IMAGES, seed=3, changed=changed)
 
 
 def words(source, out):
@@ -85,7 +85,7 @@ def undisturbed(tmp_path_factory, source):
     folder = tmp_path_factory.mktemp("undisturbed")
     assert main(words(source, folder)) == 0
     made = hashes(folder)
-    assert len(made) == 2 * 2 * PICTURES // UNIT_SIZE
+    assert len(made) == 2 * 2 * IMAGES // UNIT_SIZE
     return made
 
 
@@ -124,7 +124,7 @@ def test_killed_at_any_moment_and_run_again_the_shards_are_the_same(tmp_path, so
     assert last.end() == 0, (tmp_path / "log").read_text()
     assert hashes(out) == undisturbed
     assert not partials(out)
-    assert json.loads((out / "prepare.json").read_text())["seen"] == PICTURES
+    assert json.loads((out / "prepare.json").read_text())["seen"] == IMAGES
 
 
 def test_stopped_it_ends_cleanly_and_goes_on(tmp_path, source, server, undisturbed):

@@ -59,7 +59,7 @@ def made_table(indices, columns=6, seed=0, torch_tensors=False):
         scores = rng.uniform(0.2, 0.9, n).astype(np.float16)
         if torch_tensors:
             boxes, scores = torch.from_numpy(boxes), torch.from_numpy(scores)
-        row = [int(index), f"a picture of {index}.", boxes, scores, [f"thing {j}" for j in range(n)]]
+        row = [int(index), f"an image of {index}.", boxes, scores, [f"thing {j}" for j in range(n)]]
         if columns == 6:
             row.append((int(rng.integers(1500, 2300)), int(rng.integers(1500, 2300))))
         for j, value in enumerate(row):
@@ -69,7 +69,7 @@ def made_table(indices, columns=6, seed=0, torch_tensors=False):
 
 @pytest.fixture
 def published(tmp_path):
-    """Two archives, whose latents and boxes each lack some pictures of the other."""
+    """Two archives, whose latents and boxes each lack some images of the other."""
     known = {}
     for number, name in enumerate(("sa_000000", "sa_000001")):
         indices = list(range(100 * number, 100 * number + 12))
@@ -338,7 +338,7 @@ def test_imported_shards_give_the_samples_of_the_published_loader(published):
     root, known = published
     report = import_published(root / "latents", root / "boxes", root / "shards")
     assert report.archives == {"sa_000000": "written", "sa_000001": "written"}
-    assert (report.pictures, report.without_size) == (18, 0)
+    assert (report.images, report.without_size) == (18, 0)
     assert report.skipped == {"no row in the table of boxes": 4, "no latents for a row of boxes": 2}
     assert not check_shards(root / "shards").problems
     dataset = ShardDataset(root / "shards", Augmentation(drop_grounding=0, drop_caption=0, min_score=0.25), seed=0)
@@ -389,7 +389,7 @@ def test_a_failed_archive_is_reported_and_tried_again(published):
     (root / "boxes" / "sa_000001.npy").write_bytes(whole)
     again = import_published(root / "latents", root / "boxes", root / "shards")
     assert (again.archives["sa_000000"], again.archives["sa_000001"]) == ("already there", "written")
-    assert json.loads((root / "shards" / "import.json").read_text())["pictures"] == again.pictures == 18
+    assert json.loads((root / "shards" / "import.json").read_text())["pictures"] == again.images == 18
 
 
 def test_killed_and_run_again_the_shards_are_the_same(published, tmp_path_factory):
@@ -473,7 +473,7 @@ def test_two_imports_at_once_share_the_archives(published):
         assert not (root / "shards" / "sa_000000.parquet").exists()
         _archive_by_somebody_else(root)
     assert other.result().archives == {"sa_000000": "already there", "sa_000001": "written"}
-    assert other.result().pictures == 18
+    assert other.result().images == 18
 
 
 def _archive_by_somebody_else(root):
@@ -486,7 +486,7 @@ def test_the_import_command_says_what_it_did_and_fails_where_it_failed(published
     root, _ = published
     words = ["import", str(root / "latents"), str(root / "boxes"), "--out", str(root / "shards")]
     assert main(words) == 0
-    assert "18 pictures" in capsys.readouterr().out
+    assert "18 images" in capsys.readouterr().out
     (root / "latents" / "sa_000003.npy").write_bytes(b"nothing")
     assert main(words) == 2
     output = capsys.readouterr()

@@ -87,11 +87,11 @@ def test_the_card_says_what_the_run_was(finished, tmp_path):
         "| Mean IoU | 0.6 | 0.1 |", "| Recall@0.5 | 80 % | 5 % |", "take away | 20 % |",
     ):  # fmt: skip
         assert words in body, words
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", body)
-    assert pictures == ["images/validation-00001280.jpg", "images/validation-00000320.jpg"]
-    for name in pictures:
-        with Image.open(folder / name) as picture:
-            assert picture.size == (64, 96)
+    images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", body)
+    assert images == ["images/validation-00001280.jpg", "images/validation-00000320.jpg"]
+    for name in images:
+        with Image.open(folder / name) as image:
+            assert image.size == (64, 96)
 
 
 def test_nothing_of_the_machine_is_in_what_is_uploaded(finished, tmp_path):
@@ -418,7 +418,7 @@ def test_descriptions_of_another_form_are_no_hindrance(tmp_path, strange):
     compile(code(body), "card", "exec")
 
 
-def test_of_pictures_those_that_can_be_read_are_shown(finished, tmp_path):
+def test_of_images_those_that_can_be_read_are_shown(finished, tmp_path):
     for samples in (320, 1280):
         file = finished / "validation" / f"{samples:08d}.png"
         file.write_bytes(file.read_bytes()[:60])

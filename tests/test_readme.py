@@ -1,4 +1,4 @@
-"""The commands and the lines of Python that the README and the guide to own pictures print: they are understood, and
+"""The commands and the lines of Python that the README and the guide to own images print: they are understood, and
 those that need neither a network nor hours are run as they stand."""
 
 import re
@@ -65,8 +65,8 @@ def test_the_lines_of_python_run(tmp_path, monkeypatch):
         compile(block, "README.md", "exec")
     monkeypatch.chdir(tmp_path)
     exec(compile(first, "README.md", "exec"), {})
-    with Image.open(tmp_path / "circle.png") as picture:
-        (found,) = ShapesDetector().detect([picture.convert("RGB")], [LAYOUT])
+    with Image.open(tmp_path / "circle.png") as image:
+        (found,) = ShapesDetector().detect([image.convert("RGB")], [LAYOUT])
     assert len(found) == 1
     assert box_iou([LAYOUT.boxes[0]], [found[0].box])[0, 0] > 0.8
 
@@ -79,7 +79,7 @@ def printed(document, *beginnings):
 
 
 def test_commands_of_the_readme_run_in_order(capsys, tmp_path, monkeypatch):
-    """As printed, with fewer pictures; then what they made is there."""
+    """As printed, with fewer images; then what they made is there."""
     monkeypatch.chdir(tmp_path)
     ran = printed(
         DOCUMENTS[0], "generate --prompt", "shapes draw", "generate --layout scenes", "prepare scenes", "check", "show"

@@ -1,4 +1,4 @@
-"""Why pictures and boxes are left out: told by kind, with one of each whole; where all fail alike nothing is begun."""
+"""Why images and boxes are left out: told by kind, with one of each whole; where all fail alike nothing is begun."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def how(tmp_path_factory):
     return Settings(framing=Framing(resolutions=(32,)), vae=str(folder))
 
 
-def picture(width=64, height=32):
+def image(width=64, height=32):
     stream = io.BytesIO()
     Image.new("RGB", (width, height), (9, 9, 9)).save(stream, "PNG")
     return stream.getvalue()
@@ -40,9 +40,9 @@ def put(path, contents):
     return path
 
 
-def metadata(folder, entries, pictures=("good.png",)):
-    for name in pictures:
-        put(folder / name, picture())
+def metadata(folder, entries, images=("good.png",)):
+    for name in images:
+        put(folder / name, image())
     return put(folder / "metadata.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -59,9 +59,9 @@ def box(*corners, form="xyxy_pixels", phrase="a dog"):
         ((50, 4, 30, 20), "xyxy_pixels", REVERSED, "[50.0, 4.0, 30.0, 20.0]"),
         ((0.9, 0.2, 0.4, 0.9), "xyxy", REVERSED, "[0.9, 0.2, 0.4, 0.9]"),
         ((30, 4, -10, 8), "xywh_pixels", REVERSED, "[30.0, 4.0, 20.0, 12.0]"),
-        ((70, 4, 90, 20), "xyxy_pixels", "outside the picture", "[70.0, 4.0, 90.0, 20.0] of 64 x 32"),
-        ((-0.6, 0.1, -0.1, 0.9), "xyxy", "outside the picture", "[-0.6, 0.1, -0.1, 0.9]"),
-        ((30, 30, 50, 200), "xyxy_pixels", "outside the picture", "[30.0, 30.0, 50.0, 200.0] of 64 x 32"),
+        ((70, 4, 90, 20), "xyxy_pixels", "outside the image", "[70.0, 4.0, 90.0, 20.0] of 64 x 32"),
+        ((-0.6, 0.1, -0.1, 0.9), "xyxy", "outside the image", "[-0.6, 0.1, -0.1, 0.9]"),
+        ((30, 30, 50, 200), "xyxy_pixels", "outside the image", "[30.0, 30.0, 50.0, 200.0] of 64 x 32"),
         ((0, 4, 14, 20), "xyxy_pixels", "cut away by the crop", "32 x 32 pixels show [0.25, 0.0, 0.75, 1.0] of it"),
         ((20, 4, 20, 20), "xyxy_pixels", "without width or height", "[20.0, 4.0, 20.0, 20.0]"),
         ((20, 4, 20.4, 20), "xyxy_pixels", "smaller than a pixel of the frame", "[20.0, 4.0, 20.4, 20.0]"),
@@ -84,7 +84,7 @@ def test_boxes_that_a_source_drops_have_an_example(tmp_path, how):
     assert report.total.dropped_examples == {rows.NO_PHRASE: f"{path}, row 1: phrases[0] is ' '"}
 
 
-# Pictures -----------------------------------------------------------------------------------------------------------
+# Images -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_reason_has_its_own_count_and_one_example_whole(tmp_path, how):
@@ -101,7 +101,7 @@ def test_every_reason_has_its_own_count_and_one_example_whole(tmp_path, how):
     }
     entries = [entry | {"image_id": f"{name}-{k}"} for k in range(2) for name, entry in entries.items()]
     path = metadata(tmp_path / "set", [{"file_name": "good.png", "image_id": "good"}, *entries])
-    put(tmp_path / "set/cut.png", picture()[:60])
+    put(tmp_path / "set/cut.png", image()[:60])
     report = prepare(open_source(tmp_path / "set"), tmp_path / "out", how, HERE)
     assert (report.total.seen, report.total.used) == (19, 1)
     told = {reason: entry["example"].removeprefix(f"{path}, row ") for reason, entry in report.total.skipped.items()}
@@ -110,7 +110,7 @@ def test_every_reason_has_its_own_count_and_one_example_whole(tmp_path, how):
     folder = tmp_path / "set"
     assert told.pop("truncated or damaged").startswith("10: ")
     assert told == {
-        rows.MISSING: f"2: {missing}: there is no such file; expected the path of a picture relative to {folder}",
+        rows.MISSING: f"2: {missing}: there is no such file; expected the path of an image relative to {folder}",
         rows.WRONG_BOXES: "3: boxes[0] is [1, 2, 3]; expected boxes as [[x, y, x, y], ...]",
         rows.UNEQUAL: "4: 1 boxes but 2 phrases; expected one a box",
         rows.WRONG_SCORES: "5: scores is [inf]; expected a list of finite numbers",
@@ -124,7 +124,7 @@ def test_every_reason_has_its_own_count_and_one_example_whole(tmp_path, how):
 
 def test_what_becomes_known_when_decoding_is_told_from_another_process_too(tmp_path, how):
     metadata(tmp_path / "set", [{"file_name": "good.png"}, {"file_name": "small.png"}])
-    put(tmp_path / "set/small.png", picture(20, 20))
+    put(tmp_path / "set/small.png", image(20, 20))
     small = replace(how, framing=Framing(resolutions=(32,), min_side=24))
     for workers in (0, 1):
         units = open_source(tmp_path / "set")
@@ -133,7 +133,7 @@ def test_what_becomes_known_when_decoding_is_told_from_another_process_too(tmp_p
         assert entry["example"].endswith("row 2: it is 20 x 20; expected at least 24 pixels a side")
 
 
-def test_a_picture_without_enough_boxes_says_how_many(tmp_path, how):
+def test_a_image_without_enough_boxes_says_how_many(tmp_path, how):
     entries = [{"image_id": k, "boxes": [[20, 4, 40, 20]] * k, "phrases": ["x"] * k} for k in (3, 1)]
     metadata(tmp_path / "set", [box(20, 4, 40, 20) | entry for entry in entries])
     report = prepare(open_source(tmp_path / "set"), tmp_path / "out", replace(how, min_boxes=2), HERE)
@@ -142,12 +142,12 @@ def test_a_picture_without_enough_boxes_says_how_many(tmp_path, how):
     )
 
 
-def test_files_beside_pictures_that_are_of_no_use_are_counted(tmp_path, how, caplog):
+def test_files_beside_images_that_are_of_no_use_are_counted(tmp_path, how, caplog):
     for name in ("a.png", "b/c.png"):
-        put(tmp_path / "set" / name, picture())
+        put(tmp_path / "set" / name, image())
     for name in ("a.txt", "b/c.txt", "a.json", "b/c.json", "b/c.caption", "lone.txt", ".hidden.json", "README"):
         put(tmp_path / "set" / name, "x")
-    units = open_source(tmp_path / "set", kind="imagefolder", unit_size=1)  # who says so means the pictures alone
+    units = open_source(tmp_path / "set", kind="imagefolder", unit_size=1)  # who says so means the images alone
     assert "a.json" in caplog.text
     report = prepare(units, tmp_path / "out", how, HERE)
     assert report.total.unread == {".json": 2, ".caption": 1, ".txt": 1}
@@ -163,7 +163,7 @@ def rows_of(count, name):
         return {"path": root / "set"}, r"set/metadata\.jsonl, row 1: file is missing: \S+/set/0\.png: there is no such"
 
     def parquet(root):
-        put(root / "set/good.png", picture())
+        put(root / "set/good.png", image())
         table = pa.table({"file_name": [f"{k}.png" for k in range(count)]})
         pq.write_table(table, root / "set/metadata.parquet")
         return {"path": root / "set"}, r"set/metadata\.parquet, row 1: file is missing: \S+/set/0\.png"
@@ -173,7 +173,7 @@ def rows_of(count, name):
         return {"path": root / "a.jsonl"}, r"a\.jsonl, row 1: file is missing: \S+/0\.png"
 
     def coco(root):
-        put(root / "set/good.png", picture())
+        put(root / "set/good.png", image())
         images = [{"id": k, "file_name": f"x/{k}.png"} for k in range(count)]
         content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
         where = {"path": root / "set", "instances": put(root / "i.json", json.dumps(content))}
@@ -181,7 +181,7 @@ def rows_of(count, name):
 
     def plain(root):
         for k in range(count):
-            put(root / f"set/{k:03d}.png", picture())
+            put(root / f"set/{k:03d}.png", image())
             put(root / f"set/{k:03d}.txt", "un café".encode("latin-1"))
         return {"path": root / "set"}, r"set/000\.png: its caption is not UTF-8: \S+/000\.txt: byte 6 is 0xe9"
 
@@ -189,7 +189,7 @@ def rows_of(count, name):
         (root / "set").mkdir()
         with tarfile.open(root / "set/a.tar", "w") as tar:
             for k in range(count):
-                for ending, contents in (("png", picture()), ("json", b"[]")):
+                for ending, contents in (("png", image()), ("json", b"[]")):
                     info = tarfile.TarInfo(f"{k}.{ending}")
                     info.size = len(contents)
                     tar.addfile(info, io.BytesIO(contents))
@@ -220,7 +220,7 @@ def test_a_hundred_with_two_faults_are_left_to_the_report(tmp_path):
 
 def test_what_is_known_only_when_decoding_or_joining_ends_it_too(tmp_path, how):
     for k in range(100):
-        put(tmp_path / f"set/{k:03d}.png", picture())
+        put(tmp_path / f"set/{k:03d}.png", image())
     units, out = open_source(tmp_path / "set"), tmp_path / "out"
     large = replace(how, framing=Framing(resolutions=(32,), min_side=99))
     with pytest.raises(ValueError, match=r"set/000\.png: too small: it is 64 x 32; expected at least 99 .* first 100$"):
@@ -233,7 +233,7 @@ def test_what_is_known_only_when_decoding_or_joining_ends_it_too(tmp_path, how):
     ):
         prepare(units, out, replace(how, min_boxes=1), HERE)
     assert not list(out.glob("*.safetensors"))
-    put(tmp_path / "set/099.png", picture(200, 200))
+    put(tmp_path / "set/099.png", image(200, 200))
     assert prepare(open_source(tmp_path / "set"), out, large, HERE).total.used == 1
 
 

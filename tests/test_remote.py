@@ -77,7 +77,7 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "failures", 0)
     monkeypatch.setattr(Store, "delay", 0.0)
     for k in range(6):
-        rows = [row(j % 3, image_id=f"{k}-{j}", caption=f"picture {k}-{j}") for j in range(COUNT)]
+        rows = [row(j % 3, image_id=f"{k}-{j}", caption=f"image {k}-{j}") for j in range(COUNT)]
         values = np.random.default_rng(k).normal(size=(COUNT, 4, SIDE, SIDE)).astype(np.float16)
         write_shard(tmp_path / "far" / f"s{k}", values, rows, METADATA)
     return f"store://{tmp_path}/far"
@@ -163,7 +163,7 @@ def test_another_file_of_the_same_size_is_fetched_though_nothing_names_it(store,
     file = tmp_path / "far" / "s2.safetensors"
     status = file.stat()
     changed = np.random.default_rng(99).normal(size=(COUNT, 4, SIDE, SIDE)).astype(np.float16)
-    rows = [row(j % 3, image_id=f"2-{j}", caption=f"picture 2-{j}") for j in range(COUNT)]
+    rows = [row(j % 3, image_id=f"2-{j}", caption=f"image 2-{j}") for j in range(COUNT)]
     write_shard(file.with_suffix(""), changed, rows, METADATA)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert file.stat().st_size == status.st_size

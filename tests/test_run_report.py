@@ -135,7 +135,7 @@ def test_broken_lines_and_missing_files_are_no_hindrance(tmp_path):
     record = read_run(tmp_path)
     assert record.unread == 6
     assert series(record.training, "loss") == [(128, 0.5)]
-    assert (record.samples, record.finished, record.pictures) == (192, False, {})
+    assert (record.samples, record.finished, record.images) == (192, False, {})
     page = report_page(record)
     assert "6 broken lines" in page
     assert "config.json) are missing" in page
@@ -149,7 +149,7 @@ def test_broken_lines_and_missing_files_are_no_hindrance(tmp_path):
         read_run(tmp_path)
 
 
-def test_half_a_picture_is_left_out(tmp_path):
+def test_half_a_image_is_left_out(tmp_path):
     write_run(tmp_path)
     first = tmp_path / "validation" / "00000320.png"
     first.write_bytes(first.read_bytes()[:40])
@@ -166,7 +166,7 @@ def test_the_size_is_bounded(tmp_path):
         shutil.copy(first, path)
     page = report_page(read_run(tmp_path))
     assert page.count("<img ") == 4
-    assert len(page) < 4e6  # pure noise: the worst that a picture can be
+    assert len(page) < 4e6  # pure noise: the worst that an image can be
     charts = re.sub(r'src="data:[^"]*"', "", page)
     assert len(charts) < 400_000
 
@@ -183,7 +183,7 @@ def test_a_run_up_to_a_checkpoint(tmp_path):
     before = record.until(640)
     assert before.samples == 640
     assert [line["samples"] for line in before.validations] == [320, 640]
-    assert list(before.pictures) == [320, 640]
+    assert list(before.images) == [320, 640]
     assert before.seconds == pytest.approx(640 / 32)
     assert record.measured["on_mean_iou"] == pytest.approx(0.6)
     assert before.measured["on_mean_iou"] == pytest.approx(0.4)
@@ -281,14 +281,14 @@ def test_the_command(capsys, tmp_path):
 
 
 def test_training_leaves_a_report(tmp_path):
-    """With whatever the trainer writes today: its curves and its pictures are found."""
+    """With whatever the trainer writes today: its curves and its images are found."""
     sdxl_pipeline().save_pretrained(tmp_path / "base")
     write_shard(tmp_path / "data" / "a", latents(24, side=8), [row(1 + k % 3) for k in range(24)], METADATA)
     config = TrainConfig(
         model=str(tmp_path / "base"), data=str(tmp_path / "data"), out=str(tmp_path / "run"), samples=16, batch_size=4,
         log_every=1, checkpoint_every=16, track=[], augmentation=Augmentation(slots=3), adapter=AdapterOptions(),
         optimization=Optimization(learning_rate=1e-2, warmup_samples=8),
-        validation=Validation(data=str(tmp_path / "data"), every=8, loss_samples=8, pictures=2, steps=2),
+        validation=Validation(data=str(tmp_path / "data"), every=8, loss_samples=8, images=2, steps=2),
     )  # fmt: skip
     train(config)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.data.shards import find_shards
 from gligen_xl.toyworld import build as stages
-from gligen_xl.toyworld.data import encode, pictures, write_shards
+from gligen_xl.toyworld.data import encode, images, write_shards
 from gligen_xl.toyworld.model import new_vae
 from gligen_xl.toyworld.stage import StageConfig, run_stage
 from gligen_xl.toyworld.text import attributes
@@ -29,7 +29,7 @@ def small(monkeypatch):
 
 
 def test_every_stage_and_the_second_time_none(small, tmp_path, monkeypatch):
-    folder = stages.build(tmp_path, shard_pictures=6)
+    folder = stages.build(tmp_path, shard_images=6)
     pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("grass with a red circle", num_inference_steps=2).images[0]
@@ -42,7 +42,7 @@ def test_every_stage_and_the_second_time_none(small, tmp_path, monkeypatch):
         assert len((tmp_path / stage / "log.jsonl").read_text().splitlines()) == 4
 
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("a finished stage was trained again"))
-    again = StableDiffusionXLGLIGENPipeline.from_pretrained(stages.build(tmp_path, shard_pictures=6))
+    again = StableDiffusionXLGLIGENPipeline.from_pretrained(stages.build(tmp_path, shard_images=6))
     assert all(torch.equal(value, weights[name]) for name, value in again.unet.state_dict().items())
 
 
@@ -99,7 +99,7 @@ def test_shards_of_the_world(tmp_path):
     (shard,) = find_shards(tmp_path)
     assert shard.latent_shape == (4, 16, 16)
     assert shard.metadata["downsampling"] == "4"
-    expected = encode(vae, pictures(7, 0, 5))
+    expected = encode(vae, images(7, 0, 5))
     assert abs(shard.latents.astype("f4") - expected.astype("f4")).max() < 2e-2
     stamp = shard.stem.with_name(shard.stem.name + ".parquet").stat().st_mtime_ns
     write_shards(vae, tmp_path, 5, seed=7, captions="plain")

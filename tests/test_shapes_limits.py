@@ -28,7 +28,7 @@ def test_its_own_words_at_its_own_size_say_nothing(shapes_pipeline):
             given = {"gligen_phrases": list(layout.phrases), "gligen_boxes": list(layout.boxes)}
             if index > 2:  # the words of all, the model for a few
                 given["gligen_phrases"] = given["gligen_boxes"] = None
-                from gligen_xl.pipelines.layouts import PictureLayout
+                from gligen_xl.pipelines.layouts import ImageLayout
                 from gligen_xl.toyworld.limits import check_limits
 
                 with warnings.catch_warnings():
@@ -36,7 +36,7 @@ def test_its_own_words_at_its_own_size_say_nothing(shapes_pipeline):
                     check_limits(
                         shapes_pipeline,
                         {"prompt": layout.prompt},
-                        [PictureLayout(layout.boxes, tuple(layout.phrases))],
+                        [ImageLayout(layout.boxes, tuple(layout.phrases))],
                     )
             else:
                 assert draw(shapes_pipeline, layout.prompt, **given)[1] == []
@@ -81,7 +81,7 @@ def test_sizes_that_it_cannot_draw_are_refused(shapes_pipeline, monkeypatch, wid
     assert "\n" not in str(error.value)
 
 
-def test_a_large_picture_to_start_from_is_refused_too(shapes_pipeline):
+def test_a_large_image_to_start_from_is_refused_too(shapes_pipeline):
     from PIL import Image
 
     pipeline = StableDiffusionXLGLIGENImg2ImgPipeline.from_pipe(shapes_pipeline)
@@ -100,7 +100,7 @@ def test_boxes_smaller_than_any_object_that_it_has_seen(shapes_pipeline):
     small = [[0.1, 0.6, 0.3, 0.8]]
     _, said = draw(shapes_pipeline, gligen_phrases=PHRASES, gligen_boxes=small)
     assert said == [
-        "the embedded model draws no object smaller than about 0.3 of the picture's side; the box "
+        "the embedded model draws no object smaller than about 0.3 of the image's side; the box "
         "(0.1, 0.6, 0.3, 0.8) is smaller"
     ]
     _, said = draw(shapes_pipeline, gligen_phrases=PHRASES * 2, gligen_boxes=[*small, [0.5, 0.5, 0.9, 0.6]])

@@ -90,7 +90,7 @@ def test_words_come_back_from_their_tokens_and_evaluation_captions_fit(tmp_path)
     assert tokenizer.unk_token_id not in unknown[1:-1]
 
 
-def test_pictures_are_pil():
-    picture = draw(sample_scene(0, 0), size=128)
-    assert isinstance(picture, Image.Image)
-    assert picture.size == (128, 128)
+def test_images_are_pil():
+    image = draw(sample_scene(0, 0), size=128)
+    assert isinstance(image, Image.Image)
+    assert image.size == (128, 128)

@@ -252,7 +252,7 @@ def test_a_grown_shard_is_read_by_safetensors_itself(tmp_path):
     assert Shard(tmp_path / "a").row(3).image_id == "picture-3"
 
 
-def test_a_shard_of_no_pictures_can_be_read(tmp_path):
+def test_a_shard_of_no_images_can_be_read(tmp_path):
     with ShardWriter(tmp_path / "a", (4, 4, 4), METADATA):
         pass
     shard = Shard(tmp_path / "a")
@@ -302,7 +302,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, ending):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_writer_needs_no_more_memory_for_more_pictures(tmp_path):
+def test_a_writer_needs_no_more_memory_for_more_images(tmp_path):
     batch, batch_rows = latents(64, side=16), [row(k % 4) for k in range(64)]
     peaks = []
     for count in (40, 160):  # batches: 5 and 20 MB

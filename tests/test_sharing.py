@@ -80,7 +80,7 @@ def test_exported_and_saved_pipelines_name_no_folder(base, tmp_path):
         assert json.loads((tmp_path / folder / "model_index.json").read_text())["_name_or_path"] == "base"
 
 
-def test_pictures_name_no_folder(capsys, base, tmp_path):
+def test_images_name_no_folder(capsys, base, tmp_path):
     model = tmp_path / "secret-place" / "model"
     grounded(StableDiffusionXLGLIGENPipeline.from_pretrained(base)).save_pretrained(model)
     out, layouts = tmp_path / "out", tmp_path / "layouts.json"
@@ -92,8 +92,8 @@ def test_pictures_name_no_folder(capsys, base, tmp_path):
     files = sorted(out.glob("*.png"))
     assert [file.name for file in files] == ["0000-__.._x-boxes.png", "0000-__.._x.png"]
     for file in files:
-        with Image.open(file) as picture:
-            about = json.loads(picture.info[METADATA_KEY])
+        with Image.open(file) as image:
+            about = json.loads(image.info[METADATA_KEY])
         assert (about["model"], about["adapter"]) == ("model", "gligen_adapter")
         assert about["layout"]["prompt"] == "/imagine/a circle"
         assert not holds(file, "secret-place")
@@ -156,7 +156,7 @@ def test_errors_show_no_keys_and_no_controls(capsys, tmp_path):
 
 @pytest.fixture
 def linked(tmp_path):
-    """Pictures whose captions are links: to a file of the folder, and to somebody's notes."""
+    """Images whose captions are links: to a file of the folder, and to somebody's notes."""
     folder = tmp_path / "pictures"
     (folder / "texts").mkdir(parents=True)
     (tmp_path / "notes").write_text("my diary")

@@ -21,7 +21,7 @@ from PIL import Image
 from gligen_xl.images.decode import DAMAGED
 from gligen_xl.prepare.item import BAD_TEXT, Item, Skipped
 from gligen_xl.prepare.sources import open_source, recognise, row_chunks, rows
-from gligen_xl.prepare.sources.folders import find_pictures
+from gligen_xl.prepare.sources.folders import find_images
 from gligen_xl.prepare.sources.json_members import members
 from gligen_xl.prepare.sources.rows import BOX_FORMATS, convert_boxes
 from gligen_xl.prepare.sources.tars import DOTS
@@ -29,7 +29,7 @@ from gligen_xl.prepare.sources.tars import DOTS
 HEIGHT, WIDTH = 40, 80
 
 
-def picture(orientation=1, kind="JPEG"):
+def image(orientation=1, kind="JPEG"):
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[274] = orientation
@@ -58,9 +58,9 @@ def tar(path, files, mode="w"):
     return path
 
 
-def folder(path, entries, name="metadata.jsonl", pictures=("a.jpg", "b.jpg", "c.jpg")):
-    for file in pictures:
-        put(path / file, picture())
+def folder(path, entries, name="metadata.jsonl", images=("a.jpg", "b.jpg", "c.jpg")):
+    for file in images:
+        put(path / file, image())
     put(path / name, lines(entries))
     return path
 
@@ -99,7 +99,7 @@ def sa1b_json(number, height=HEIGHT, width=WIDTH, annotations=3):
 
 @pytest.mark.parametrize(("ending", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tgz", "w:gz"), (".tar", "w:gz")])
 def test_sa1b(tmp_path, ending, mode):
-    files = [("sa_1.jpg", picture()), ("sa_1.json", sa1b_json(1)), ("sa_2.json", sa1b_json(2)), ("sa_2.jpg", b"two")]
+    files = [("sa_1.jpg", image()), ("sa_1.json", sa1b_json(1)), ("sa_2.json", sa1b_json(2)), ("sa_2.jpg", b"two")]
     path = tar(tmp_path / f"sa_000007{ending}", files, mode)
     assert recognise(path) == recognise(tmp_path) == "sa1b"
     (unit,) = open_source(path)
@@ -108,21 +108,21 @@ def test_sa1b(tmp_path, ending, mode):
     changed = path.stat().st_mtime_ns
     assert unit.identity() == {"kind": "sa1b", "file": path.name, "bytes": unit.weight, "mtime_ns": changed}
     first, second = items(tmp_path)
-    assert (first.image_id, first.picture, first.size, first.boxes) == ("sa_1", picture(), (HEIGHT, WIDTH), ())
-    assert (second.image_id, second.picture, second.size) == ("sa_2", b"two", (HEIGHT, WIDTH))
+    assert (first.image_id, first.image, first.size, first.boxes) == ("sa_1", image(), (HEIGHT, WIDTH), ())
+    assert (second.image_id, second.image, second.size) == ("sa_2", b"two", (HEIGHT, WIDTH))
 
 
 def test_sa1b_whose_json_stands_elsewhere_or_is_broken(tmp_path):
-    files = [(f"./sa_{k}.jpg", picture()) for k in range(3)]
+    files = [(f"./sa_{k}.jpg", image()) for k in range(3)]
     files += [(f"./sa_{k}.json", sa1b_json(k)) for k in range(3)]
     broken = [b"", b"{", b'{"image": 3}', b'{"image": {"height": "40", "width": 80}}', b"[" * 100_000, b"\xff\xfe"]
     broken += [b'{"image": {"height": 1e999, "width": 80}}', b'{"annotations": []}']
     for k, contents in enumerate(broken, start=10):
-        files += [(f"sa_{k}.jpg", picture()), (f"sa_{k}.json", contents)]
+        files += [(f"sa_{k}.jpg", image()), (f"sa_{k}.json", contents)]
     late = {"annotations": sa1b_json(0)["annotations"], "image": {"height": 40, "width": 80.0}}
-    files += [("sa_50.jpg", picture()), ("sa_50.json", late)]
+    files += [("sa_50.jpg", image()), ("sa_50.json", late)]
     # Cut behind the image: what is asked for was there.
-    files += [("sa_51.jpg", picture()), ("sa_51.json", json.dumps(sa1b_json(51)).encode()[:-9])]
+    files += [("sa_51.jpg", image()), ("sa_51.json", json.dumps(sa1b_json(51)).encode()[:-9])]
     found = items(tar(tmp_path / "sa_000000.tar", files))
     assert not reasons(found)
     sizes = {item.image_id: item.size for item in found}
@@ -133,15 +133,15 @@ def test_sa1b_whose_json_stands_elsewhere_or_is_broken(tmp_path):
 
 def test_archives_have_names_of_their_own(tmp_path):
     for name in ("sa_000001.tar", "sa_000000.tar", "._sa_000000.tar", "sa_000002.tar.part"):
-        tar(tmp_path / name, [("sa_1.jpg", picture())])
+        tar(tmp_path / name, [("sa_1.jpg", image())])
     assert [unit.name for unit in open_source(tmp_path)] == ["sa_000000", "sa_000001"]
-    tar(tmp_path / "sa_000001.tgz", [("sa_1.jpg", picture())], "w:gz")
+    tar(tmp_path / "sa_000001.tgz", [("sa_1.jpg", image())], "w:gz")
     with pytest.raises(ValueError, match=r"sa_000001\.tar and sa_000001\.tgz would both be called sa_000001"):
         open_source(tmp_path)
 
 
 def test_a_cut_archive_opens_and_then_fails(tmp_path):
-    path = tar(tmp_path / "sa_000000.tar", [(f"sa_{k}.jpg", picture()) for k in range(9)])
+    path = tar(tmp_path / "sa_000000.tar", [(f"sa_{k}.jpg", image()) for k in range(9)])
     path.write_bytes(path.read_bytes()[:4000])
     for kind in ("sa1b", "webdataset"):
         (unit,) = open_source(tmp_path, kind=kind)
@@ -155,16 +155,16 @@ def test_a_cut_archive_opens_and_then_fails(tmp_path):
 def test_webdataset(tmp_path):
     layout = {"boxes": [[8, 4, 40, 20]], "phrases": ["a dog"], "scores": [0.5], "box_format": "xyxy_pixels"}
     files = [
-        ("d/000.jpg", picture()), ("d/000.txt", b"\xef\xbb\xbfa dog on grass\n"),
+        ("d/000.jpg", image()), ("d/000.txt", b"\xef\xbb\xbfa dog on grass\n"),
         ("d/000.json", {"caption": "no"} | layout),
-        ("d/001.png", picture(kind="PNG")), ("d/001.json", {"prompt": "a prompt"}),
-        ("d/002.jpg", picture(6)), ("d/002.json", layout),
+        ("d/001.png", image(kind="PNG")), ("d/001.json", {"prompt": "a prompt"}),
+        ("d/002.jpg", image(6)), ("d/002.json", layout),
         ("d/003.webp", b"not looked at here"),
         ("d/004.txt", b"alone"),
-        ("d/005.jpg", picture()), ("d/005.json", b"{"),
+        ("d/005.jpg", image()), ("d/005.json", b"{"),
         ("d/006.jpg", b"broken"), ("d/006.json", layout),
-        ("../007.jpg", picture()),
-        ("d/008.jpg", picture()), ("d/008.json", {"boxes": [[0, 0, 1, 1]], "phrases": ["x"]}),
+        ("../007.jpg", image()),
+        ("d/008.jpg", image()), ("d/008.json", {"boxes": [[0, 0, 1, 1]], "phrases": ["x"]}),
     ]  # fmt: skip
     path = tar(tmp_path / "train-00.tar", files)
     assert recognise(tmp_path) == "webdataset"
@@ -176,11 +176,11 @@ def test_webdataset(tmp_path):
     assert (first.scores, first.size) == ((0.5,), (HEIGHT, WIDTH))
     assert good["d/001"].caption == "a prompt"
     assert good["d/002"].boxes == ((8 / HEIGHT, 4 / WIDTH, 40 / HEIGHT, 20 / WIDTH),)  # it stands upright
-    assert (good["d/003"].size, good["d/003"].picture) == (None, b"not looked at here")
+    assert (good["d/003"].size, good["d/003"].image) == (None, b"not looked at here")
     assert reasons(found) == {
-        "d/004": "no picture beside its text",
+        "d/004": "no image beside its text",
         "d/005": "its row is not JSON",
-        "d/006": "not a picture",
+        "d/006": "not an image",
         "../007": "its name in the archive leads elsewhere",
         "d/008": "its box_format is not known",
     }
@@ -188,7 +188,7 @@ def test_webdataset(tmp_path):
 
 
 def test_a_webdataset_whose_first_boxes_are_of_no_format(tmp_path):
-    sample = [("0.jpg", picture()), ("0.json", {"boxes": [[0, 0, 1, 1]], "phrases": ["x"]})]
+    sample = [("0.jpg", image()), ("0.json", {"boxes": [[0, 0, 1, 1]], "phrases": ["x"]})]
     path = tar(tmp_path / "a.tar", sample)
     with pytest.raises(ValueError, match=r"a\.tar, sample 0: .*name one of xyxy, xywh, .*--box_format"):
         open_source(path)
@@ -198,8 +198,8 @@ def test_a_webdataset_whose_first_boxes_are_of_no_format(tmp_path):
 @pytest.mark.parametrize("kind", ["sa1b", "webdataset"])
 def test_texts_that_are_too_large_are_not_read(tmp_path, kind):
     bomb = b"[" + b"{}," * 6_000_000 + b"{}]"
-    files = [("0.jpg", picture()), ("0.json", bomb), ("1.jpg", picture()), ("1.txt", b"x" * (2**20 + 1))]
-    path = tar(tmp_path / "a.tar", [*files, ("2.jpg", picture())])
+    files = [("0.jpg", image()), ("0.json", bomb), ("1.jpg", image()), ("1.txt", b"x" * (2**20 + 1))]
+    path = tar(tmp_path / "a.tar", [*files, ("2.jpg", image())])
     (unit,) = open_source(path, kind=kind)
     tracemalloc.start()
     found = list(unit.items())
@@ -212,9 +212,9 @@ def test_texts_that_are_too_large_are_not_read(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["sa1b", "webdataset"])
-def test_pictures_with_several_dots_in_their_names_are_told(tmp_path, kind):
+def test_images_with_several_dots_in_their_names_are_told(tmp_path, kind):
     names = ["img.2020.0.png", "img.2020.1.PNG", "other.png", "other.mask.png"]
-    found = items(tar(tmp_path / "a.tar", [(f"d/{name}", picture()) for name in names]), kind=kind)
+    found = items(tar(tmp_path / "a.tar", [(f"d/{name}", image()) for name in names]), kind=kind)
     assert reasons(found) == dict.fromkeys(["d/img.2020.0.png", "d/img.2020.1.png"], DOTS)
     assert len(kept(found)) == 1
 
@@ -236,7 +236,7 @@ def test_box_formats(tmp_path, form):
     row = {"file_name": "a.jpg", "boxes": [said], "phrases": ["x"]}
     other = next(other for other in BOX_FORMATS if other != form)
     stated = row | {"file_name": "b.jpg", "box_format": form, "width": 160, "height": 80}
-    path = folder(tmp_path / "set", [row | {"box_format": form}, stated], pictures=["a.jpg", "b.jpg"])
+    path = folder(tmp_path / "set", [row | {"box_format": form}, stated], images=["a.jpg", "b.jpg"])
     first, second = items(path, box_format=other)
     assert first.boxes == ((0.25, 0.5, 0.75, 1.0),)
     assert second.size == (80, 160)
@@ -293,7 +293,7 @@ def test_bad_rows_are_told_apart(tmp_path):
     def row(name, **values):
         return {"image_id": name, "file_name": "a.jpg", "boxes": [[0, 0, 1, 1]], "phrases": ["x"]} | values
 
-    secret = put(tmp_path / "secret.jpg", picture())
+    secret = put(tmp_path / "secret.jpg", image())
     entries = {
         "good": row("good"),
         "metadata.jsonl row 2": "{not json",
@@ -340,7 +340,7 @@ def test_bad_rows_are_told_apart(tmp_path):
         "surrogate": '{"image_id": "surrogate", "file_name": "a.jpg", "text": "a \\ud83d b"}',
     }
     path = folder(tmp_path / "set", entries.values())
-    put(path / "cut.jpg", picture()[:30])
+    put(path / "cut.jpg", image()[:30])
     (path / "sub").mkdir()
     (path / "loop.jpg").symlink_to("loop.jpg")
     found = items(path, box_format="xyxy")
@@ -384,7 +384,7 @@ BAD_ROWS = [
     ("boxes", "form", "what"),
     [
         ([[9, 9, 50, 50]], "xyxy", "boxes look like pixels: .*say xyxy_pixels"),
-        ([[0.1, 0.2, 0.5, 1]], "xywh_pixels", "boxes look like shares of the picture: .*say xywh"),
+        ([[0.1, 0.2, 0.5, 1]], "xywh_pixels", "boxes look like shares of the image: .*say xywh"),
         ([[0, 0, 1, 1]], None, "its box_format is not known"),
     ],
 )
@@ -393,12 +393,12 @@ def test_a_fault_of_all_rows_ends_it_at_once(tmp_path, boxes, form, what, before
     """Also where other rows stand before it, damaged ones as well."""
     rows_ = [*BAD_ROWS, {"file_name": "b.jpg"}][:before]
     folder(tmp_path, [*rows_, {"file_name": "a.jpg", "boxes": boxes, "phrases": ["x"]}])
-    put(tmp_path / "cut.jpg", picture()[:30])
+    put(tmp_path / "cut.jpg", image()[:30])
     for unit_size in (1, 100):
         with pytest.raises(ValueError, match=rf"metadata\.jsonl, row {before + 1}: {what}"):
             open_source(tmp_path, box_format=form, unit_size=unit_size)
-    samples = [("00.jpg", picture()), ("00.json", b"{"), ("01.jpg", b"cut"), ("02.jpg", picture())][: before // 2]
-    samples += [("09.jpg", picture()), ("09.json", {"boxes": boxes, "phrases": ["x"]})]
+    samples = [("00.jpg", image()), ("00.json", b"{"), ("01.jpg", b"cut"), ("02.jpg", image())][: before // 2]
+    samples += [("09.jpg", image()), ("09.json", {"boxes": boxes, "phrases": ["x"]})]
     with pytest.raises(ValueError, match=rf"a\.tar, sample 09: {what}"):
         open_source(tar(tmp_path / "a.tar", samples), box_format=form)
 
@@ -406,7 +406,7 @@ def test_a_fault_of_all_rows_ends_it_at_once(tmp_path, boxes, form, what, before
 @pytest.mark.parametrize("row", BAD_ROWS)
 def test_a_first_row_that_is_damaged_is_one_row(tmp_path, row):
     folder(tmp_path, [row, {"file_name": "b.jpg"}])
-    put(tmp_path / "cut.jpg", picture()[:30])
+    put(tmp_path / "cut.jpg", image()[:30])
     found = items(tmp_path, box_format="xyxy")
     assert list(kept(found)) == ["b"]
     assert len(reasons(found)) == 1
@@ -430,7 +430,7 @@ def test_ids_of_rows(tmp_path):
     entries = [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "image_id": 7}, {"file_name": "./c.jpg", "id": "see"}]
     found = items(folder(tmp_path, entries))
     assert [item.image_id for item in found] == ["a", "7", "see"]
-    assert [item.picture for item in found] == [tmp_path / f"{name}.jpg" for name in "abc"]
+    assert [item.image for item in found] == [tmp_path / f"{name}.jpg" for name in "abc"]
     assert [item.size for item in found] == [None] * 3
 
 
@@ -438,7 +438,7 @@ def test_ids_of_rows(tmp_path):
 def test_units_are_consecutive_rows(tmp_path, unit_size):
     names = [f"{k:02d}.jpg" for k in range(20)]
     entries = [{"file_name": name, "text": f"caption {name}", "x": "y" * k} for k, name in enumerate(names)]
-    path = folder(tmp_path / "set", entries, pictures=names)
+    path = folder(tmp_path / "set", entries, images=names)
     text = (path / "metadata.jsonl").read_text().replace("\n", "\n\n  \n")
     put(path / "metadata.jsonl", b"\xef\xbb\xbf" + text.encode().rstrip())  # blank lines, no end of the last
     units = open_source(path, unit_size=unit_size)
@@ -452,7 +452,7 @@ def test_units_are_consecutive_rows(tmp_path, unit_size):
 
 def test_identity_follows_the_lines(tmp_path):
     names = [f"{k}.jpg" for k in range(6)]
-    path = folder(tmp_path, [{"file_name": name, "text": "a"} for name in names], pictures=names)
+    path = folder(tmp_path, [{"file_name": name, "text": "a"} for name in names], images=names)
     before = [unit.identity() for unit in open_source(path, unit_size=2)]
     text = (path / "metadata.jsonl").read_text()
     put(path / "metadata.jsonl", text.replace('"3.jpg", "text": "a"', '"3.jpg", "text": "b"'))
@@ -474,7 +474,7 @@ def test_parquet(tmp_path, group):
         for k in range(10)
     ]
     for k in range(10):
-        put(tmp_path / f"{k}.jpg", picture())
+        put(tmp_path / f"{k}.jpg", image())
     pq.write_table(pa.Table.from_pylist(entries), tmp_path / "metadata.parquet", row_group_size=group)
     assert recognise(tmp_path) == "imagefolder"
     found = items(tmp_path, box_format="xyxy", unit_size=3)
@@ -486,10 +486,10 @@ def test_parquet(tmp_path, group):
         open_source(tmp_path)
 
 
-def test_a_folder_of_pictures_alone(tmp_path):
+def test_a_folder_of_images_alone(tmp_path):
     names = ["b.jpg", "a/2.png", "a/1.JPG", "c.tiff", "a/b/0.webp", "b.png"]
     for name in [*names, ".hidden.jpg", ".cache/x.jpg", "notes.md"]:
-        put(tmp_path / "set" / name, picture())
+        put(tmp_path / "set" / name, image())
     put(tmp_path / "set/a/1.txt", "a caption\n")
     (tmp_path / "set/a/loop").symlink_to(tmp_path / "set")
     (tmp_path / "set/d.jpg").symlink_to(tmp_path / "set/b.jpg")
@@ -503,14 +503,14 @@ def test_a_folder_of_pictures_alone(tmp_path):
         assert [unit.name for unit in units] == [f"set-{k:05d}" for k in range(-(-7 // unit_size))]
     assert reasons(found) == {"b": rows.TWICE}
     before = [unit.identity() for unit in open_source(tmp_path / "set", unit_size=3)]
-    put(tmp_path / "set/c.tiff", picture() + b"more")
+    put(tmp_path / "set/c.tiff", image() + b"more")
     after = [unit.identity() for unit in open_source(tmp_path / "set", unit_size=3)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
-def test_captions_beside_pictures_are_part_of_the_identity(tmp_path):
+def test_captions_beside_images_are_part_of_the_identity(tmp_path):
     for k in range(6):
-        put(tmp_path / f"{k}.jpg", picture())
+        put(tmp_path / f"{k}.jpg", image())
         put(tmp_path / f"{k}.txt", "a cat")
 
     def identities():
@@ -524,9 +524,9 @@ def test_captions_beside_pictures_are_part_of_the_identity(tmp_path):
     assert identities()[2] != before[2]
 
 
-def test_files_that_cannot_be_read_are_single_pictures(tmp_path):
+def test_files_that_cannot_be_read_are_single_images(tmp_path):
     for name in ("a.jpg", "b.jpg", "c.jpg"):
-        put(tmp_path / name, picture())
+        put(tmp_path / name, image())
     (tmp_path / "b.txt").symlink_to("b.txt")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     (tmp_path / "nowhere.jpg").symlink_to("none.jpg")
@@ -541,29 +541,29 @@ def test_a_disk_that_fails_takes_one_row(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return HEIGHT, WIDTH
 
-    monkeypatch.setattr(rows, "picture_size", failing)
+    monkeypatch.setattr(rows, "image_size", failing)
     row = {"boxes": [[0, 0, 8, 8]], "phrases": ["x"], "box_format": "xyxy_pixels"}
     found = items(folder(tmp_path, [row | {"file_name": "a.jpg"}, row | {"file_name": "b.jpg"}]))
     assert (reasons(found), list(kept(found))) == ({"a": "file cannot be read (Input/output error)"}, ["b"])
 
 
 @given(st.sets(st.sampled_from([f"{a}{b}" for a in ("", "a/", "b/", "a/b/", "a.b/") for b in "0ab"]), min_size=1))
-def test_units_of_pictures_begin_where_the_last_ended(tmp_path_factory, names):
+def test_units_of_images_begin_where_the_last_ended(tmp_path_factory, names):
     path = tmp_path_factory.mktemp("set")
     for name in names:
         put(path / f"{name}.jpg", b"x")
-    whole = list(find_pictures(path))
-    assert whole == sorted(whole, key=lambda picture: picture.parts)
+    whole = list(find_images(path))
+    assert whole == sorted(whole, key=lambda image: image.parts)
     for size in (1, 2, 3):
         units = open_source(path, unit_size=size)
-        parts = [[item.picture for item in unit.items()] for unit in units]
+        parts = [[item.image for item in unit.items()] for unit in units]
         assert parts == [whole[k : k + size] for k in range(0, len(whole), size)]
         assert all(len(pickle.dumps(unit)) < 700 for unit in units)
 
 
 def test_folders_before_a_unit_are_not_looked_into(tmp_path, monkeypatch):
     for k in range(20):
-        put(tmp_path / f"set/{k:02d}/0.jpg", picture())
+        put(tmp_path / f"set/{k:02d}/0.jpg", image())
     units = open_source(tmp_path / "set", unit_size=1)
     looked, scandir = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: looked.append(Path(path).name) or scandir(path))
@@ -572,12 +572,12 @@ def test_folders_before_a_unit_are_not_looked_into(tmp_path, monkeypatch):
 
 
 def test_metadata_that_would_be_overlooked(tmp_path):
-    put(tmp_path / "train/a.jpg", picture())
+    put(tmp_path / "train/a.jpg", image())
     put(tmp_path / "train/metadata.jsonl", lines([{"file_name": "a.jpg"}]))
     with pytest.raises(ValueError, match=r"has no metadata file, but .*train has; give that folder"):
         open_source(tmp_path)
     assert len(items(tmp_path / "train")) == len(items(tmp_path / "train/metadata.jsonl")) == 1
-    put(tmp_path / "other/a.jpg", picture())
+    put(tmp_path / "other/a.jpg", image())
     put(tmp_path / "other/metadata.csv", "file_name,text\na.jpg,a\n")
     with pytest.raises(ValueError, match=r"metadata\.csv: a table of text cannot hold boxes; write .* metadata\.jsonl"):
         open_source(tmp_path / "other")
@@ -598,7 +598,7 @@ def test_layouts(tmp_path):
         layout | {"image": "../outside.jpg"},
         layout,
     ]
-    path = folder(tmp_path, entries, name="mine.jsonl", pictures=["p/a.jpg", "p/b.jpg"]) / "mine.jsonl"
+    path = folder(tmp_path, entries, name="mine.jsonl", images=["p/a.jpg", "p/b.jpg"]) / "mine.jsonl"
     assert recognise(path) == "layouts"
     found = items(path)
     first, second = kept(found).values()
@@ -638,9 +638,9 @@ def coco(images=4):
     }
 
 
-def coco_folder(tmp_path, content, pictures=3):
-    for k in range(pictures):
-        put(tmp_path / f"val/{k}.jpg", picture())
+def coco_folder(tmp_path, content, images=3):
+    for k in range(images):
+        put(tmp_path / f"val/{k}.jpg", image())
     put(tmp_path / "instances_val.json", content if isinstance(content, str) else json.dumps(content))
     return {"path": tmp_path / "val", "instances": tmp_path / "instances_val.json"}
 
@@ -656,7 +656,7 @@ def test_coco(tmp_path, unit_size):
     np.testing.assert_allclose(good["12"].boxes, [(0.25, 0.25, 0.75, 0.75), (0, 0, 0.1, 0.2)], atol=1e-7)
     assert (good["12"].size, good["12"].scores, good["12"].dropped) == ((HEIGHT, WIDTH), (1.0, 1.0), {"crowd": 1})
     assert (good["10"].phrases, good["10"].dropped) == (("person",), {"its box is wrong": 1})
-    assert (good["11"].boxes, good["11"].picture) == ((), tmp_path / "val/1.jpg")
+    assert (good["11"].boxes, good["11"].image) == ((), tmp_path / "val/1.jpg")
     assert open_source(**where)[0].name == "instances_val-00000"
 
 
@@ -747,7 +747,7 @@ def test_big_coco_files_make_small_units(tmp_path):
     ]
     content = {"annotations": annotations, "images": images, "categories": [{"id": 1, "name": "dog"}]}
     options = coco_folder(tmp_path, content)
-    put(options["path"] / f"{0:012d}.jpg", picture())
+    put(options["path"] / f"{0:012d}.jpg", image())
     units = open_source(**options, unit_size=1000)
     assert [unit.weight for unit in units] == [1000] * 4
     assert all(len(pickle.dumps(unit)) < 250_000 for unit in units)
@@ -771,12 +771,12 @@ def test_what_is_not_recognised(tmp_path):
     for kind in ("sa1b", "webdataset"):
         with pytest.raises(ValueError, match=r"holds no \.tar"):
             open_source(tmp_path, kind=kind)
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         open_source(tmp_path, kind="imagefolder")
 
 
 def test_arguments_that_do_not_go_together(tmp_path):
-    tar(tmp_path / "sa_000000.tar", [("sa_1.jpg", picture())])
+    tar(tmp_path / "sa_000000.tar", [("sa_1.jpg", image())])
     instances = put(tmp_path / "i.json", "{}")
     for options, what in (
         ({"kind": "coc"}, "kind is 'coc'; expected auto, sa1b, "),

@@ -122,7 +122,7 @@ def test_grounding_tokens_get_their_share(share):
     assert sum(got) / len(got) == pytest.approx(share, abs=0.07)
 
 
-def test_on_the_embedded_model_a_share_holds_for_other_pictures(shapes_pipeline):
+def test_on_the_embedded_model_a_share_holds_for_other_images(shapes_pipeline):
     """A trained base: fresh fusers, and those of the self-attention. Noise, boxes, phrases and timesteps are others."""
     unet, count = shapes_pipeline.unet, 8
     carried = detach(unet)

@@ -142,18 +142,18 @@ def test_members_above_their_limit_are_not_read(tmp_path):
     assert peak < 4 * 2**20
 
 
-def test_of_several_pictures_the_first_is_read(tmp_path):
+def test_of_several_images_the_first_is_read(tmp_path):
     big = bytes(2**21)
     path = tar(
         tmp_path / "a.tar",
         [("a.png", big), ("a.jpg", big), ("a.txt", b"x"), ("b.jpg", bytes(2**23)), ("b.png", big), ("c.jpg", b"c")],
     )
     tracemalloc.start()
-    found = [(sample.key, list(sample.files), sample.picture) for sample in read_samples(path, LIMITS)]
+    found = [(sample.key, list(sample.files), sample.image) for sample in read_samples(path, LIMITS)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found == [("a", ["png", "txt"], "png"), ("b", ["png"], "png"), ("c", ["jpg"], "jpg")]
-    assert peak < 2.5 * 2**21  # one picture of the sample that is left, and one of the next
+    assert peak < 2.5 * 2**21  # one image of the sample that is left, and one of the next
 
 
 def test_names_with_several_dots(tmp_path):

@@ -86,11 +86,11 @@ def test_text_stays_text_in_pages_and_drawings():
 
 def test_labels_are_drawn_on_one_line_whatever_they_hold():
     """Line breaks, halves of surrogate pairs and the like would end the drawing with an error, or be obeyed."""
-    picture = Image.new("RGB", (256, 256), "white")
+    image = Image.new("RGB", (256, 256), "white")
 
     def drawn(text, phrase=None):
         layout = Layout(phrases=[phrase or text], boxes=[[0.1, 0.5, 0.9, 0.9]])
-        shown = grid([[draw_boxes(picture, layout)]], columns=[text], captions=[text])
+        shown = grid([[draw_boxes(image, layout)]], columns=[text], captions=[text])
         return np.asarray(shown)
 
     for hidden, seen in (("\u202eabc", "\\u202eabc"), ("a\nb\tc", "a b c")):

@@ -31,7 +31,7 @@ def put(path, contents):
     return path
 
 
-def picture():
+def image():
     stream = io.BytesIO()
     Image.new("RGB", (32, 32), (9, 9, 9)).save(stream, "PNG")
     return stream.getvalue()
@@ -108,12 +108,12 @@ def test_a_byte_order_mark_is_read_everywhere(tmp_path):
 
 def test_a_byte_order_mark_is_read_in_every_source(tmp_path):
     row = {"file_name": "a.png", "text": "café", "boxes": [[0, 0, 0.5, 0.5]], "phrases": ["x"], "box_format": "xyxy"}
-    put(tmp_path / "rows/a.png", picture())
+    put(tmp_path / "rows/a.png", image())
     put(tmp_path / "rows/metadata.jsonl", BOM + json.dumps(row, ensure_ascii=False).encode())
     assert used(items(tmp_path / "rows"))["a"].caption == "café"
     put(tmp_path / "rows/l.jsonl", BOM + json.dumps({"image": "a.png", "prompt": "café"}).encode())
     assert used(items(tmp_path / "rows/l.jsonl"))["a"].caption == "café"
-    put(tmp_path / "plain/a.png", picture())
+    put(tmp_path / "plain/a.png", image())
     put(tmp_path / "plain/a.txt", BOM + "café".encode())
     assert used(items(tmp_path / "plain"))["a"].caption == "café"
     content = {
@@ -152,10 +152,10 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_captions_beside_pictures_that_are_no_text_leave_them_out(tmp_path, name):
+def test_captions_beside_images_that_are_no_text_leave_them_out(tmp_path, name):
     contents, reason, told = TEXTS[name]
     for stem in "ab":
-        put(tmp_path / f"set/{stem}.png", picture())
+        put(tmp_path / f"set/{stem}.png", image())
     text = put(tmp_path / "set/a.txt", contents)
     found = items(tmp_path / "set")
     ((image_id, (why, detail)),) = skipped(found).items()
@@ -179,7 +179,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_whose_texts_hold_control_characters_are_left_out(tmp_path, name):
-    put(tmp_path / "a.png", picture())
+    put(tmp_path / "a.png", image())
     row = {"file_name": "a.png", "box_format": "xyxy", "image_id": "it"} | ROWS[name]
     put(tmp_path / "metadata.jsonl", json.dumps(row) + "\n" + json.dumps({"file_name": "a.png"}))
     found = items(tmp_path)
@@ -188,7 +188,7 @@ def test_rows_whose_texts_hold_control_characters_are_left_out(tmp_path, name):
 
 
 def test_lines_of_other_encodings_are_left_out_and_a_whole_file_refused(tmp_path):
-    put(tmp_path / "a.png", picture())
+    put(tmp_path / "a.png", image())
     line = json.dumps({"file_name": "a.png", "text": "café"}, ensure_ascii=False) + "\n"
     path = put(tmp_path / "metadata.jsonl", line.encode("latin-1") + line.encode())
     found = items(tmp_path)
@@ -201,7 +201,7 @@ def test_lines_of_other_encodings_are_left_out_and_a_whole_file_refused(tmp_path
 
 
 def test_strings_of_a_table_that_are_no_utf8_are_left_out(tmp_path):
-    put(tmp_path / "a.png", picture())
+    put(tmp_path / "a.png", image())
     texts = pa.array([b"good", "café".encode("latin-1"), b"a\0b", b"fine"], pa.binary())
     column = pa.Array.from_buffers(pa.string(), len(texts), texts.buffers())
     table = pa.table({"file_name": ["a.png"] * 4, "text": column, "id": ["w", "x", "y", "z"]})
@@ -216,7 +216,7 @@ def test_strings_of_a_table_that_are_no_utf8_are_left_out(tmp_path):
 
 
 def test_texts_with_a_broken_line_are_told_with_what_they_say(tmp_path):
-    put(tmp_path / "a.png", picture())
+    put(tmp_path / "a.png", image())
     put(tmp_path / "metadata.jsonl", "{'file_name': 'a.png'}\n" + json.dumps({"file_name": "a.png"}))
     ((why, detail),) = skipped(items(tmp_path)).values()
     assert why == NOT_JSON
@@ -257,7 +257,7 @@ def test_joined_captions_of_other_encodings_are_refused_by_name(tmp_path):
 def test_the_report_tells_one_example_whole(tmp_path):
     sdxl_vae().save_pretrained(tmp_path / "vae")
     for stem in "abc":
-        put(tmp_path / f"set/{stem}.png", picture())
+        put(tmp_path / f"set/{stem}.png", image())
     for stem in "ab":
         put(tmp_path / f"set/{stem}.txt", "a dog".encode("utf-16"))
     how = Settings(framing=Framing(resolutions=(32,)), vae=str(tmp_path / "vae"))

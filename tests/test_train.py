@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(config, caplog,
 
 
 def test_validation_says_what_the_boxes_are_worth(config, data):
-    settings = Validation(data=str(data), every=24, loss_samples=10, pictures=2, steps=2)
+    settings = Validation(data=str(data), every=24, loss_samples=10, images=2, steps=2)
     out = train(replace(config, validation=settings)).parent
     rows = lines(out, "validation")
     assert [entry["samples"] for entry in rows] == [24, 48]
@@ -217,7 +217,7 @@ def test_validation_says_what_the_boxes_are_worth(config, data):
 
 
 def test_looking_changes_nothing(config, data, tmp_path):
-    settings = Validation(data=str(data), every=8, loss_samples=4, pictures=1, steps=2)
+    settings = Validation(data=str(data), every=8, loss_samples=4, images=1, steps=2)
     train(config)
     train(replace(config, out=str(tmp_path / "looked"), validation=settings))
     expected, got = final(config.out)[0], final(tmp_path / "looked")[0]
@@ -323,7 +323,7 @@ def test_phrases_of_a_batch_are_padded_to_its_slots_and_kept(config):
 @pytest.mark.usefixtures("own_precision")
 def test_in_mixed_precision_with_validation(config, data):
     """bfloat16 stands for float16 too: base and text encoders in half, adapter and VAE in float32."""
-    settings = Validation(data=str(data), every=24, loss_samples=8, pictures=2, steps=2)
+    settings = Validation(data=str(data), every=24, loss_samples=8, images=2, steps=2)
     out = train(replace(config, precision="bf16", validation=settings)).parent
     assert len(lines(out, "validation")) == 2
     tensors, _ = load_checkpoint(list_checkpoints(out)[-1])
@@ -380,19 +380,19 @@ def test_latents_of_another_vae_are_refused(config, tmp_path):
 
 
 def test_a_detector_that_does_not_know_the_phrases_says_so_at_once(config, data):
-    settings = Validation(data=str(data), pictures=2, detector="shapes")
+    settings = Validation(data=str(data), images=2, detector="shapes")
     with pytest.raises(ValueError, match="cannot look for"):
         train(replace(config, validation=settings))
     assert not (Path(config.out) / "metrics.jsonl").exists()
 
 
-def test_a_detector_by_name_measures_the_pictures(config, data, tmp_path):
-    """A network of free phrases, tiny and random, which finds something in most pictures."""
+def test_a_detector_by_name_measures_the_images(config, data, tmp_path):
+    """A network of free phrases, tiny and random, which finds something in most images."""
     torch.manual_seed(0)
     model, processor = phrase_models()["grounding-dino"]
     for part in (model, processor):
         part.save_pretrained(tmp_path / "dino")
-    settings = Validation(data=str(data), pictures=2, every=8, steps=2, loss_samples=4, detector=str(tmp_path / "dino"))
+    settings = Validation(data=str(data), images=2, every=8, steps=2, loss_samples=4, detector=str(tmp_path / "dino"))
     train(replace(config, samples=16, validation=settings))
     rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     looks = [row for row in rows if "on_recall_50" in row]

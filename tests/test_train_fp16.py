@@ -125,7 +125,7 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(config, monkeypatch
     assert lines(config.out)[-1]["skipped"] == 2
 
 
-def test_gradients_that_overflow_are_no_fault_of_a_picture(config, monkeypatch, capsys):
+def test_gradients_that_overflow_are_no_fault_of_a_image(config, monkeypatch, capsys):
     """The losses are finite; half's largest number, 65504, is passed on the way down."""
 
     def steep(batch, losses):
@@ -181,8 +181,8 @@ def test_so_many_overflows_that_the_run_ends(config, monkeypatch):
         train(replace(config, skip_limit=3))
 
 
-def test_validation_and_its_pictures_in_half(config, data):
-    looks = Validation(data=str(data), every=8, loss_samples=4, pictures=1, steps=2)
+def test_validation_and_its_images_in_half(config, data):
+    looks = Validation(data=str(data), every=8, loss_samples=4, images=1, steps=2)
     train(replace(config, samples=8, validation=looks))
     (entry,) = lines(config.out, "validation")
     assert entry["loss"] > 0
@@ -190,7 +190,7 @@ def test_validation_and_its_pictures_in_half(config, data):
     assert json.loads((Path(config.out) / "adapter" / "gligen_adapter.json").read_text())["samples"] == 8
 
 
-def test_a_picture_that_is_not_finite_is_named(config, tmp_path, monkeypatch):
+def test_a_image_that_is_not_finite_is_named(config, tmp_path, monkeypatch):
     rows = [replace(row(1), image_id=f"sa_{k}") for k in range(40)]
     write_shard(tmp_path / "named" / "a", latents(40, side=8), rows, METADATA)
     spoil(monkeypatch, lambda batch, losses: losses.where(torch.tensor(batch.positions) != 21, torch.nan))

@@ -149,7 +149,7 @@ def test_captions_and_phrases_are_those_of_the_pipeline(config):
 
 @pytest.mark.usefixtures("own_precision")
 def test_with_validation_in_half_precision(config, data):
-    settings = Validation(data=str(data), every=24, loss_samples=8, pictures=2, steps=2)
+    settings = Validation(data=str(data), every=24, loss_samples=8, images=2, steps=2)
     out = train(replace(config, precision="bf16", validation=settings)).parent
     assert (out / "validation" / "00000024.png").is_file()
     weights = load_checkpoint(list_checkpoints(out)[-1])[0]["weights"]
@@ -171,7 +171,7 @@ def test_a_base_that_comes_with_an_adapter_is_trained_without_it(config, base, t
 
 
 def test_the_safety_checker_stays_out(config, tmp_path):
-    """It would black out validation pictures."""
+    """It would black out validation images."""
     folder = tmp_path / "checked"
     pipeline = sd_pipeline()
     StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False).save_pretrained(folder)

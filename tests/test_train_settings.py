@@ -199,7 +199,7 @@ def test_where_the_fusers_stand(blocks, every, words):
     config = replace(CONFIG, adapter=AdapterOptions(blocks=blocks, every=every)).to_dict()
     assert f"fuser on {words.format('block')}," in recipe_in_words(config)
     form = AdapterConfig(cross_attention_dim=40, phrase_dim=40, blocks=blocks, every=every)
-    facts = CardFacts(repository="a/b", license="mit", form=form, parameters=1, about={}, pictures={})
+    facts = CardFacts(repository="a/b", license="mit", form=form, parameters=1, about={}, images={})
     assert f"a fuser on {words.format('transformer block')} of the U-Net" in model_card(facts)
 
 

@@ -41,7 +41,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Pictures of one to three boxes, each with an id of its own."""
+    """Images of one to three boxes, each with an id of its own."""
     folder = tmp_path_factory.mktemp("data")
     rows = [replace(row(1 + k % 3), image_id=f"sa_{k}") for k in range(40)]
     write_shard(folder / "a", latents(40, side=8), rows, METADATA)
@@ -207,7 +207,7 @@ def test_processes_that_share_moments_and_average_end_with_the_same_bits(config,
     if kind == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     config = replace(
-        config, samples=32, validation=Validation(data=str(data), every=16, loss_samples=4, pictures=0),
+        config, samples=32, validation=Validation(data=str(data), every=16, loss_samples=4, images=0),
         optimization=replace(config.optimization, optimizer=kind),
     )  # fmt: skip
     whole = replace(config, out=str(tmp_path / "whole"))
@@ -241,7 +241,7 @@ def test_a_run_may_go_on_with_shared_moments_and_without(config, server, tmp_pat
 
 def test_a_run_with_the_optimizer_in_main_memory_ends_with_the_same_bits(config, data, tmp_path):
     """And may go on without. Main memory is where all is here; what the GPU's part in it does cannot be seen."""
-    looks = Validation(data=str(data), every=16, loss_samples=4, pictures=0)
+    looks = Validation(data=str(data), every=16, loss_samples=4, images=0)
     plain = replace(config, out=str(tmp_path / "plain"), validation=looks)
     train(plain)
     for position, offloaded in ((16, True), (32, False), (48, True)):
@@ -474,7 +474,7 @@ def test_a_compiled_run_is_the_same_run(config, data, tmp_path, monkeypatch):
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=1, attention_head_dim=2,
     )  # fmt: skip
     pipeline.save_pretrained(tmp_path / "small")
-    settings = Validation(data=str(data), every=8, loss_samples=4, pictures=0)
+    settings = Validation(data=str(data), every=8, loss_samples=4, images=0)
     plain = replace(config, model=str(tmp_path / "small"), samples=8, validation=settings)
     compiled = replace(plain, out=str(tmp_path / "compiled"), compile=True, compile_backend="eager")
     train(plain)
@@ -544,8 +544,8 @@ def test_a_line_says_how_it_goes(config):
         assert entry["skipped"] == 0
 
 
-def test_the_gain_may_be_looked_at_more_often_than_pictures(config, data):
-    settings = Validation(data=str(data), every=32, gain_every=8, loss_samples=8, pictures=1, steps=2)
+def test_the_gain_may_be_looked_at_more_often_than_images(config, data):
+    settings = Validation(data=str(data), every=32, gain_every=8, loss_samples=8, images=1, steps=2)
     train(replace(config, validation=settings, samples=32))
     rows = lines(config.out, "validation")
     assert [entry["samples"] for entry in rows] == [8, 16, 24, 32]
@@ -574,14 +574,14 @@ def test_a_full_disk_leaves_the_former_checkpoint(config, monkeypatch):
 def test_the_vae_stays_in_main_memory_where_it_has_no_work(config, data):
     for settings, device in (
         (Validation(), "cpu"),
-        (Validation(data=str(data), pictures=0), "cpu"),
-        (Validation(data=str(data), pictures=1), "meta"),
-        (Validation(data="shapes:8", pictures=0), "meta"),
+        (Validation(data=str(data), images=0), "cpu"),
+        (Validation(data=str(data), images=1), "meta"),
+        (Validation(data="shapes:8", images=0), "meta"),
     ):
         pipeline = load_base(replace(config, validation=settings), torch.device("meta"))
         assert pipeline.vae.device.type == device
         assert pipeline.unet.device.type == pipeline.text_encoder_2.device.type == "meta"
-    config = replace(config, validation=Validation(data=str(data), pictures=1))
+    config = replace(config, validation=Validation(data=str(data), images=1))
     assert load_base(config, torch.device("meta"), draws=False).vae.device.type == "cpu"
 
 

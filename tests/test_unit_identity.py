@@ -1,4 +1,4 @@
-"""A unit is done again when one of its files has changed, and only then: pictures, texts, tables, archives, weights."""
+"""A unit is done again when one of its files has changed, and only then: images, texts, tables, archives, weights."""
 
 import io
 import json
@@ -42,39 +42,39 @@ def png(red):
     return stream.getvalue()
 
 
-def pictures(folder, names=NAMES):
+def images(folder, names=NAMES):
     folder.mkdir(parents=True, exist_ok=True)
     for k, name in enumerate(names):
         (folder / name).write_bytes(png(k))
 
 
 def plain(root):
-    pictures(root / "set")
+    images(root / "set")
     return {"path": root / "set"}
 
 
 def rows(root):
-    pictures(root / "set")
+    images(root / "set")
     (root / "set/metadata.jsonl").write_text("".join(json.dumps({"file_name": name}) + "\n" for name in NAMES))
     return {"path": root / "set"}
 
 
 def parquet(root):
-    pictures(root / "set")
+    images(root / "set")
     pq.write_table(pa.table({"text": ["x"] * 6, "file_name": NAMES}), root / "set/metadata.parquet", row_group_size=4)
     return {"path": root / "set"}
 
 
 def layouts(root):
-    pictures(root / "set")
+    images(root / "set")
     (root / "set/a.jsonl").write_text("".join(json.dumps({"image": name, "prompt": "x"}) + "\n" for name in NAMES))
     return {"path": root / "set/a.jsonl"}
 
 
 def coco(root):
-    pictures(root / "set")
-    images = [{"id": k, "file_name": name, "height": 32, "width": 32} for k, name in enumerate(NAMES)]
-    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
+    images(root / "set")
+    entries = [{"id": k, "file_name": name, "height": 32, "width": 32} for k, name in enumerate(NAMES)]
+    content = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
     (root / "instances.json").write_text(json.dumps(content))
     return {"path": root / "set", "instances": root / "instances.json"}
 
@@ -91,40 +91,40 @@ def states(report):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_that_was_mended_is_prepared_again_and_only_its_unit(tmp_path, how, kind):
+def test_a_image_that_was_mended_is_prepared_again_and_only_its_unit(tmp_path, how, kind):
     where, out = kind(tmp_path), tmp_path / "out"
     run(where, out, how)
     before = [shard.latents[:].copy() for shard in find_shards(out)]
-    picture = tmp_path / "set/3.png"
-    facts = picture.stat()
-    picture.write_bytes(png(250))
-    assert picture.stat().st_size == facts.st_size
+    image = tmp_path / "set/3.png"
+    facts = image.stat()
+    image.write_bytes(png(250))
+    assert image.stat().st_size == facts.st_size
     report = run(where, out, how)
     assert states(report) == ["already there", "written", "already there"]
     ((name, why),) = report.again.items()
-    assert (name[-5:], why) == ("00001", "its pictures' files")
-    assert f"done again, changed: its pictures' files: {name}" in str(report)
+    assert (name[-5:], why) == ("00001", "its images' files")
+    assert f"done again, changed: its images' files: {name}" in str(report)
     after = [shard.latents[:] for shard in find_shards(out)]
     assert [(a == b).all() for a, b in zip(before, after, strict=True)] == [True, False, True]
     assert states(run(where, out, how)) == ["already there"] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_picture_that_comes_or_goes_is_noticed(tmp_path, how, kind):
-    where, out, picture = kind(tmp_path), tmp_path / "out", tmp_path / "set/4.png"
-    picture.rename(tmp_path / "aside")
+def test_a_image_that_comes_or_goes_is_noticed(tmp_path, how, kind):
+    where, out, image = kind(tmp_path), tmp_path / "out", tmp_path / "set/4.png"
+    image.rename(tmp_path / "aside")
     assert run(where, out, how).total.used == 5
-    (tmp_path / "aside").rename(picture)
+    (tmp_path / "aside").rename(image)
     report = run(where, out, how)
     assert (states(report), report.total.used) == (["already there"] * 2 + ["written"], 6)
-    picture.unlink()
+    image.unlink()
     report = run(where, out, how)
     assert (states(report), report.total.used) == (["already there"] * 2 + ["written"], 5)
     ((_, entry),) = report.total.skipped.items()
-    assert str(picture) in entry["example"]
+    assert str(image) in entry["example"]
 
 
-def test_the_picture_behind_a_link_counts(tmp_path, how):
+def test_the_image_behind_a_link_counts(tmp_path, how):
     where, out = rows(tmp_path), tmp_path / "out"
     (tmp_path / "set/3.png").rename(tmp_path / "far.png")
     (tmp_path / "set/3.png").symlink_to(tmp_path / "far.png")
@@ -268,5 +268,5 @@ def test_the_report_of_the_first_run_is_kept_whole(tmp_path, how):
     first = run(where, tmp_path / "out", how)
     second = run(where, tmp_path / "out", how)
     assert second.total == first.total
-    assert "there is no such file; expected the path of a picture relative to" in str(second)
+    assert "there is no such file; expected the path of an image relative to" in str(second)
     assert len(Shard(Path(tmp_path / "out/set-00001"))) == 1

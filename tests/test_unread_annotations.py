@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_items import items, picture, put
+from source_items import image, items, put
 
 from gligen_xl.prepare.sources import KINDS, open_source
 
@@ -35,7 +35,7 @@ STUDIO = [{"id": 1, "annotations": [{"result": [{"type": "rectanglelabels"}]}], 
     ],
 )
 def test_files_that_are_not_read(tmp_path, caplog, name, contents, told):
-    put(tmp_path / "a.jpg", picture())
+    put(tmp_path / "a.jpg", image())
     put(tmp_path / name, contents)
     with pytest.raises(ValueError, match=r"may hold annotations, and is not read \(") as error:
         open_source(tmp_path)
@@ -49,7 +49,7 @@ def test_files_that_are_not_read(tmp_path, caplog, name, contents, told):
 
 
 def test_what_is_no_annotation_is_passed_over(tmp_path):
-    put(tmp_path / "a.jpg", picture())
+    put(tmp_path / "a.jpg", image())
     put(tmp_path / "a.txt", "a cat")
     for name in ("README.md", "LICENSE", ".cache/x.json", ".hidden.json", "notes.docx", "Thumbs.db"):
         put(tmp_path / name, "text")
@@ -61,7 +61,7 @@ def test_what_is_no_annotation_is_passed_over(tmp_path):
 
 
 def test_annotations_of_several_kinds(tmp_path):
-    put(tmp_path / "a.jpg", picture())
+    put(tmp_path / "a.jpg", image())
     put(tmp_path / "a.txt", "0 0.5 0.5 0.5 0.5\n")
     put(tmp_path / "classes.txt", "cat\n")
     voc = (
@@ -74,7 +74,7 @@ def test_annotations_of_several_kinds(tmp_path):
 
 
 def test_options_of_other_kinds(tmp_path):
-    put(tmp_path / "set/a.jpg", picture())
+    put(tmp_path / "set/a.jpg", image())
     for name, value in (("images", tmp_path / "set"), ("split", "train")):
         with pytest.raises(ValueError, match=f"{name} is of kind coco, yolo, voc, huggingface; this is imagefolder"):
             open_source(tmp_path / "set", **{name: value})
@@ -86,12 +86,12 @@ def test_files_that_are_links_out_of_the_folder(tmp_path, name):
     said = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "cat"}], "annotations": []}
     contents = {"data.yaml": "names: [cat]\n", "classes.txt": "cat\n", "result.json": json.dumps(said),
                 "metadata.jsonl": '{"file_name": "a.jpg"}\n'}  # fmt: skip
-    put(root / "a.jpg", picture())
+    put(root / "a.jpg", image())
     if name in ("data.yaml", "classes.txt"):
         put(root / "a.txt", "0 0.5 0.5 0.5 0.5\n")
     target = tmp_path / f"elsewhere-{name}"
     if name == "a.parquet":
-        pq.write_table(pa.table({"image": [picture()]}), target)
+        pq.write_table(pa.table({"image": [image()]}), target)
     else:
         put(target, contents[name])
     (root / name).symlink_to(target)

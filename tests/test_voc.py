@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from source_items import HEIGHT, WIDTH, dataset, images, in_pixels, items, picture, put, reasons
+from source_items import HEIGHT, WIDTH, dataset, image, images, in_pixels, items, put, reasons
 
 from gligen_xl.prepare.sources import open_source, recognise
 from gligen_xl.prepare.sources.voc import BAD_XML, NO_BOX
@@ -27,7 +27,7 @@ def xml(*things, size=(WIDTH, HEIGHT), filename="a.jpg", head=""):
 
 
 def beside(folder, contents, stem="a"):
-    put(folder / f"{stem}.jpg", picture())
+    put(folder / f"{stem}.jpg", image())
     put(folder / f"{stem}.xml", contents)
     return folder
 
@@ -48,7 +48,7 @@ def test_a_set_of_supervision(tmp_path, folder):
 @pytest.mark.parametrize(
     ("boxes", "expected"),
     [
-        ([(1, 1, 80, 40)], [[0, 0, 80, 40]]),  # the whole picture, in VOC's own counting
+        ([(1, 1, 80, 40)], [[0, 0, 80, 40]]),  # the whole image, in VOC's own counting
         ([(21, 11, 60, 30)], [[20, 10, 60, 30]]),
         ([(0, 0, 80, 40)], [[0, 0, 80, 40]]),  # from 0
         ([(0, 5, 9, 9), (21, 11, 60, 30)], [[0, 5, 9, 9], [21, 11, 60, 30]]),
@@ -63,9 +63,9 @@ def test_where_pixels_are_counted_from(tmp_path, boxes, expected):
 def test_splits_of_voc(tmp_path):
     root = tmp_path / "VOCdevkit/VOC2012"
     for stem in ("2007_000001", "2007_000002", "2007_000003"):
-        put(root / f"JPEGImages/{stem}.jpg", picture())
+        put(root / f"JPEGImages/{stem}.jpg", image())
         put(root / f"Annotations/{stem}.xml", xml(thing(), filename=f"{stem}.jpg"))
-        put(root / f"SegmentationClass/{stem}.png", picture("PNG"))
+        put(root / f"SegmentationClass/{stem}.png", image("PNG"))
     put(root / "ImageSets/Main/train.txt", "2007_000001\n2007_000009\n")
     put(root / "ImageSets/Main/dog_val.txt", "2007_000002 -1\n2007_000003  1\n")
     for path in (tmp_path, root):
@@ -88,14 +88,14 @@ def test_folders_as_roboflow_has_them(tmp_path):
 def test_images_found_by_their_names(tmp_path):
     """The name of the XML is another than the image's, which stands elsewhere."""
     put(tmp_path / "set/annotations/0001.xml", xml(thing(), filename="C:\\photos\\x\\cat 1.jpeg"))
-    put(tmp_path / "photos/x/cat 1.jpeg", picture())
+    put(tmp_path / "photos/x/cat 1.jpeg", image())
     (item,) = items(tmp_path / "set", images=tmp_path / "photos")
-    assert (item.phrases, item.picture.name) == (("dog",), "cat 1.jpeg")
+    assert (item.phrases, item.image.name) == (("dog",), "cat 1.jpeg")
 
 
 def test_images_without_annotations_and_the_other_way_round(tmp_path, caplog):
     beside(tmp_path, xml(thing()))
-    put(tmp_path / "b.JPG", picture())
+    put(tmp_path / "b.JPG", image())
     put(tmp_path / "lost.xml", xml(thing(), filename="lost.jpg"))
     found = items(tmp_path)
     assert reasons(found) == {"lost": "annotations without their image"}
@@ -125,7 +125,7 @@ def test_sizes_that_are_not_said_or_wrong(tmp_path):
         beside(tmp_path, xml(thing(), size=size), stem)
     a, b, c, d = items(tmp_path)
     assert [in_pixels(item) for item in (a, b, c)] == [[[20, 10, 60, 30]]] * 3
-    assert (a.size, d.size) == (None, (80, 160))  # of which the picture is not: it is left out when it is decoded
+    assert (a.size, d.size) == (None, (80, 160))  # of which the image is not: it is left out when it is decoded
 
 
 def test_classes(tmp_path):
@@ -207,14 +207,14 @@ def test_huge_xml_is_not_read(tmp_path):
 
 
 def test_boxes_that_are_shares(tmp_path):
-    with pytest.raises(ValueError, match="boxes look like shares of the picture: no number is above 0"):
+    with pytest.raises(ValueError, match="boxes look like shares of the image: no number is above 0"):
         open_source(beside(tmp_path, xml(thing(box=(0.1, 0.2, 0.3, 0.5)))))
 
 
 def test_links_that_leave_the_folder(tmp_path):
     secret = put(tmp_path / "secret.xml", xml(thing()))
     root = beside(tmp_path / "set", xml(thing()), "good")
-    put(root / "a.jpg", picture())
+    put(root / "a.jpg", image())
     (root / "a.xml").symlink_to(secret)
     assert reasons(items(root)) == {"a": "its annotations are a link that leaves the folder"}
 

@@ -68,8 +68,8 @@ def unread(found):
 def test_what_webdataset_writes(tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=3, verbose=0, encoder=True) as writer:
         for k in range(6):
-            picture = Image.new("RGB", (8, 8), (40 * k, 0, 0))
-            writer.write({"__key__": f"d/{k:03d}", "jpg": picture, "json": BOX, "txt": f"caption {k}", "cls": k})
+            image = Image.new("RGB", (8, 8), (40 * k, 0, 0))
+            writer.write({"__key__": f"d/{k:03d}", "jpg": image, "json": BOX, "txt": f"caption {k}", "cls": k})
     found = [item for unit in open_source(tmp_path) for item in unit.items()]
     assert [item.image_id for item in found] == [f"d/{k:03d}" for k in range(6)]
     assert [item.caption for item in found] == [f"caption {k}" for k in range(6)]
@@ -189,16 +189,16 @@ def test_the_first_of_two_captions_is_used(tmp_path):
     assert used(results(write_shard(tmp_path / "a.tar", [sample])))["a"].caption == "short"
 
 
-def test_hidden_files_and_second_pictures_are_counted(tmp_path):
+def test_hidden_files_and_second_images_are_counted(tmp_path):
     files(tmp_path / "set", a_jpg=jpeg(), a_txt="a", a_webp=b"x", README="x", b_md="x")
     (tmp_path / "set/._a.jpg").write_bytes(b"\0\5\x16\7AppleDouble")
     run_tar("--sort=name", "-cf", "../a.tar", ".", cwd=tmp_path / "set")
     found = results(tmp_path / "a.tar")
     assert list(used(found)) == ["a"]
-    assert unread(found) == {"hidden, or without an ending": 2, ".webp beside another picture": 1, ".md": 1}
+    assert unread(found) == {"hidden, or without an ending": 2, ".webp beside another image": 1, ".md": 1}
 
 
-def test_pictures_whose_key_has_a_dot_are_told(tmp_path):
+def test_images_whose_key_has_a_dot_are_told(tmp_path):
     found = results(write_shard(tmp_path / "a.tar", [{"__key__": "img.2020", "jpg": jpeg(), "txt": b"a"}]))
     assert skipped(found)["img.2020.jpg"] == (DOTS, "it is img.2020.jpg")
 

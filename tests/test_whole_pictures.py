@@ -1,4 +1,4 @@
-"""Whole pictures are used whatever stands beside their pixels, and turned where that can be read; ones that end early,
+"""Whole images are used whatever stands beside their pixels, and turned where that can be read; ones that end early,
 however neatly, are refused."""
 
 import io
@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from gligen_xl.images.decode import DAMAGED, PictureError, decode, picture_size
+from gligen_xl.images.decode import DAMAGED, ImageError, decode, image_size
 from gligen_xl.images.orientation import upright
-from gligen_xl.prepare.framing import Framing, frame_picture
+from gligen_xl.prepare.framing import Framing, frame_image
 
-SIZE = (40, 64)  # of the upright picture, height and width
+SIZE = (40, 64)  # of the upright image, height and width
 
 
 def photo(height=40, width=64, mode="RGB", seed=0, cell=8):
@@ -31,7 +31,7 @@ def encoded(image, kind, **options):
 
 
 def is_damaged(source):
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode(source)
     assert caught.value.reason == DAMAGED
     return str(caught.value)
@@ -58,7 +58,7 @@ def exif_block(order="<", orientation=6, kind=3, *, count=1, value=None, more=()
 
 
 def with_exif(kind, exif, image=None):
-    """The picture with this block put in by hand: Pillow would read it, and mend it, when it writes."""
+    """The image with this block put in by hand: Pillow would read it, and mend it, when it writes."""
     image = image or photo(SIZE[1], SIZE[0])
     if kind == "JPEG":
         source = encoded(image, "JPEG", quality=95)
@@ -79,17 +79,17 @@ KINDS = ["JPEG", "PNG", "WEBP"]
 
 
 def turned(source):
-    """Is the picture, stored lying, decoded upright?"""
+    """Is the image, stored lying, decoded upright?"""
     expected = np.asarray(photo(SIZE[1], SIZE[0]).transpose(Image.Transpose.ROTATE_270), int)
     decoded = np.asarray(decode(source), int)
-    assert decoded.shape[:2] == picture_size(source)
+    assert decoded.shape[:2] == image_size(source)
     return decoded.shape == expected.shape and bool(abs(decoded - expected).mean() < 12)
 
 
 def lies(source):
     expected = np.asarray(photo(SIZE[1], SIZE[0]), int)
     decoded = np.asarray(decode(source), int)
-    assert decoded.shape[:2] == picture_size(source)
+    assert decoded.shape[:2] == image_size(source)
     return decoded.shape == expected.shape and bool(abs(decoded - expected).mean() < 12)
 
 
@@ -114,7 +114,7 @@ def test_orientation_is_read_from_blocks_that_are_damaged_elsewhere(kind, order)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_with_an_unreadable_block_is_whole(kind):
+def test_a_image_with_an_unreadable_block_is_whole(kind):
     for block in (
         b"JUNKJUNKJUNKJUNK" * 4,
         b"II*\0",
@@ -128,7 +128,7 @@ def test_a_picture_with_an_unreadable_block_is_whole(kind):
     ):
         source = with_exif(kind, block)
         assert lies(source), block
-        assert not isinstance(frame_picture(source, None, Framing(resolutions=(32,))), str)
+        assert not isinstance(frame_image(source, None, Framing(resolutions=(32,))), str)
 
 
 def test_unreadable_exif_of_an_avif():
@@ -242,7 +242,7 @@ def test_orientation_elsewhere():
     assert turned(encoded(image, "JPEG", xmp=xmp, quality=95))
 
 
-def test_pictures_that_are_open_are_turned_whatever_their_exif():
+def test_images_that_are_open_are_turned_whatever_their_exif():
     for block, expected in ((exif_block(), (64, 40)), (exif_block(ifd=2**32 - 1), (40, 64)), (b"junk" * 9, (40, 64))):
         with Image.open(io.BytesIO(with_exif("WEBP", block))) as image:
             assert upright(image).size == expected
@@ -287,7 +287,7 @@ def test_a_png_with_large_or_odd_profiles_and_texts_is_whole(behind):
     ):
         source = with_chunks(encoded(image, "PNG"), chunk, behind=behind)
         assert decode(source).tobytes() == image.tobytes(), chunk[0]
-        assert picture_size(source) == SIZE
+        assert image_size(source) == SIZE
     many = with_chunks(encoded(image, "PNG"), *[(b"tEXt", b"k%d\0" % k + random[:1000]) for k in range(3000)])
     assert decode(many).tobytes() == image.tobytes()
     wrong = bytearray(with_chunks(encoded(image, "PNG"), (b"tEXt", b"Comment\0wrong sum")))
@@ -333,16 +333,16 @@ def test_a_jpeg_with_odd_segments_is_whole():
     ):
         odd = source[:2] + bytes((0xFF, name)) + struct.pack(">H", len(data) + 2) + data + source[2:]
         assert decode(odd).tobytes() == expected, data
-        assert picture_size(odd) == SIZE
+        assert image_size(odd) == SIZE
 
 
-def test_more_than_one_picture_in_a_file():
+def test_more_than_one_image_in_a_file():
     frames = [photo(), photo(seed=1)]
     for kind, options in (("MPO", {}), ("GIF", {}), ("WEBP", {}), ("PNG", {"default_image": True}), ("PNG", {})):
         source = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         decoded = np.asarray(decode(source), int)
         assert abs(decoded - np.asarray(frames[0], int)).mean() < 15, kind
-        assert picture_size(source) == SIZE
+        assert image_size(source) == SIZE
     mpo = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
     second = mpo.index(b"\xff\xd8", 2)
     assert decode(mpo[: second + 40]).size == frames[0].size  # the second is cut: the first is whole
@@ -473,7 +473,7 @@ def test_a_gif_that_ends_early(interlace, transparency):
             is_damaged(gif_of(image, share, interlace=interlace, transparency=transparency))
 
 
-def test_a_gif_frame_need_not_fill_the_picture():
+def test_a_gif_frame_need_not_fill_the_image():
     """What no frame covers is background, not missing."""
     source = bytearray(gif_of(Image.new("L", (30, 40), 9), 1))
     source[6:10] = struct.pack("<HH", 50, 60)
@@ -575,7 +575,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("kind", list(OPTIONS))
-def test_no_whole_picture_is_taken_for_one_that_ends_early(kind):
+def test_no_whole_image_is_taken_for_one_that_ends_early(kind):
     tried = 0
     for image in images_of_every_kind():
         for mode, options in itertools.product(MODES[kind], OPTIONS[kind]):
@@ -601,12 +601,12 @@ def _converted(image, mode):
     return image.convert(mode)
 
 
-def test_every_way_in_reads_pictures_alike(tmp_path):
-    """`generate --image`, pictures to inpaint, and the real pictures of an evaluation."""
+def test_every_way_in_reads_images_alike(tmp_path):
+    """`generate --image`, images to inpaint, and the real images of an evaluation."""
     from gligen_xl.cli.generate import _open
     from gligen_xl.evaluate.real_images import photographs_of
     from gligen_xl.layout import Layout
-    from gligen_xl.pipelines.inpaint import fit_pictures
+    from gligen_xl.pipelines.inpaint import fit_images
 
     for name, block, size in (("junk", b"junk" * 9, (40, 64)), ("loop", exif_block(following=8), (64, 40))):
         path = tmp_path / f"{name}.png"
@@ -615,7 +615,7 @@ def test_every_way_in_reads_pictures_alike(tmp_path):
         layout = Layout(id=name, phrases=["a"], boxes=[[0, 0, 1, 1]])
         assert photographs_of(tmp_path, [layout])(layout).size == size
         with Image.open(path) as opened:
-            assert fit_pictures(opened, 1, size[1], size[0])[0].tobytes() == decode(path).tobytes()
+            assert fit_images(opened, 1, size[1], size[0])[0].tobytes() == decode(path).tobytes()
     (tmp_path / "half.png").write_bytes(png_of(photo(), 0.5))
     with pytest.raises(ValueError, match=r"half\.png: truncated or damaged: it ends before"):
         _open(str(tmp_path / "half.png"))

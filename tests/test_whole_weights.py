@@ -257,14 +257,14 @@ def test_a_checkpoint_in_one_file_is_loaded_with_the_adapter_in_it(one_file, tmp
         got, expected = adapter_state_dict(loaded.unet), adapter_state_dict(pipeline.unet)
         assert got.keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in got.items())
-        pictures = [
+        images = [
             one(
                 "grass", num_inference_steps=2, output_type="latent", height=16, width=16,
                 generator=torch.Generator().manual_seed(0), **LAYOUT,
             ).images
             for one in (loaded, pipeline)
         ]  # fmt: skip
-        assert torch.equal(*pictures)
+        assert torch.equal(*images)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_check(tmp_path, capsys):
     none = write(tmp_path / "none", [0, 0])
     assert main(["check", none]) == 2
     out, err = capsys.readouterr()
-    assert "none of the 2 pictures has a box" in out
+    assert "none of the 2 images has a box" in out
     assert "no problem" not in out
     assert err.strip().count("\n") == 0 or "check" in err
     assert main(["check", none, "--without-boxes"]) == 0
@@ -63,12 +63,12 @@ def test_check(tmp_path, capsys):
     assert len(check_shards(write(tmp_path / "empty", [])).problems) == 1
 
 
-def pictures(folder, boxes):
+def images(folder, boxes):
     folder.mkdir()
     with (folder / "metadata.jsonl").open("w") as file:
-        for k, of_picture in enumerate(boxes):
+        for k, of_image in enumerate(boxes):
             Image.fromarray(np.full((64, 64, 3), 40 * k, np.uint8)).save(folder / f"{k}.png")
-            entry = {"file_name": f"{k}.png", "text": "grass", "phrases": ["a"] * len(of_picture), "boxes": of_picture}
+            entry = {"file_name": f"{k}.png", "text": "grass", "phrases": ["a"] * len(of_image), "boxes": of_image}
             file.write(json.dumps(entry | {"box_format": "xyxy"}) + "\n")
     return folder
 
@@ -80,11 +80,11 @@ def prepared(source, out, *words):
 
 def test_prepare(tmp_path, capsys, caplog):
     box = [0.1, 0.1, 0.9, 0.9]
-    assert prepared(pictures(tmp_path / "some", [[box, box], [], [box]]), tmp_path / "a") == 0
+    assert prepared(images(tmp_path / "some", [[box, box], [], [box]]), tmp_path / "a") == 0
     assert "boxes: 1.0 boxes an image on average, 1 of 3 images have none" in capsys.readouterr().out
     assert json.loads((tmp_path / "a" / "prepare.json").read_text())["rows_without_boxes"] == 1
     assert caplog.text == ""
-    none = pictures(tmp_path / "none", [[], []])
+    none = images(tmp_path / "none", [[], []])
     assert prepared(none, tmp_path / "b") == 2
     out, err = capsys.readouterr()
     assert "0.0 boxes an image on average, 2 of 2 images have none" in out
@@ -97,11 +97,11 @@ def test_prepare(tmp_path, capsys, caplog):
 
 def test_prepare_in_parts_judges_the_whole_alone(tmp_path, capsys):
     box = [0.1, 0.1, 0.9, 0.9]
-    source = pictures(tmp_path / "some", [[], [box]])
+    source = images(tmp_path / "some", [[], [box]])
     for out, order in (("a", (1, 2)), ("b", (2, 1))):
         for part in order:
             assert prepared(source, tmp_path / out, "--unit-size", "1", "--part", f"{part}/2") == 0
-    none = pictures(tmp_path / "none", [[], []])
+    none = images(tmp_path / "none", [[], []])
     assert prepared(none, tmp_path / "c", "--unit-size", "1", "--part", "1/2") == 0
     assert prepared(none, tmp_path / "c", "--unit-size", "1", "--part", "2/2") == 2
     assert "none of the 2 images" in capsys.readouterr().err
@@ -109,13 +109,13 @@ def test_prepare_in_parts_judges_the_whole_alone(tmp_path, capsys):
 
 def test_prepare_says_what_became_of_the_boxes(tmp_path, capsys):
     thin = [0.5, 0.1, 0.5, 0.9]
-    assert prepared(pictures(tmp_path / "thin", [[thin], [thin]]), tmp_path / "a") == 2
+    assert prepared(images(tmp_path / "thin", [[thin], [thin]]), tmp_path / "a") == 2
     assert "look whether box_format is that of the source" in capsys.readouterr().err
 
 
 def test_marks_of_version_01_are_counted_from_their_shards(tmp_path, capsys):
     box = [0.1, 0.1, 0.9, 0.9]
-    source = pictures(tmp_path / "some", [[box], [], []])
+    source = images(tmp_path / "some", [[box], [], []])
     assert prepared(source, tmp_path / "a") == 0
     (mark,) = (tmp_path / "a" / ".prepared" / "units").glob("*.json")
     content = json.loads(mark.read_text())
@@ -132,7 +132,7 @@ def test_marks_of_version_01_are_counted_from_their_shards(tmp_path, capsys):
      {"report": {"skipped": {"why": 3}}}, {"report": []}, {"settings": 1}, {"source": None}, {"identity": []}],
 )  # fmt: skip
 def test_a_damaged_mark_of_prepare_is_one_line(tmp_path, capsys, change):
-    source = pictures(tmp_path / "some", [[[0.1, 0.1, 0.9, 0.9]]])
+    source = images(tmp_path / "some", [[[0.1, 0.1, 0.9, 0.9]]])
     assert prepared(source, tmp_path / "a") == 0
     (mark,) = (tmp_path / "a" / ".prepared" / "units").glob("*.json")
     mark.write_text(json.dumps(json.loads(mark.read_text()) | change))

@@ -7,7 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from source_items import dataset, images, in_pixels, items, picture, put, reasons
+from source_items import dataset, image, images, in_pixels, items, put, reasons
 
 from gligen_xl.prepare.captions.table import CaptionTable
 from gligen_xl.prepare.sources import open_source, recognise
@@ -15,7 +15,7 @@ from gligen_xl.prepare.sources.rows import LABELS
 from gligen_xl.prepare.sources.yolo_rows import BAD_CLASS, BAD_ROW, OUTSIDE_SHARES, PIXELS, looks_like_rows, read_rows
 
 BOXES = {"a.jpg": [(1, [20, 10, 60, 30]), (0, [0, 0, 8, 8])], "b.jpg": [(0, [40, 20, 80, 40])], "c.jpg": []}
-ROW = "1 0.5 0.5 0.5 0.5\n"  # the middle of the picture
+ROW = "1 0.5 0.5 0.5 0.5\n"  # the middle of the image
 
 
 def check(found, prefix=""):
@@ -28,8 +28,8 @@ def check(found, prefix=""):
 
 
 def simple(folder, rows=ROW, names="cat\ndog\n", stem="a"):
-    """A picture with its label beside it."""
-    put(folder / f"{stem}.jpg", picture())
+    """An image with its label beside it."""
+    put(folder / f"{stem}.jpg", image())
     put(folder / f"{stem}.txt", rows)
     if names:
         put(folder / "classes.txt", names)
@@ -70,7 +70,7 @@ def test_polygons_and_oriented_boxes_of_supervision(tmp_path):
 def splits(folder, images_first):
     """images/train with labels/train, or train/images with train/labels as Roboflow has it."""
     for split, stem in (("train", "a"), ("valid", "b"), ("test", "c")):
-        for kind, name, contents in (("images", f"{stem}.jpg", picture()), ("labels", f"{stem}.txt", ROW)):
+        for kind, name, contents in (("images", f"{stem}.jpg", image()), ("labels", f"{stem}.txt", ROW)):
             put(folder / (f"{kind}/{split}" if images_first else f"{split}/{kind}") / name, contents)
     return folder
 
@@ -161,7 +161,7 @@ def test_a_yaml_of_aliases_of_aliases(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["classes.txt", "obj.names", "labels/classes.txt"])
-def test_labels_beside_pictures(tmp_path, name):
+def test_labels_beside_images(tmp_path, name):
     simple(tmp_path, names="")
     simple(tmp_path, stem="d.e", names="")
     put(tmp_path / name, "\ufeffcat\r\na big dog\r\n")
@@ -175,8 +175,8 @@ def test_darknets_description_as_cvat_writes_it(tmp_path):
     put(tmp_path / "obj.data", "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n")
     put(tmp_path / "obj.names", "cat\ndog\n")
     put(tmp_path / "train.txt", "data/obj_train_data/a.jpg\ndata/obj_train_data/b.jpg\n")
-    put(tmp_path / "obj_train_data/a.jpg", picture())
-    put(tmp_path / "obj_train_data/b.jpg", picture())
+    put(tmp_path / "obj_train_data/a.jpg", image())
+    put(tmp_path / "obj_train_data/b.jpg", image())
     put(tmp_path / "obj_train_data/a.txt", ROW)
     put(tmp_path / "obj_train_data/b.txt", "")
     found = images(items(tmp_path))
@@ -193,17 +193,17 @@ def test_darknets_description_as_cvat_writes_it(tmp_path):
 def test_images_in_a_folder_of_their_own(tmp_path):
     put(tmp_path / "export/labels/a.txt", ROW)
     put(tmp_path / "export/classes.txt", "cat\ndog\n")
-    put(tmp_path / "photos/2020/a.JPEG", picture())
+    put(tmp_path / "photos/2020/a.JPEG", image())
     with pytest.raises(ValueError, match="none of 1 files of annotations has its image; name its folder: --images"):
         open_source(tmp_path / "export")
     (item,) = items(tmp_path / "export", images=tmp_path / "photos")
-    assert (item.phrases, item.picture.name) == (("dog",), "a.JPEG")
+    assert (item.phrases, item.image.name) == (("dog",), "a.JPEG")
 
 
 def test_names_in_large_letters(tmp_path):
-    put(tmp_path / "one/IMAGES/A.JPG", picture())
+    put(tmp_path / "one/IMAGES/A.JPG", image())
     put(tmp_path / "one/LABELS/A.TXT", ROW)
-    put(tmp_path / "two/A.JPG", picture())
+    put(tmp_path / "two/A.JPG", image())
     put(tmp_path / "two/A.TXT", ROW)
     for name in ("one", "two"):
         put(tmp_path / name / "classes.txt", "cat\ndog\n")
@@ -214,8 +214,8 @@ def test_pipes_are_not_waited_for(tmp_path):
     simple(tmp_path)
     for name in ("b.txt", "b.xml", "b.json", "b.parquet", "b.yaml", "b.data"):
         os.mkfifo(tmp_path / name)
-    put(tmp_path / "b.jpg", picture())
-    put(tmp_path / "c.jpg", picture())
+    put(tmp_path / "b.jpg", image())
+    put(tmp_path / "c.jpg", image())
     (tmp_path / "c.txt").symlink_to("b.txt")
     found = items(tmp_path)
     assert reasons(found) == {"c": "its annotations are no file"}
@@ -312,13 +312,13 @@ def test_files_of_labels_that_are_odd(tmp_path, caplog):
         "large": ROW.encode() * 300_000,
     }.items():  # fmt: skip
         simple(tmp_path, b"" if contents is None else contents, stem=stem)
-    put(tmp_path / "none.jpg", picture())
+    put(tmp_path / "none.jpg", image())
     put(tmp_path / "lost.txt", ROW)
     put(tmp_path / "README.roboflow.txt", "Exported by a program")
     secret = put(tmp_path.parent / f"{tmp_path.name}-secret.txt", ROW)
-    put(tmp_path / "link.jpg", picture())
+    put(tmp_path / "link.jpg", image())
     (tmp_path / "link.txt").symlink_to(secret)
-    put(tmp_path / "a.png", picture("PNG"))
+    put(tmp_path / "a.png", image("PNG"))
     found = items(tmp_path, kind="yolo")
     not_text = "its label file is not UTF-8"
     assert reasons(found) == {
@@ -352,13 +352,13 @@ def test_rows_never_become_captions(tmp_path):
     with pytest.raises(ValueError, match=r"a\.txt holds rows of YOLO labels and no caption"):
         open_source(tmp_path / "set", kind="imagefolder")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name, contents in (("0.jpg", picture()), ("0.txt", ROW.encode())):
+        for name, contents in (("0.jpg", image()), ("0.txt", ROW.encode())):
             info = tarfile.TarInfo(name)
             info.size = len(contents)
             archive.addfile(info, io.BytesIO(contents))
     with pytest.raises(ValueError, match=rf"a\.tar, sample 0: {LABELS}: 0\.txt is '1 0\.5 0\.5 0\.5 0\.5'"):
         open_source(tmp_path / "a.tar")
-    put(tmp_path / "rows/a.jpg", picture())
+    put(tmp_path / "rows/a.jpg", image())
     put(tmp_path / "rows/metadata.jsonl", '{"file_name": "a.jpg", "text": "0 0.5 0.5 0.2 0.2"}\n')
     with pytest.raises(ValueError, match=LABELS):
         open_source(tmp_path / "rows")
@@ -375,6 +375,6 @@ def test_a_label_among_captions_is_left_out(tmp_path):
         put(tmp_path / f"{k:04d}.txt", "a dog")
         put(tmp_path / f"{k:04d}.jpg", b"x")
     put(tmp_path / "9999.txt", ROW)
-    put(tmp_path / "9999.jpg", picture())
+    put(tmp_path / "9999.jpg", image())
     found = items(tmp_path)
     assert reasons(found) == {"9999": LABELS}

@@ -23,7 +23,7 @@ from gligen_xl.train.log import CLOCKED
 
 
 def write_data(folder: Path) -> Path:
-    """A shard of 40 pictures of one to three boxes."""
+    """A shard of 40 images of one to three boxes."""
     write_shard(folder / "a", latents(40, side=8), [row(1 + k % 3) for k in range(40)], METADATA)
     return folder
 

@@ -1,4 +1,4 @@
-"""Layouts to pictures: what the command line, the evaluation and the trainer's validation all call."""
+"""Layouts to images: what the command line, the evaluation and the trainer's validation all call."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def generate(
     batch_size: int = 8,
     **settings: Any,
 ) -> Iterator[Image.Image]:
-    """One picture a layout, in order.
+    """One image a layout, in order.
 
-    Each picture has its own noise, from the layout's seed where it has one and else from `seed` plus its number; so
-    it is the same picture, to rounding, in whatever batch it is made.
+    Each image has its own noise, from the layout's seed where it has one and else from `seed` plus its number; so
+    it is the same image, to rounding, in whatever batch it is made.
 
     Args:
         beta: the call argument `gligen_scheduled_sampling_beta`.
         grounded: without, phrases and boxes are left out and only the prompt remains.
-        settings: further arguments of the pipeline's call, as num_inference_steps, guidance_scale, image. A picture
+        settings: further arguments of the pipeline's call, as num_inference_steps, guidance_scale, image. An image
             is one for all the layouts; one to start from is resized to a layout's width and height, where it has them.
     """
     batches = generate_batches(
@@ -51,13 +51,13 @@ def generate_batches(
     batch_size: int = 8,
     **settings: Any,
 ) -> Iterator[list[Image.Image]]:
-    """As `generate`, the pictures of each call of the pipeline together."""
+    """As `generate`, the images of each call of the pipeline together."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
 
     def alike(item: tuple[int, Layout]) -> tuple[Any, ...]:
         layout = item[1]  # a missing negative prompt is no empty one: diffusers embeds it as zeros. Without boxes
-        # a picture is the plain pipeline's; beside grounded ones it would be given null tokens.
+        # an image is the plain pipeline's; beside grounded ones it would be given null tokens.
         return layout.width, layout.height, layout.negative_prompt is None, bool(layout.phrases)
 
     for (width, height, plain, _), group in groupby(enumerate(layouts), key=alike):
@@ -73,30 +73,30 @@ def generate_batches(
                 [layout.prompt for _, layout in part],
                 negative_prompt=None if plain else [layout.negative_prompt for _, layout in part],
                 gligen_scheduled_sampling_beta=beta,
-                generator=[torch.Generator().manual_seed(picture_seed(layout, seed, k)) for k, layout in part],
+                generator=[torch.Generator().manual_seed(image_seed(layout, seed, k)) for k, layout in part],
                 **grounding,
                 **sized,
             ).images
 
 
-def picture_seed(layout: Layout, seed: int, number: int) -> int:
-    """The seed of picture `number` of a row that starts at `seed`; a layout's own goes before."""
+def image_seed(layout: Layout, seed: int, number: int) -> int:
+    """The seed of image `number` of a row that starts at `seed`; a layout's own goes before."""
     return seed + number if layout.seed is None else layout.seed
 
 
 def _sized(settings: dict[str, Any], width: int | None, height: int | None) -> dict[str, Any]:
-    """The call's settings at a layout's size. What starts from a picture has the picture's, resized where asked."""
+    """The call's settings at a layout's size. What starts from an image has the image's, resized where asked."""
     size = {name: value for name, value in (("width", width), ("height", height)) if value is not None}
     if "strength" not in settings:
         return settings | size
-    pictures = {name: settings[name] for name in ("image", "mask_image", "control_image") if name in settings}
-    sized = settings | {name: _resized(picture, width, height) for name, picture in pictures.items()}
-    if "mask_image" in settings:  # only inpainting does not look at its picture
+    images = {name: settings[name] for name in ("image", "mask_image", "control_image") if name in settings}
+    sized = settings | {name: _resized(image, width, height) for name, image in images.items()}
+    if "mask_image" in settings:  # only inpainting does not look at its image
         sized |= {name: getattr(sized["image"], name) // 8 * 8 for name in ("width", "height")}
     return sized
 
 
-def _resized(picture: Any, width: int | None, height: int | None) -> Any:
-    if isinstance(picture, list):
-        return [_resized(one, width, height) for one in picture]
-    return picture.resize((width or picture.width, height or picture.height))
+def _resized(image: Any, width: int | None, height: int | None) -> Any:
+    if isinstance(image, list):
+        return [_resized(one, width, height) for one in image]
+    return image.resize((width or image.width, height or image.height))

@@ -1,8 +1,8 @@
-"""A layout: what stands where in one picture. Phrases, their boxes, and the prompt that goes with them.
+"""A layout: what stands where in one image. Phrases, their boxes, and the prompt that goes with them.
 
     layout = Layout(prompt="grass with a red circle", phrases=["a red circle"], boxes=[[0.1, 0.6, 0.3, 0.8]])
 
-Boxes inside the program are xyxy, 0-1, relative to the picture that the model sees, (0, 0) at the top left. Other
+Boxes inside the program are xyxy, 0-1, relative to the image that the model sees, (0, 0) at the top left. Other
 conventions are converted where they enter, with the functions below.
 """
 
@@ -25,18 +25,18 @@ from .limits import MAX_BOXES, MAX_NAME, MAX_PHRASE, MAX_PROMPT, MAX_SIDE, MAX_U
 Box = tuple[float, float, float, float]
 
 _NO_TEXT = re.compile("[\ud800-\udfff]")
-TOLERANCE = 0.005  # a box may overstep the picture by this much, from rounding, and is then clipped
+TOLERANCE = 0.005  # a box may overstep the image by this much, from rounding, and is then clipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Phrases and boxes of one picture; valid by construction.
+    """Phrases and boxes of one image; valid by construction.
 
     Args:
-        prompt: describes the whole picture.
+        prompt: describes the whole image.
         phrases: one a box.
         boxes: (x0, y0, x1, y1) each, 0-1.
-        negative_prompt, seed, width, height: generation settings of this picture, where it has its own. Pixels.
+        negative_prompt, seed, width, height: generation settings of this image, where it has its own. Pixels.
         id: a name for files and reports.
 
     Raises:
@@ -98,7 +98,7 @@ class Layout:
 
 
 def validate(phrases: Any, boxes: Any) -> tuple[tuple[str, ...], tuple[Box, ...]]:
-    """Phrases and boxes of one picture, checked against each other."""
+    """Phrases and boxes of one image, checked against each other."""
     checked_phrases, checked_boxes = validate_phrases(phrases), validate_boxes(boxes)
     if len(checked_phrases) != len(checked_boxes):
         raise ValueError(
@@ -154,14 +154,12 @@ def _validate_box(k: int, box: Any) -> Box:
         raise ValueError(f"boxes[{k}] is {_short(values)}; expected finite numbers")
     if max(x0, y0, x1, y1) > 2:
         if max(x0, y0, x1, y1) <= 100 and min(x0, y0, x1, y1) >= 0:
-            advice = (
-                "which look like percent; divide by 100 (or, if they are pixels, by the picture's width and height)"
-            )
+            advice = "which look like percent; divide by 100 (or, if they are pixels, by the image's width and height)"
         else:
-            advice = "which looks like pixels; divide x by the picture's width and y by its height"
+            advice = "which looks like pixels; divide x by the image's width and y by its height"
         raise ValueError(f"boxes[{k}] is {_short(values)}, {advice}, so that all lie in 0-1")
     if min(x0, y0, x1, y1) < -TOLERANCE or max(x0, y0, x1, y1) > 1 + TOLERANCE:
-        raise ValueError(f"boxes[{k}] is {_short(values)}, outside the picture; expected 0 <= x, y <= 1")
+        raise ValueError(f"boxes[{k}] is {_short(values)}, outside the image; expected 0 <= x, y <= 1")
     x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) for value in (x0, y0, x1, y1))
     if x1 <= x0 or y1 <= y0:
         what = "reversed" if x1 < x0 or y1 < y0 else "empty"

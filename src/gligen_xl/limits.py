@@ -1,6 +1,6 @@
 """How large things may be that come from outside, each number once; and files that would not fit in memory.
 
-The bounds are far above what any model, picture or data set of the field has, and far below what fills a machine: what
+The bounds are far above what any model, image or data set of the field has, and far below what fills a machine: what
 is beyond them is a slip of the hand, or a file made to do harm. They are looked at before anything is made.
 """
 
@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_SIDE = 8192  # pixels of a generated picture or of training; SDXL is made for 1024
-MAX_BOXES = 10_000  # of one picture; the fullest of any data set have about 4,000
+MAX_SIDE = 8192  # pixels of a generated image or of training; SDXL is made for 1024
+MAX_BOXES = 10_000  # of one image; the fullest of any data set have about 4,000
 MAX_PROMPT = 100_000  # characters; text encoders read about 77 tokens of them
 MAX_PHRASE = 10_000  # characters
 MAX_NAME = 10_000  # characters of an id
-MAX_SLOTS = 4096  # grounding tokens a picture; published models have 30
+MAX_SLOTS = 4096  # grounding tokens an image; published models have 30
 MAX_WIDTH = 65_536  # of a token or an embedding; the widest language models have 16,384
-MAX_PICTURES = 1_000_000  # of one command
+MAX_IMAGES = 1_000_000  # of one command
 MAX_STEPS = 10_000  # denoising steps; the published schedules have 1,000
-MAX_BATCH = 65_536  # pictures of one step, over all processes
+MAX_BATCH = 65_536  # images of one step, over all processes
 MAX_WORKERS = 1024  # processes
 
 MAX_SETTINGS = 4 * 2**20  # bytes of a JSON file of settings; as Python objects it takes up to thirty times as much

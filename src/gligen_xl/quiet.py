@@ -1,7 +1,7 @@
 """Notes of other libraries that nobody can act on are not printed; everything else of theirs is.
 
 Each is a line about a part that is not installed and that nothing here uses: kernels of torchao for other machines, a
-change inside torch that torchao has not made yet, the second reader of pictures of transformers.
+change inside torch that torchao has not made yet, the second reader of images of transformers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What may be said of where things are: without passwords and keys, and, in what is shared, without folders.
 
 `redacted` is for everything that is written or shown, as logs, errors and config.json. `public` is for what leaves the
-machine: adapters, model cards, pictures, shards, reports.
+machine: adapters, model cards, images, shards, reports.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class AdapterConfig:
     Args:
         cross_attention_dim: width of a grounding token, that of the U-Net's text (SDXL 2048, SD 1.x 768).
         phrase_dim: width of a phrase embedding (SDXL 768 + 1280, SD 1.x 768).
-        slots: grounding tokens a picture. Empty ones are learned nulls that are attended to, so the number is part of
+        slots: grounding tokens an image. Empty ones are learned nulls that are attended to, so the number is part of
             the model; published weights are trained with 32 and used with 30.
         blocks: the transformer blocks that fusers may stand on: "all", or the "first" of each group (of each of the
             U-Net's transformers: 11 of SDXL's 70). "all" is the published form.

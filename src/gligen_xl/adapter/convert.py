@@ -45,7 +45,7 @@ def read_published(
 
     Args:
         source: a file, a folder, or a Hub repository.
-        slots: grounding tokens a picture; by default as the source says, else 30.
+        slots: grounding tokens an image; by default as the source says, else 30.
         variant: as fp16, of the files to read.
         hub: revision, cache_dir, token, local_files_only.
 

@@ -122,7 +122,7 @@ class PositionNet(nn.Module):
 class InpaintConv(nn.Conv2d):
     """The first convolution of GLIGEN's inpainting models (section 4.3): it also reads what is to be kept.
 
-    Its input channels are the noisy latents (4), the latents of the picture where it is kept (4), and 1 where it is
+    Its input channels are the noisy latents (4), the latents of the image where it is kept (4), and 1 where it is
     kept, 0 in the boxes. The U-Net still takes 4: the others are put into `kept` before it runs; where that is None,
     they are zeros, which says that nothing is kept.
 
@@ -156,7 +156,7 @@ class InpaintConv(nn.Conv2d):
 def fourier_features(boxes: Tensor) -> Tensor:
     """Sines and cosines of box coordinates, (..., 4) -> (..., 64), ordered frequency, sine / cosine, coordinate.
 
-    Always float32: at the highest frequency, about 56, half precision loses a hundredth of the picture.
+    Always float32: at the highest frequency, about 56, half precision loses a hundredth of the image.
     """
     frequencies = 100.0 ** (torch.arange(FREQUENCIES, device=boxes.device, dtype=torch.float32) / FREQUENCIES)
     angles = boxes.float()[..., None, :] * frequencies[:, None]  # (..., frequency, coordinate)

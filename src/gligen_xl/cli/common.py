@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SPELLED_NUMBER = re.compile(r"-[\d.][\d.,eE+-]*")
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-WITHOUT_BOXES = "it is meant that no picture has a box; else that is an error"
+WITHOUT_BOXES = "it is meant that no image has a box; else that is an error"
 
 
 class Parser(ArgumentParser):
@@ -116,9 +116,9 @@ def model_arguments(parser: Parser, *, random_seed: bool = False) -> None:
         "--seed",
         type=seed_or_random if random_seed else seed,
         default=0,
-        help="picture k has seed + k, unless its layout has its own" + "; -1: a random one" * random_seed,
+        help="image k has seed + k, unless its layout has its own" + "; -1: a random one" * random_seed,
     )
-    parser.add_argument("--batch_size", type=count, default=4, help="pictures made at once")
+    parser.add_argument("--batch_size", type=count, default=4, help="images made at once")
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1, mps, ...; by default the best there is")
     parser.add_argument("--dtype", type=dtype, help="float32, float16 (fp16), bfloat16 (bf16); default: fp16 on a GPU")
     parser.add_argument("--offload", choices=["model", "sequential"], help="parts wait in main memory: for small GPUs")
@@ -252,7 +252,7 @@ def quiet_imports() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def watched(items: Iterable[Any], name: str, total: int, unit: str = "picture") -> tqdm[Any]:
+def watched(items: Iterable[Any], name: str, total: int, unit: str = "image") -> tqdm[Any]:
     """A progress bar, on a terminal; in a file each writing would stay."""
     from tqdm import tqdm
 

@@ -16,9 +16,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("source", help="pipeline or U-Net folder, .safetensors or .bin file, Hub repository")
     parser.add_argument("--out", required=True, help="folder for gligen_adapter.safetensors and .json")
     parser.add_argument("--dtype", type=dtype, help="to write, as fp16; as it is by default")
-    parser.add_argument(
-        "--slots", type=count, help="grounding tokens a picture; as the source says by default, else 30"
-    )
+    parser.add_argument("--slots", type=count, help="grounding tokens an image; as the source says by default, else 30")
     parser.add_argument("--variant", help="which of the source's files to read, as fp16")
     parser.add_argument("--revision", help="of a Hub repository")
     arguments = parser.parse_args(words)

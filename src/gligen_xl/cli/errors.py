@@ -19,7 +19,7 @@ def one_line(error: BaseException) -> str:
     """
     text, kind = shown(str(error)), type(error).__name__
     if isinstance(error, MemoryError) or "OutOfMemory" in kind:
-        return f"out of memory ({text or kind}); take less at once (a smaller batch or picture, --offload)"
+        return f"out of memory ({text or kind}); take less at once (a smaller batch or image, --offload)"
     if isinstance(error, RecursionError):
         return f"something is nested too deeply to be read ({text})"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

@@ -43,34 +43,34 @@ HELP = "Measure how well boxes are followed."
 UNREAD = 1  # exit code
 
 ENDINGS = f"""The same command goes on where it was stopped. Exit codes: 0 everything is generated, or scored; {UNREAD}
-the report stands, but pictures are missing or damaged: it names them; 2 an error; 130 an interrupt."""
+the report stands, but images are missing or damaged: it names them; 2 an error; 130 an interrupt."""
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] | None, dict[str, list[float]]]:
     parser.epilog = ENDINGS
     add = parser.add_argument
     add("--layouts", default="shapes", help=f"shapes, {', '.join(COCO)}, or a file")
-    add("--coco", help="folder of COCO's annotations and pictures")
+    add("--coco", help="folder of COCO's annotations and images")
     add(
         "--layout_seed",
         type=int,
         default=0,
         help="of layouts that are drawn: coco-mig and coco-position without a file",
     )
-    add("--real", help="with a file of layouts: folder of their real pictures, named by id")
+    add("--real", help="with a file of layouts: folder of their real images, named by id")
     add("--count", type=count, help="how many layouts, the first ones; by default all, and 256 of shapes")
-    add("--out", default="evaluation", help="folder for pictures, detections and the report")
+    add("--out", default="evaluation", help="folder for images, detections and the report")
     add("--beta", type=float, nargs="+", help="shares of the steps to evaluate; by default 1 and 0.4, with a sweep 1")
     add("--sweep", action="append", default=[], help="beta=0,0.2,0.4,1 or guidance_scale=1,2,5; may be repeated")
-    add("--no_controls", action="store_true", help="leave out grounding off, shuffled, real and empty pictures")
+    add("--no_controls", action="store_true", help="leave out grounding off, shuffled, real and empty images")
     add("--part", help="1/4: generate the first of four parts, and stop; four such commands do all")
-    add("--generate_only", action="store_true", help="write the pictures, and stop")
-    add("--pictures", help="score the pictures of this folder, KEY.png or WAY/KEY.png; nothing is generated")
+    add("--generate_only", action="store_true", help="write the images, and stop")
+    add("--pictures", help="score the images of this folder, KEY.png or WAY/KEY.png; nothing is generated")
     add("--detector", help="shapes, a folder or a Hub repository; by default that of the protocol")
     add("--threshold", type=float, help="score from which on a detection counts; by default the detector's")
     add("--segmenter", help="for colours: a folder or repository of SAM, in place of an ellipse in the box")
     add("--clip", help="measure CLIP scores with this model: a folder or a Hub repository")
-    add("--fid", help="measure FID and KID from the pictures of this folder")
+    add("--fid", help="measure FID and KID from the images of this folder")
     add("--fid_python", help="the interpreter that has clean-fid, where it is not this one")
     add("--compare", help="folder of another evaluation of the same layouts: differences from it")
     model_arguments(parser)
@@ -129,7 +129,7 @@ def _check(arguments: Namespace, parser: Parser) -> None:
     if layouts in ("shapes", *COCO):
         refuse(["real"], f"is of layouts in a file; --layouts is {layouts}")
     if arguments.no_controls or arguments.generate_only or arguments.part:
-        refuse(["real"], "is for the control of real pictures, which is not scored here; leave it out")
+        refuse(["real"], "is for the control of real images, which is not scored here; leave it out")
 
 
 def _check_values(arguments: Namespace, sweep: Mapping[str, Sequence[float]]) -> None:
@@ -164,13 +164,13 @@ def _check_paths(arguments: Namespace) -> None:
             )
         check_file("layouts", arguments.layouts, "a layout file")
     if arguments.pictures:
-        check_folder(arguments.pictures, "a folder of pictures")
+        check_folder(arguments.pictures, "a folder of images")
     else:
         check_generation(arguments)
     if arguments.coco:
-        check_folder(arguments.coco, "the folder of COCO's annotations and pictures")
+        check_folder(arguments.coco, "the folder of COCO's annotations and images")
     if arguments.real:
-        check_folder(arguments.real, "a folder of pictures")
+        check_folder(arguments.real, "a folder of images")
     if arguments.compare and not is_there(arguments.compare):
         raise FileNotFoundError(f"{arguments.compare} is no evaluation (--compare): there is no such folder")
     for name, what in (("clip", "CLIP model"), ("segmenter", "segmenter")):
@@ -190,13 +190,13 @@ def _check_paths(arguments: Namespace) -> None:
 def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, list[float]]) -> int:
     quiet_imports()
     from ..evaluate import find_protocol
-    from ..evaluate.run import check_phrases, find_pictures, picture_folder
+    from ..evaluate.run import check_phrases, find_images, image_folder
     from ..evaluate.sampling import find_ways, keyed
 
     protocol = find_protocol(
         arguments.layouts,
         coco=arguments.coco,
-        pictures=arguments.real,
+        images=arguments.real,
         count=arguments.count,
         seed=arguments.layout_seed,
     )
@@ -206,8 +206,8 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     _look_at_others(arguments, protocol)
     if arguments.pictures:
-        pictures, settings = find_pictures(arguments.pictures, layouts), _said_of(arguments.pictures)
-        return _score(arguments, protocol, pictures, *_judges(arguments, protocol), settings)
+        images, settings = find_images(arguments.pictures, layouts), _said_of(arguments.pictures)
+        return _score(arguments, protocol, images, *_judges(arguments, protocol), settings)
 
     _settle(arguments)
     ways = find_ways(arguments.beta, arguments.guidance_scale, sweep, off=not arguments.no_controls)
@@ -218,27 +218,27 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
         settings = _generate(arguments, layouts, ways, mine)
     if judges is None:
         return 0
-    pictures = {way: picture_folder(arguments.out, way.name) for way in ways}
-    return _score(arguments, protocol, pictures, *judges, settings)
+    images = {way: image_folder(arguments.out, way.name) for way in ways}
+    return _score(arguments, protocol, images, *judges, settings)
 
 
 def _look_at_others(arguments: Namespace, protocol: Protocol) -> None:
     """Whether --fid and --compare name what they should."""
     from ..evaluate.compare import layouts_of
-    from ..evaluate.fid import pictures_in
+    from ..evaluate.fid import images_in
 
     comes = protocol.real is not None and not arguments.no_controls
-    if arguments.fid and not (comes and Path(arguments.fid).resolve() == _real_pictures(arguments)):
-        pictures_in(arguments.fid)
+    if arguments.fid and not (comes and Path(arguments.fid).resolve() == _real_images(arguments)):
+        images_in(arguments.fid)
     if arguments.compare:
         layouts_of(arguments.compare)
 
 
-def _real_pictures(arguments: Namespace) -> Path:
+def _real_images(arguments: Namespace) -> Path:
     """Where those of this evaluation are, or will be."""
-    from ..evaluate.run import picture_folder
+    from ..evaluate.run import image_folder
 
-    return picture_folder(arguments.out, "real").resolve()
+    return image_folder(arguments.out, "real").resolve()
 
 
 def _settle(arguments: Namespace) -> None:
@@ -273,7 +273,7 @@ def _processes(part: tuple[int, int] | None) -> Iterator[tuple[tuple[int, int], 
 def _generate(
     arguments: Namespace, layouts: Mapping[str, Layout], ways: list[Way], part: tuple[int, int]
 ) -> dict[str, Any]:
-    """What the pictures are generated with."""
+    """What the images are generated with."""
     from ..evaluate.binding import BINDING, read_binding
     from ..evaluate.run import generate_all
 
@@ -295,7 +295,7 @@ def _generate(
         progress=watched,
     )
     print(
-        f"{made} pictures made, of {len(layouts)} layouts and {', '.join(way.name for way in ways)}; "
+        f"{made} images made, of {len(layouts)} layouts and {', '.join(way.name for way in ways)}; "
         f"in {Path(arguments.out) / 'pictures'}"
     )
     return read_binding(Path(arguments.out) / BINDING)
@@ -315,18 +315,18 @@ def _judges(arguments: Namespace, protocol: Protocol) -> tuple[Detector, ClipSco
     return detector, ClipScorer.load(arguments.clip, device=device) if arguments.clip else None
 
 
-def _said_of(pictures: str) -> dict[str, Any]:
-    """What is known of how pictures were generated: of an evaluation's own, all."""
+def _said_of(images: str) -> dict[str, Any]:
+    """What is known of how images were generated: of an evaluation's own, all."""
     from ..evaluate.binding import BINDING, read_binding
 
-    binding = Path(pictures).absolute().parent / BINDING
-    return {"pictures": pictures, **(read_binding(binding) if binding.is_file() else {})}
+    binding = Path(images).absolute().parent / BINDING
+    return {"pictures": images, **(read_binding(binding) if binding.is_file() else {})}
 
 
 def _score(
     arguments: Namespace,
     protocol: Protocol,
-    pictures: Mapping[Way, Path],
+    images: Mapping[Way, Path],
     detector: Detector,
     clip: ClipScorer | None,
     settings: dict[str, Any],
@@ -338,7 +338,7 @@ def _score(
 
     out = Path(arguments.out)
     conditions = score_all(
-        protocol, pictures, out, detector, clip=clip, controls=not arguments.no_controls, progress=watched
+        protocol, images, out, detector, clip=clip, controls=not arguments.no_controls, progress=watched
     )
     if clip is not None:
         settings |= clip.settings
@@ -364,10 +364,10 @@ def _score(
 
 
 def _distances(arguments: Namespace, conditions: list[Condition]) -> dict[str, dict[str, Any]]:
-    """FID and KID of the pictures of each condition from those of --fid."""
-    from ..evaluate.fid import distances, pictures_in
+    """FID and KID of the images of each condition from those of --fid."""
+    from ..evaluate.fid import distances, images_in
 
-    themselves = Path(arguments.fid).resolve() == _real_pictures(arguments)
+    themselves = Path(arguments.fid).resolve() == _real_images(arguments)
     sets = {
         condition.name: [path for key, path in condition.paths.items() if key not in condition.unread]
         for condition in conditions
@@ -375,6 +375,6 @@ def _distances(arguments: Namespace, conditions: list[Condition]) -> dict[str, d
     }
     sets = {name: files for name, files in sets.items() if len(files) > 1}
     found = distances(
-        sets, pictures_in(arguments.fid), python=arguments.fid_python, device=arguments.device or best_device()
+        sets, images_in(arguments.fid), python=arguments.fid_python, device=arguments.device or best_device()
     )
     return {name: asdict(distance) for name, distance in found.items()}

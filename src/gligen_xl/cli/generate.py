@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from ..escape import file_name, printable
 from ..io import whole_file
 from ..layout import Layout, read_layouts
-from ..limits import MAX_PICTURES
+from ..limits import MAX_IMAGES
 from .common import Parser, check_generation, load, model_arguments, refuse_beside, say, settle_guidance, watched
 from .loras import add_loras, find_lora, parse_lora
 from .schedulers import new_scheduler, scheduler_settings
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from ..pipelines import GroundingMixin
 
-HELP = "Layouts to pictures."
+HELP = "Layouts to images."
 MULTIPLE = 8  # pixels, of which a side is a multiple
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace, list[Layout], float | list[float]]:
-    parser.add_argument("--prompt", action="append", help="the whole picture, in words; once for each picture")
+    parser.add_argument("--prompt", action="append", help="the whole image, in words; once for each image")
     parser.add_argument("--phrase", action="append", default=[], help="an object; once for each")
     parser.add_argument("--box", action="append", nargs="+", default=[], help="its box: x0 y0 x1 y1 in 0-1")
     parser.add_argument("--layout", help="in place of these, a JSON or JSONL file: prompt, phrases, boxes")
@@ -38,8 +38,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace, list[Layout], fl
     parser.add_argument("--negative_prompt", help="what should not be in it")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 8")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 8")
-    parser.add_argument("--count", type=count, default=1, help="pictures of each layout")
-    parser.add_argument("--draw", action="store_true", help="write a second picture of each with its boxes drawn")
+    parser.add_argument("--count", type=count, default=1, help="images of each layout")
+    parser.add_argument("--draw", action="store_true", help="write a second image of each with its boxes drawn")
     parser.add_argument("--out", default="pictures", help="folder for the PNGs")
     model_arguments(parser, random_seed=True)
     parser.add_argument("--adapter_scale", type=float, default=1.0, help="of the gates: 1 as trained, 0 off")
@@ -47,8 +47,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace, list[Layout], fl
         "--lora", action="append", default=[], help="folder, file or repository; PATH=0.8 for its scale"
     )
     parser.add_argument("--scheduler", help="euler_a, dpm++2m-karras, unipc, ..., or a class of diffusers")
-    parser.add_argument("--inpaint_image", help="a picture whose outside of the boxes is kept")
-    parser.add_argument("--image", help="start from this picture (image-to-image)")
+    parser.add_argument("--inpaint_image", help="an image whose outside of the boxes is kept")
+    parser.add_argument("--image", help="start from this image (image-to-image)")
     parser.add_argument("--mask", help="with --image: white is painted anew, black is kept")
     parser.add_argument("--strength", type=float, help="with --image: how much is painted over, 0-1; by default 0.8")
     parser.add_argument("--controlnet", nargs="+", default=[], help="folders or repositories")
@@ -69,7 +69,7 @@ def _check(arguments: Namespace) -> None:
     if arguments.mask and not arguments.image:
         raise UsageError("--mask says what of --image is painted anew; give both")
     if arguments.inpaint_image and arguments.image:
-        raise UsageError("--inpaint_image starts from noise, --image from a picture; give one of the two")
+        raise UsageError("--inpaint_image starts from noise, --image from an image; give one of the two")
     if arguments.strength is not None and not arguments.image:
         raise UsageError("--strength is of --image; give both")
     if arguments.image:
@@ -87,9 +87,9 @@ def _check(arguments: Namespace) -> None:
         parse_lora(words)
     for name in ("image", "mask", "inpaint_image"):
         if arguments[name]:
-            check_file(name, arguments[name], "a picture")
+            check_file(name, arguments[name], "an image")
     for name in arguments.control_image:
-        check_file("control_image", name, "a picture")
+        check_file("control_image", name, "an image")
     if arguments.scheduler:
         scheduler_settings(arguments.scheduler)
     if not abs(arguments.adapter_scale) < float("inf"):
@@ -151,9 +151,9 @@ def _requested_layouts(arguments: Namespace) -> list[Layout]:
         boxes = _boxes(arguments.box)
         prompts = arguments.prompt or [""]
         layouts = [Layout(prompt=prompt, phrases=arguments.phrase, boxes=boxes) for prompt in prompts]
-    if arguments.count * len(layouts) > MAX_PICTURES:
+    if arguments.count * len(layouts) > MAX_IMAGES:
         raise UsageError(
-            f"--count is {arguments.count}, of {len(layouts)} layouts; expected {MAX_PICTURES} pictures at most"
+            f"--count is {arguments.count}, of {len(layouts)} layouts; expected {MAX_IMAGES} images at most"
         )
     settings = ("width", "height", "negative_prompt")
     given = {name: arguments[name] for name in settings if arguments[name] is not None}
@@ -197,7 +197,7 @@ def _asks_for_a_random_seed(words: list[str]) -> bool:
 
 
 def run(arguments: Namespace, layouts: list[Layout], beta: float | list[float]) -> None:
-    settings = _pictures(arguments)
+    settings = _images(arguments)
     files, scales = [], []
     for words in arguments.lora:
         path, scale = parse_lora(words)
@@ -212,9 +212,9 @@ def run(arguments: Namespace, layouts: list[Layout], beta: float | list[float]) 
     if arguments.scheduler:
         pipeline.scheduler = new_scheduler(arguments.scheduler, pipeline.scheduler)
     if arguments.random_seed:
-        print(f"seed {arguments.seed}, drawn at random; --seed {arguments.seed} makes the same pictures again")
+        print(f"seed {arguments.seed}, drawn at random; --seed {arguments.seed} makes the same images again")
     _generate(arguments, pipeline, layouts, beta, settings)
-    say(f"{len(layouts)} pictures in {arguments.out}")
+    say(f"{len(layouts)} images in {arguments.out}")
 
 
 def _generate(
@@ -224,8 +224,8 @@ def _generate(
     beta: float | list[float],
     settings: dict[str, Any],
 ) -> None:
-    """Write each picture as it comes, with how it was made."""
-    from ..generate import generate_batches, picture_seed
+    """Write each image as it comes, with how it was made."""
+    from ..generate import generate_batches, image_seed
     from ..images.draw import draw_boxes, png_metadata
 
     out = Path(arguments.out)
@@ -244,15 +244,15 @@ def _generate(
     k = 0
     with watched([], "generate", len(layouts)) as bar:
         since = time.perf_counter()
-        for pictures in batches:
-            seconds = (time.perf_counter() - since) / len(pictures)
-            for picture in pictures:
-                layout, seed = layouts[k], picture_seed(layouts[k], arguments.seed, k)
+        for images in batches:
+            seconds = (time.perf_counter() - since) / len(images)
+            for image in images:
+                layout, seed = layouts[k], image_seed(layouts[k], arguments.seed, k)
                 metadata = png_metadata({"layout": layout.to_dict(), "seed": seed, **about})
                 name = f"{first + k:04d}" + (f"-{file_name(layout.id)}" if layout.id else "")
-                versions = [("", picture)]
+                versions = [("", image)]
                 if arguments.draw:
-                    versions.append(("-boxes", draw_boxes(picture, _used(layout, pipeline))))
+                    versions.append(("-boxes", draw_boxes(image, _used(layout, pipeline))))
                 for suffix, version in versions:
                     with whole_file(out / f"{name}{suffix}.png") as partial:
                         version.save(partial, format="PNG", pnginfo=metadata)
@@ -263,7 +263,7 @@ def _generate(
 
 
 def _about(arguments: Namespace) -> dict[str, Any]:
-    """The options that a picture depends on, those that were given."""
+    """The options that an image depends on, those that were given."""
     names = (
         "steps", "guidance_scale", "model", "config", "variant", "dtype", "adapter", "adapter_scale", "lora",
         "scheduler", "inpaint_image", "image", "mask", "strength", "controlnet", "control_image", "control_scale",
@@ -281,7 +281,7 @@ def _used(layout: Layout, pipeline: GroundingMixin) -> Layout:
     return replace(layout, phrases=layout.phrases[:slots], boxes=layout.boxes[:slots])
 
 
-def _pictures(arguments: Namespace) -> dict[str, Any]:
+def _images(arguments: Namespace) -> dict[str, Any]:
     """What the call of the pipeline is given beside the layouts."""
     settings: dict[str, Any] = {}
     if arguments.inpaint_image:
@@ -300,17 +300,17 @@ def _pictures(arguments: Namespace) -> dict[str, Any]:
 
 
 def _open(name: str) -> Image.Image:
-    from ..images.decode import PictureError, decode
+    from ..images.decode import ImageError, decode
 
     try:
         return decode(Path(name).expanduser())
-    except PictureError as error:
+    except ImageError as error:
         raise ValueError(f"{name}: {error}") from None
     except FileNotFoundError:
-        raise FileNotFoundError(f"no picture {name}") from None
+        raise FileNotFoundError(f"no image {name}") from None
 
 
 def _first_free_number(folder: Path) -> int:
-    """Pictures of an earlier command stay; numbering goes on after them."""
+    """Images of an earlier command stay; numbering goes on after them."""
     taken = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*.png")]
     return max((int(number) for number in taken if number.isdecimal()), default=-1) + 1

@@ -38,4 +38,4 @@ def run(arguments: Namespace) -> None:
     if any(what not in ("written", "already there") for what in report.archives.values()):
         raise ValueError("not every archive became a shard; the same command tries those again")
     if not arguments.without_boxes:
-        report.statistics.check(arguments.boxes, "its tables hold none, or none with a phrase within the picture")
+        report.statistics.check(arguments.boxes, "its tables hold none, or none with a phrase within the image")

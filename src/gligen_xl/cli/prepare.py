@@ -16,23 +16,23 @@ from jsonargparse import Namespace
 from .common import WITHOUT_BOXES, Parser, parse_part, quiet_imports, say, usable_device
 from .values import UsageError, check_out, check_source, count, device, dtype
 
-HELP = "Pictures to shards, for training: COCO, YOLO, Pascal VOC, Hugging Face, webdatasets, SA-1B, or your own."
+HELP = "Images to shards, for training: COCO, YOLO, Pascal VOC, Hugging Face, webdatasets, SA-1B, or your own."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     from ..prepare.sources import BOX_FORMATS, KINDS  # a third of a second that other commands need not wait
 
     parser.add_argument(
-        "source", help="folder of pictures and annotations, or of .tar archives; or a file: data.yaml, .jsonl, .json"
+        "source", help="folder of images and annotations, or of .tar archives; or a file: data.yaml, .jsonl, .json"
     )
     parser.add_argument("--out", required=True, help="folder for the shards; the same command goes on after a kill")
     parser.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="of the source")
     parser.add_argument("--box_format", choices=BOX_FORMATS, help="of boxes that do not say it themselves")
-    parser.add_argument("--instances", help="COCO: the JSON file of annotations; the source is the folder of pictures")
+    parser.add_argument("--instances", help="COCO: the JSON file of annotations; the source is the folder of images")
     parser.add_argument("--classes", help="JSON or YAML of category -> phrase, or null to leave it out")
-    parser.add_argument("--images", help="folder of the pictures, where they do not stand with their annotations")
+    parser.add_argument("--images", help="folder of the images, where they do not stand with their annotations")
     parser.add_argument("--split", help="of the source, as train, val, test; by default all of it")
-    parser.add_argument("--unit_size", type=count, default=10_000, help="pictures a shard, of sources without archives")
+    parser.add_argument("--unit_size", type=count, default=10_000, help="images a shard, of sources without archives")
 
     parser.add_argument("--resolution", action="append", default=[], help="pixels, by default 512; once for each")
     parser.add_argument("--buckets", action="store_true", help="SDXL's aspect-ratio buckets in place of centre crops")
@@ -40,12 +40,12 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
         "--flip",
         choices=["no", "both", "random"],
         default="no",
-        help="mirrored pictures, unless left or right is named",
+        help="mirrored images, unless left or right is named",
     )
     parser.add_argument("--fast_jpeg", action="store_true", help="decode JPEGs at reduced size where that is enough")
-    parser.add_argument("--min_side", type=int, default=0, help="leave out pictures with a shorter side, pixels")
+    parser.add_argument("--min_side", type=int, default=0, help="leave out images with a shorter side, pixels")
     parser.add_argument("--min_share", type=float, default=0.5, help="of a box's area that has to be in the crop")
-    parser.add_argument("--min_boxes", type=int, default=0, help="leave out pictures with fewer")
+    parser.add_argument("--min_boxes", type=int, default=0, help="leave out images with fewer")
 
     parser.add_argument("--without_boxes", action="store_true", help=WITHOUT_BOXES)
 
@@ -63,10 +63,10 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument(
         "--dtype", type=dtype, default="float32", help="of VAE and detector, as fp16; overflows are repeated"
     )
-    parser.add_argument("--at_once", type=count, default=1, help="pictures a pass of a network; may change last bits")
+    parser.add_argument("--at_once", type=count, default=1, help="images a pass of a network; may change last bits")
 
     parser.add_argument("--device", type=device, help="cpu, cuda, ...; by default the best there is")
-    parser.add_argument("--batch_size", type=count, default=8, help="pictures detected and encoded together")
+    parser.add_argument("--batch_size", type=count, default=8, help="images detected and encoded together")
     parser.add_argument("--workers", type=int, default=1, help="decoding processes; 0 decodes beside the rest")
     parser.add_argument("--part", default="1/1", help="k/n: only every n-th unit, for arrays of jobs")
     parser.add_argument("--runner", choices=["local", "ray"], default="local", help="ray: units on a Ray cluster")
@@ -143,15 +143,15 @@ def run(arguments: Namespace) -> None:
     if report.in_work and not report.whole:
         return
     if not report.total.seen:
-        raise ValueError(f"no picture was found in {arguments.source}")
+        raise ValueError(f"no image was found in {arguments.source}")
     if not report.total.used:
-        raise ValueError("no picture could be used; the reasons are above")
+        raise ValueError("no image could be used; the reasons are above")
     if not arguments.without_boxes:
         report.total.statistics.check(arguments.source, _advice(arguments, report.total.dropped_boxes))
 
 
 def _advice(arguments: Namespace, dropped: Mapping[str, int]) -> str:
-    """What to look at where no picture has a box."""
+    """What to look at where no image has a box."""
     if arguments.detector:
         return "the detector saw nothing; lower its thresholds, or say by --detect-text what to look for"
     if dropped:
@@ -184,26 +184,26 @@ def _settings(arguments: Namespace) -> Any:
 
 
 class _Shown:
-    """Weight and pictures on a progress bar: how far, how fast, how long still. Where there is none, as in a job's
+    """Weight and images on a progress bar: how far, how fast, how long still. Where there is none, as in a job's
     file, a line a minute."""
 
     EVERY = 60.0  # seconds between lines
 
     def __init__(self, bar: Any, check: Callable[[], None]):
-        self.bar, self.check, self.pictures, self.weight, self.before = bar, check, 0, 0, 0
+        self.bar, self.check, self.images, self.weight, self.before = bar, check, 0, 0, 0
         self.began = self.said = time.monotonic()
         self._silent = getattr(bar, "disable", False)  # tqdm has no clock then
 
-    def __call__(self, weight: int, pictures: int) -> None:
+    def __call__(self, weight: int, images: int) -> None:
         self.check()
-        self.pictures += pictures
+        self.images += images
         self.weight += weight
-        if not pictures and not self.pictures:
+        if not images and not self.images:
             self.before += weight  # done before: no part of the speed
             self.bar.initial = self.before
         now = time.monotonic()
         elapsed = now - self.began if self._silent else self.bar.format_dict["elapsed"]
-        text = f"prepare: {self.pictures} pictures, {self.pictures / (elapsed or 1e-9):.1f}/s"
+        text = f"prepare: {self.images} images, {self.images / (elapsed or 1e-9):.1f}/s"
         if not self._silent:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(weight)

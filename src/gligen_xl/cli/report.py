@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 from .common import Parser
 from .values import check_folder
 
-HELP = "Write the report of a training run anew: curves and pictures on one page."
+HELP = "Write the report of a training run anew: curves and images on one page."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:

@@ -10,9 +10,9 @@ from ..io import whole_file
 from .common import Parser, quiet_imports, refuse_beside, say
 from .values import UsageError, check_folder, check_out_file, check_source, count
 
-MAX_GRID = 1024  # samples that one picture can show; 1024 of 1024 pixels are 3 GiB
+MAX_GRID = 1024  # samples that one image can show; 1024 of 1024 pixels are 3 GiB
 
-HELP = "Pictures of shards, decoded, with boxes, phrases and captions: whether boxes are right is seen at once."
+HELP = "Images of shards, decoded, with boxes, phrases and captions: whether boxes are right is seen at once."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
@@ -21,7 +21,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("--grid", type=count, default=16, help="how many samples, evenly over all")
     parser.add_argument("--vae", help="folder or repository of the VAE; by default the one that the shards name")
     parser.add_argument("--min_score", type=float, default=0.0, help="leave out boxes of lower confidence")
-    parser.add_argument("--out", default="samples.png", help="the picture to write")
+    parser.add_argument("--out", default="samples.png", help="the image to write")
     arguments = parser.parse_args(words)
     if arguments.index is not None:
         refuse_beside(arguments, parser, ["grid"], "is of several samples, --index of one; give one of the two")
@@ -38,7 +38,7 @@ def run(arguments: Namespace) -> None:
     quiet_imports()
     from ..prepare.preview import show_samples
 
-    picture, lines = show_samples(
+    image, lines = show_samples(
         arguments.folder,
         index=arguments.index,
         count=arguments.grid,
@@ -46,5 +46,5 @@ def run(arguments: Namespace) -> None:
         min_score=arguments.min_score,
     )
     with whole_file(Path(arguments.out)) as partial:
-        picture.save(partial, format="PNG")
+        image.save(partial, format="PNG")
     say("\n".join([*lines, f"in {arguments.out}"]))

@@ -1,6 +1,6 @@
 """Whether a folder of shards can be trained on: every shard opened, every latent and every row looked at.
 
-One shard is in memory at a time, and of those before it eight bytes a picture, to know it again.
+One shard is in memory at a time, and of those before it eight bytes an image, to know it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .box_statistics import OPTION, BoxStatistics, of_counts
 from .shards import Shard, shard_stems
 
 AT_ONCE = 256  # latents
-SHOWN = 20  # problems of one kind in a shard, and pictures that stand twice
+SHOWN = 20  # problems of one kind in a shard, and images that stand twice
 
 
 @dataclass
@@ -31,7 +31,7 @@ class CheckReport:
     problems: list[str] = field(default_factory=list)
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         return self.statistics.images
 
     @property
@@ -40,7 +40,7 @@ class CheckReport:
 
     def __str__(self) -> str:
         found = f"{len(self.problems)} problems" if self.problems else "no problem"
-        lines = [f"{self.shards} shards, {self.pictures} pictures, {self.boxes} boxes: {found}"]
+        lines = [f"{self.shards} shards, {self.images} images, {self.boxes} boxes: {found}"]
         return "\n".join([*self.problems, f"boxes: {self.statistics}", *lines])
 
 
@@ -50,7 +50,7 @@ def check_shards(
     """Look at every pair of files of a folder, and say what is wrong where.
 
     Args:
-        without_boxes: that no picture has a box is no problem.
+        without_boxes: that no image has a box is no problem.
 
     Raises:
         FileNotFoundError: no such folder, or no shards in it.
@@ -58,7 +58,7 @@ def check_shards(
     folder = Path(folder)
     report = CheckReport()
     stems: list[Path] = []
-    names: list[np.ndarray] = []  # of the pictures of each
+    names: list[np.ndarray] = []  # of the images of each
     scales: dict[tuple[str, ...], str] = {}  # which shard first had these settings
     for stem in progress(shard_stems(folder)):
         try:
@@ -80,7 +80,7 @@ def check_shards(
         kinds = "; ".join(f"{vae}, scaling factor {factor} (as {name})" for (vae, factor), name in scales.items())
         report.problems.append(f"latents of different VAEs: {kinds}")
     if report.shards and report.statistics.unusable and not without_boxes:
-        report.problems.append(f"none of the {report.pictures} pictures has a box (if this is meant, say {OPTION})")
+        report.problems.append(f"none of the {report.images} images has a box (if this is meant, say {OPTION})")
     rests = sorted(Path(folder).glob(".*.partial"))
     report.problems += [f"{path.name} is the rest of a write that was cut short; remove it" for path in rests]
     return report
@@ -99,7 +99,7 @@ def _shape(shard: Shard) -> Iterator[str]:
     resolution = shard.metadata.get("resolution", "")
     _, height, width = (shard.downsampling * side for side in shard.latent_shape)
     if resolution.isdigit() and not 0.7 <= height * width / max(int(resolution), 1) ** 2 <= 1.3:
-        yield f"its pictures have {width} x {height} pixels, its resolution is {resolution}"
+        yield f"its images have {width} x {height} pixels, its resolution is {resolution}"
 
 
 def _latents(shard: Shard) -> Iterator[str]:
@@ -128,7 +128,7 @@ def _rows(shard: Shard, table: pa.Table) -> Iterator[str]:
     )
     no_size = (height < 1) | (width < 1) | (top < 0) | (left < 0)
     _, h, w = (shard.downsampling * side for side in shard.latent_shape)
-    scale = np.maximum(h / height.clip(1), w / width.clip(1))  # the picture fills the frame
+    scale = np.maximum(h / height.clip(1), w / width.clip(1))  # the image fills the frame
     beyond = ~no_size & ((top + h > height * scale + 2) | (left + w > width * scale + 2))
     odd = {*of_box[outside | thin | blank.to_numpy(zero_copy_only=False)].tolist()}
     bad_scores = {*of_box[no_share].tolist()}
@@ -146,11 +146,11 @@ def _rows(shard: Shard, table: pa.Table) -> Iterator[str]:
             yield f"{where}: its original size is {height[k]} x {width[k]}, crop {top[k]}, {left[k]}"
         elif beyond[k]:
             size = f"{height[k]} x {width[k]}, resized to fill {h} x {w}"
-            yield f"{where}: its crop begins at {top[k]}, {left[k]}, too far for a picture of {size}"
+            yield f"{where}: its crop begins at {top[k]}, {left[k]}, too far for an image of {size}"
 
 
 def _twice(stems: list[Path], names: list[np.ndarray]) -> Iterator[str]:
-    """Pictures that stand in two places."""
+    """Images that stand in two places."""
     if not names:
         return
     every = np.concatenate(names)

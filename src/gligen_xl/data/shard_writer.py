@@ -65,7 +65,7 @@ class ShardWriter:
             raise
 
     def add(self, latents: np.ndarray, rows: Sequence[Row]) -> None:
-        """Some more pictures: latents (n, C, h, w) float16, finite, and a row each.
+        """Some more images: latents (n, C, h, w) float16, finite, and a row each.
 
         Raises:
             ValueError: latents or a row that cannot be trained on; it names the row.
@@ -74,7 +74,7 @@ class ShardWriter:
             expected = ", ".join(map(str, ("N", *self.latent_shape)))
             raise ValueError(f"latents are {latents.dtype} {latents.shape}; expected float16 ({expected})")
         if len(latents) != len(rows):
-            raise ValueError(f"{len(latents)} latents but {len(rows)} rows; each picture needs both")
+            raise ValueError(f"{len(latents)} latents but {len(rows)} rows; each image needs both")
         if not np.isfinite(latents).all():
             bad = self.count + int(np.argwhere(~np.isfinite(latents))[0, 0])
             raise ValueError(f"latents of row {bad} hold NaN or infinity")
@@ -126,7 +126,7 @@ class ShardWriter:
         self._table.write_table(pa.table(columns, schema=TABLE))
 
     def _header(self, count: int) -> bytes:
-        """Of a safetensors file: as long for any number of pictures, and the same bytes for the same contents (the
+        """Of a safetensors file: as long for any number of images, and the same bytes for the same contents (the
         library's own writer orders metadata by chance)."""
         metadata = dict(sorted({"format": FORMAT, "version": VERSION, **self.metadata}.items()))
         text, longest = (

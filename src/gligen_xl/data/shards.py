@@ -46,7 +46,7 @@ TABLE = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What is known of one picture. Boxes are xyxy, 0-1, in the picture that the latents show; sizes in pixels."""
+    """What is known of one image. Boxes are xyxy, 0-1, in the image that the latents show; sizes in pixels."""
 
     image_id: str
     caption: str
@@ -122,7 +122,7 @@ class Shard:
 
     @property
     def downsampling(self) -> int:
-        """Picture pixels a latent pixel, both ways."""
+        """Image pixels a latent pixel, both ways."""
         return int(self.metadata.get("downsampling", DOWNSAMPLING))
 
     def row(self, index: int) -> Row:

@@ -1,6 +1,6 @@
-"""What was found in pictures, kept in a file: looking at the same picture again costs nothing.
+"""What was found in images, kept in a file: looking at the same image again costs nothing.
 
-A line of JSON for each picture: its key, its checksum, a digest of what it was looked at for, and what was found. A
+A line of JSON for each image: its key, its checksum, a digest of what it was looked at for, and what was found. A
 line that a kill cut short is passed over.
 """
 
@@ -19,12 +19,12 @@ from PIL import Image
 from .. import __version__
 from ..layout import Layout
 
-Look = Callable[[Sequence[Image.Image], Sequence[Layout]], list[Any]]  # what is found in each picture, as JSON
+Look = Callable[[Sequence[Image.Image], Sequence[Layout]], list[Any]]  # what is found in each image, as JSON
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture file that is looked at for a layout. `checksum` is of its bytes."""
+    """An image file that is looked at for a layout. `checksum` is of its bytes."""
 
     key: str
     layout: Layout
@@ -32,13 +32,13 @@ class Seen:
 
 
 class Kept:
-    """What one detector found in the pictures of one folder.
+    """What one detector found in the images of one folder.
 
     Args:
-        settings: all that what is found depends on, beside picture and layout.
+        settings: all that what is found depends on, beside image and layout.
         look: finds it.
-        read: of what is found; raises an error where it is none, and then the picture is looked at anew.
-        reads_layouts: what is found depends on the layout; else on the picture alone.
+        read: of what is found; raises an error where it is none, and then the image is looked at anew.
+        reads_layouts: what is found depends on the layout; else on the image alone.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Kept:
     ):
         self.path, self.look, self.reads_layouts = path, look, reads_layouts
         self._settings = json.dumps([__version__, settings], sort_keys=True, default=str)
-        self._found: dict[tuple[str, str], Any] = {}  # by the picture's checksum and the digest
-        self._last: dict[tuple[str, str], str] = {}  # the picture's checksum, by key and digest
+        self._found: dict[tuple[str, str], Any] = {}  # by the image's checksum and the digest
+        self._last: dict[tuple[str, str], str] = {}  # the image's checksum, by key and digest
         kept = path.read_bytes() if path.is_file() else b""
         self._cut = kept[-1:] not in (b"", b"\n")
         strange = 0
@@ -63,40 +63,38 @@ class Kept:
             except (ValueError, RecursionError):  # cut short
                 continue
             try:
-                key, picture, asked, found = (entry[name] for name in ("key", "picture", "asked", "found"))
+                key, image, asked, found = (entry[name] for name in ("key", "picture", "asked", "found"))
                 read(found)
-                self._found[picture, asked], self._last[key, asked] = found, picture
+                self._found[image, asked], self._last[key, asked] = found, image
             except (ValueError, TypeError, KeyError, AttributeError):
                 strange += 1
         if strange:
-            warnings.warn(
-                f"{path}: {strange} lines are of another form; their pictures are looked at anew", stacklevel=2
-            )
+            warnings.warn(f"{path}: {strange} lines are of another form; their images are looked at anew", stacklevel=2)
 
     def find(self, seen: Seen) -> Any:
         """What was found in it before, or None."""
         return self._found.get((seen.checksum, self._digest(seen.layout)))
 
     def last(self, key: str, layout: Layout) -> Any:
-        """What was found in the picture of that key when it was last looked at, or None."""
+        """What was found in the image of that key when it was last looked at, or None."""
         asked = self._digest(layout)
         return self._found.get((self._last.get((key, asked), ""), asked))
 
-    def add(self, every: Sequence[Seen], pictures: Mapping[Seen, Image.Image]) -> None:
+    def add(self, every: Sequence[Seen], images: Mapping[Seen, Image.Image]) -> None:
         """Keep what is found in each; those in which nothing was found before are looked at.
 
         Args:
-            pictures: of those, at least.
+            images: of those, at least.
         """
         new = [seen for seen in every if self.find(seen) is None]
         if new:
-            found = self.look([pictures[seen] for seen in new], [seen.layout for seen in new])
+            found = self.look([images[seen] for seen in new], [seen.layout for seen in new])
             for seen, of_one in zip(new, found, strict=True):
                 self._found[seen.checksum, self._digest(seen.layout)] = of_one
         lines = []
         for seen in every:
             asked = self._digest(seen.layout)
-            if self._last.get((seen.key, asked)) != seen.checksum:  # also of a picture that another key has as well
+            if self._last.get((seen.key, asked)) != seen.checksum:  # also of an image that another key has as well
                 self._last[seen.key, asked] = seen.checksum
                 found = self._found[seen.checksum, asked]
                 lines.append(json.dumps({"key": seen.key, "picture": seen.checksum, "asked": asked, "found": found}))

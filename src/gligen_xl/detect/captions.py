@@ -1,7 +1,7 @@
-"""Boxes found in pictures from their captions, by any zero-shot detector of transformers.
+"""Boxes found in images from their captions, by any zero-shot detector of transformers.
 
     detector = Detector.load("IDEA-Research/grounding-dino-base", device="cuda")  # or a local folder
-    detector.detect([picture], ["A man rides a bicycle. Trees stand behind him."])
+    detector.detect([image], ["A man rides a bicycle. Trees stand behind him."])
 
 Detectors that ground every word read the caption whole; others look for candidates: the parts of the caption between
 its commas and sentence marks. See `networks`.
@@ -39,18 +39,18 @@ class Detector(ABC):
 
     Attributes:
         cut_texts: number of the texts that were too long for it, and were cut.
-        reads_captions: whether a picture without one has nothing to look for.
+        reads_captions: whether an image without one has nothing to look for.
     """
 
     cut_texts: int = 0
     reads_captions: bool = False
 
     @abstractmethod
-    def detect(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
-        """What is found in each picture, (h, w, 3) uint8 of any size; the same whatever pictures are beside it.
+    def detect(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+        """What is found in each image, (h, w, 3) uint8 of any size; the same whatever images are beside it.
 
         Raises:
-            ValueError: pictures of another kind, or not one caption a picture.
+            ValueError: images of another kind, or not one caption an image.
         """
 
     @staticmethod
@@ -72,8 +72,8 @@ class Detector(ABC):
             box_threshold: of a box's score. None: `THRESHOLD`.
             text_threshold: of the score that a word needs to be in a box's phrase, where every word is grounded.
             dtype: float32, or bfloat16 or float16 where these do (mixed precision).
-            batch_size: pictures at once.
-            text: look for this in every picture, whatever its caption says.
+            batch_size: images at once.
+            text: look for this in every image, whatever its caption says.
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or it lacks what a detector is made of.
@@ -90,11 +90,11 @@ class Detector(ABC):
 
 
 class ShapesDetector(Detector):
-    """Of pictures of the shapes world; what the caption says does not matter."""
+    """Of images of the shapes world; what the caption says does not matter."""
 
-    def detect(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
-        _check(pictures, captions)
-        every = [detect_shapes(picture) for picture in pictures]
+    def detect(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+        _check(images, captions)
+        every = [detect_shapes(image) for image in images]
         return [
             Detections(
                 [item.box for item in found], [1.0] * len(found), [f"a {item.colour} {item.shape}" for item in found]
@@ -110,10 +110,10 @@ class CaptionDetector(Detector, Network):
         super().__init__(model, processor, settings)
         self.text, self.cut_texts, self.reads_captions = text, 0, text is None
 
-    def detect(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
-        _check(pictures, captions)
+    def detect(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+        _check(images, captions)
         queries = [self._query(caption if self.text is None else self.text) for caption in captions]
-        return self.find(pictures, queries)
+        return self.find(images, queries)
 
     @abstractmethod
     def _query(self, text: str) -> Any:
@@ -143,9 +143,9 @@ class CandidateDetector(CaptionDetector, CandidateNetwork):
         return parts
 
 
-def _check(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
-    if len(pictures) != len(captions):
-        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions; give one a picture")
-    for k, picture in enumerate(pictures):
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-            raise ValueError(f"picture {k} is {picture.dtype} {picture.shape}; expected uint8 (height, width, 3)")
+def _check(images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions; give one an image")
+    for k, image in enumerate(images):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"image {k} is {image.dtype} {image.shape}; expected uint8 (height, width, 3)")

@@ -105,11 +105,11 @@ class ColourJudge:
         if segmenter:
             self.settings["colour_mask_checksum"] = segmenter.checksum
 
-    def colours(self, picture: Image.Image, boxes: Sequence[Box]) -> list[tuple[str, ...]]:
+    def colours(self, image: Image.Image, boxes: Sequence[Box]) -> list[tuple[str, ...]]:
         """The colours of the object in each box (xyxy, 0-1), most pixels first."""
         if not boxes:
             return []
-        pixels = np.asarray(picture.convert("RGB"))
+        pixels = np.asarray(image.convert("RGB"))
         if self.segmenter is not None:
             every = [pixels[mask] for mask in self.segmenter.masks(pixels, boxes)]
         else:
@@ -163,7 +163,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def masks(self, pixels: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
-        """(boxes, h, w) bool of a picture (h, w, 3), RGB uint8."""
+        """(boxes, h, w) bool of an image (h, w, 3), RGB uint8."""
         height, width = pixels.shape[:2]
         corners = [[x0 * width, y0 * height, x1 * width, y1 * height] for x0, y0, x1, y1 in boxes]
         inputs = self.processor(images=pixels, input_boxes=[corners], return_tensors="pt")

@@ -1,4 +1,4 @@
-"""What a detector found in a picture."""
+"""What a detector found in an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Found:
     """One detection.
 
     Args:
-        box: xyxy, 0-1 of the picture.
+        box: xyxy, 0-1 of the image.
         label: what the detector calls it; of a detector of free phrases, the phrase.
         score: how sure the detector is, 0-1.
         attributes: what else was seen of it, as {"colour": "red"}; several values where several hold.

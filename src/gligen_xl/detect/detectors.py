@@ -1,8 +1,8 @@
-"""Detectors: what is where in a picture, and what a layout's phrases ask of them.
+"""Detectors: what is where in an image, and what a layout's phrases ask of them.
 
     detector = find_detector("PekingU/rtdetr_r50vd", device="cuda")   # or a local folder, or "shapes"
     detector.wanted("two cars")                                       # Wanted(label="car", attributes={})
-    detector.detect([picture], [layout])                              # a list of Found a picture
+    detector.detect([image], [layout])                              # a list of Found an image
 
 Three kinds: the exact one of the shapes world; networks of fixed classes (RT-DETR, D-FINE, DETR, YOLOS, ...); and
 networks that look for free phrases (OWLv2, GroundingDINO, MM-GroundingDINO, OmDet-Turbo). Each of them may be asked for
@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES as CLASS_KINDS
 
-from ..evaluate.matching import ObjectScore, score_picture
+from ..evaluate.matching import ObjectScore, score_image
 from ..hub import local_folder
 from ..layout import Layout
 from ..toyworld.detector import detect
@@ -62,7 +62,7 @@ def find_detector(
     Args:
         name: "shapes", a folder, or a Hub repository.
         dtype: float32, or bfloat16 or float16 where these do (mixed precision).
-        batch_size: pictures at once.
+        batch_size: images at once.
         threshold: score from which on a detection counts. None: 0.5 for fixed classes, 0.25 for free phrases.
         colour: judge colours: every phrase has to name one, as "a red car".
         segmenter: SAM, a folder or a Hub repository; its masks are what colours are judged in. None: an ellipse.
@@ -124,19 +124,19 @@ class ShapesDetector:
         colour, shape = self.parse(phrase)
         return Wanted(f"{colour} {shape}", {"colour": colour, "shape": shape})
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
         return [
             [
                 Found(item.box, f"{item.colour} {item.shape}", item.score, {"colour": item.colour, "shape": item.shape})
-                for item in detect(picture)
+                for item in detect(image)
             ]
-            for picture, _ in zip(pictures, layouts, strict=True)
+            for image, _ in zip(images, layouts, strict=True)
         ]
 
-    def score(self, picture: Image.Image, layout: Layout) -> list[ObjectScore]:
+    def score(self, image: Image.Image, layout: Layout) -> list[ObjectScore]:
         """One score an object, in the layout's order."""
-        (found,) = self.detect([picture], [layout])
-        return list(score_picture(layout, "", found, self).objects)
+        (found,) = self.detect([image], [layout])
+        return list(score_image(layout, "", found, self).objects)
 
     @staticmethod
     def parse(phrase: str) -> tuple[str, str]:
@@ -172,12 +172,12 @@ class ColourDetector:
         colour, rest = split_colour(phrase)
         return Wanted(self.detector.wanted(rest).label, {"colour": colour})
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
         colourless = [replace(of, phrases=[split_colour(phrase)[1] for phrase in of.phrases]) for of in layouts]
-        every = self.detector.detect(pictures, colourless)
+        every = self.detector.detect(images, colourless)
         coloured = []
-        for picture, found in zip(pictures, every, strict=True):
-            colours = self.judge.colours(picture, [item.box for item in found])
+        for image, found in zip(images, every, strict=True):
+            colours = self.judge.colours(image, [item.box for item in found])
             coloured.append(
                 [replace(item, attributes={"colour": names}) for item, names in zip(found, colours, strict=True)]
             )

@@ -19,7 +19,7 @@ from .query import Wanted
 CLASS_THRESHOLD = 0.5  # transformers' own
 PHRASE_THRESHOLD = 0.25  # COCO-MIG's evaluation, as is the next
 SAME = 0.8  # IoU from which on two boxes of one phrase are the same object
-MOST = 100  # detections a picture, as COCO's AP takes them
+MOST = 100  # detections an image, as COCO's AP takes them
 
 
 # Fixed classes ------------------------------------------------------------------------------------------------------
@@ -55,8 +55,8 @@ class ClassDetector:
             f"classes{hint}. For free phrases take OWLv2 or GroundingDINO"
         )
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
-        found = self.network.find([_pixels(picture) for picture in pictures], [True] * len(layouts))
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+        found = self.network.find([_pixels(image) for image in images], [True] * len(layouts))
         return [list(_best(detections)) for detections in found]
 
 
@@ -67,18 +67,18 @@ class ClassNetwork(Network):
     def classes(self) -> list[str]:
         return [name for name in self.model.config.id2label.values() if name != "N/A"]
 
-    def _group(self, picture: np.ndarray, query: bool) -> Hashable:
-        return picture.shape
+    def _group(self, image: np.ndarray, query: bool) -> Hashable:
+        return image.shape
 
-    def _batch(self, pictures: list[np.ndarray], queries: list[bool]) -> Iterator[Detections]:
+    def _batch(self, images: list[np.ndarray], queries: list[bool]) -> Iterator[Detections]:
         every = self.processor.post_process_object_detection(
-            self._run(self.processor(pictures, return_tensors="pt")),
+            self._run(self.processor(images, return_tensors="pt")),
             threshold=self.settings.box_threshold,
-            target_sizes=[picture.shape[:2] for picture in pictures],
+            target_sizes=[image.shape[:2] for image in images],
         )
-        for picture, found in zip(pictures, every, strict=True):
+        for image, found in zip(images, every, strict=True):
             names = [self.model.config.id2label[number] for number in found["labels"].tolist()]
-            yield self._post_processed(found, picture, names)
+            yield self._post_processed(found, image, names)
 
 
 _VOC = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}
@@ -134,17 +134,17 @@ class PhraseDetector:
             raise ValueError(f"the detector {self.name} cannot look for {phrase!r}; it is {excess} tokens too long")
         return Wanted(label)
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
         seen: list[np.ndarray] = []
         queries: list[Any] = []
         owners: list[int] = []
-        for k, (picture, layout) in enumerate(zip(pictures, layouts, strict=True)):
+        for k, (image, layout) in enumerate(zip(images, layouts, strict=True)):
             labels = list(dict.fromkeys(self.wanted(phrase).label for phrase in layout.phrases))
             asked = self._queries(labels)
             queries += asked
-            seen += [_pixels(picture)] * len(asked)
+            seen += [_pixels(image)] * len(asked)
             owners += [k] * len(asked)
-        every: list[list[Found]] = [[] for _ in pictures]
+        every: list[list[Found]] = [[] for _ in images]
         for k, detections in zip(owners, self.network.find(seen, queries), strict=True):
             every[k] += _best(_distinct(detections))
         return [sorted(found, key=lambda item: -item.score)[:MOST] for found in every]
@@ -193,8 +193,8 @@ def _best(detections: Detections) -> Iterable[Found]:
     return (Found(*each) for each in list(every)[:MOST])
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("RGB"))
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
 
 
 def _file_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Detection networks of transformers: loading, pictures in batches, half precision that may overflow.
+"""Detection networks of transformers: loading, images in batches, half precision that may overflow.
 
 Zero-shot networks are of two kinds. Those that ground every word of a text (GroundingDINO, MM-GroundingDINO) are asked
 with a text, and what of it a box shows is its phrase. Others (OWL-ViT, OWLv2, OmDet-Turbo) are asked with candidates.
@@ -37,7 +37,7 @@ class NetworkSettings:
         box_threshold: of a box's score.
         text_threshold: of the score that a word needs to be in a box's phrase, where every word is grounded.
         dtype: float32, or bfloat16 or float16 where these do (mixed precision).
-        batch_size: pictures at once.
+        batch_size: images at once.
     """
 
     box_threshold: float
@@ -52,34 +52,34 @@ class NetworkSettings:
 
 
 class Network(ABC):
-    """Pictures in batches through a model. Only those that need no padding beside each other share one, since padding
+    """Images in batches through a model. Only those that need no padding beside each other share one, since padding
     moves what a network sees."""
 
     def __init__(self, model: Any, processor: Any, settings: NetworkSettings):
         self.model = model.to(settings.device).eval()
         self.processor, self.settings = processor, settings
 
-    def find(self, pictures: Sequence[np.ndarray], queries: Sequence[Any]) -> list[Detections]:
-        """What is found in each picture, (h, w, 3) uint8 of any size; nothing where its query is empty."""
+    def find(self, images: Sequence[np.ndarray], queries: Sequence[Any]) -> list[Detections]:
+        """What is found in each image, (h, w, 3) uint8 of any size; nothing where its query is empty."""
         groups: dict[Hashable, list[int]] = {}
-        for k, (picture, query) in enumerate(zip(pictures, queries, strict=True)):
+        for k, (image, query) in enumerate(zip(images, queries, strict=True)):
             if query:  # else there is nothing to look for
-                groups.setdefault(self._group(picture, query), []).append(k)
-        found = [Detections() for _ in pictures]
+                groups.setdefault(self._group(image, query), []).append(k)
+        found = [Detections() for _ in images]
         for group in groups.values():
             for start in range(0, len(group), self.settings.batch_size):
                 numbers = group[start : start + self.settings.batch_size]
-                batch = self._batch([pictures[k] for k in numbers], [queries[k] for k in numbers])
+                batch = self._batch([images[k] for k in numbers], [queries[k] for k in numbers])
                 for k, detections in zip(numbers, batch, strict=True):
                     found[k] = detections
         return found
 
     @abstractmethod
-    def _group(self, picture: np.ndarray, query: Any) -> Hashable:
-        """Equal for pictures that can share a batch without padding."""
+    def _group(self, image: np.ndarray, query: Any) -> Hashable:
+        """Equal for images that can share a batch without padding."""
 
     @abstractmethod
-    def _batch(self, pictures: list[np.ndarray], queries: list[Any]) -> Iterator[Detections]: ...
+    def _batch(self, images: list[np.ndarray], queries: list[Any]) -> Iterator[Detections]: ...
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         """The model's outputs in float32. A batch that overflows in half precision is repeated without it."""
@@ -98,9 +98,9 @@ class Network(ABC):
                 outputs[name] = value
         return outputs
 
-    def _post_processed(self, found: dict[str, Any], picture: np.ndarray, phrases: Sequence[str]) -> Detections:
-        """Of one picture, as the library's own post-processing gives it, in pixels."""
-        height, width = picture.shape[:2]
+    def _post_processed(self, found: dict[str, Any], image: np.ndarray, phrases: Sequence[str]) -> Detections:
+        """Of one image, as the library's own post-processing gives it, in pixels."""
+        height, width = image.shape[:2]
         boxes = found["boxes"].cpu().numpy() / np.array([width, height, width, height], np.float32)
         return collect(boxes, found["scores"].cpu().numpy(), phrases)
 
@@ -117,12 +117,12 @@ class WordNetwork(Network):
         """Tokens, those of begin and end included."""
         return min(self.model.config.max_text_len, self.processor.tokenizer.model_max_length)
 
-    def _group(self, picture: np.ndarray, query: str) -> Hashable:
-        return picture.shape
+    def _group(self, image: np.ndarray, query: str) -> Hashable:
+        return image.shape
 
-    def _batch(self, pictures: list[np.ndarray], queries: list[str]) -> Iterator[Detections]:
+    def _batch(self, images: list[np.ndarray], queries: list[str]) -> Iterator[Detections]:
         texts = self.processor.tokenizer(queries, padding=True, return_tensors="pt")
-        outputs = self._run({**self.processor.image_processor(pictures, return_tensors="pt"), **texts})
+        outputs = self._run({**self.processor.image_processor(images, return_tensors="pt"), **texts})
         scores = outputs.logits.sigmoid().cpu().numpy()  # (B, boxes, tokens)
         boxes = xyxy_from_cxcywh(outputs.pred_boxes.cpu().numpy())  # (B, boxes, 4)
         for k, encoding in enumerate(texts.encodings):
@@ -141,22 +141,20 @@ class CandidateNetwork(Network):
         tokenizer = self.processor.tokenizer
         return len(tokenizer(text, verbose=False)["input_ids"]) - tokenizer.model_max_length
 
-    def _group(self, picture: np.ndarray, query: tuple[str, ...]) -> Hashable:
-        return len(query)  # sizes do not matter: these models see every picture in one size
+    def _group(self, image: np.ndarray, query: tuple[str, ...]) -> Hashable:
+        return len(query)  # sizes do not matter: these models see every image in one size
 
-    def _batch(self, pictures: list[np.ndarray], queries: list[tuple[str, ...]]) -> Iterator[Detections]:
+    def _batch(self, images: list[np.ndarray], queries: list[tuple[str, ...]]) -> Iterator[Detections]:
         labels = [list(query) for query in queries]
-        inputs = self.processor(
-            text=labels, images=pictures, padding="max_length", truncation=True, return_tensors="pt"
-        )
+        inputs = self.processor(text=labels, images=images, padding="max_length", truncation=True, return_tensors="pt")
         every = self.processor.post_process_grounded_object_detection(
             self._run(inputs),
             threshold=self.settings.box_threshold,
-            target_sizes=[picture.shape[:2] for picture in pictures],
+            target_sizes=[image.shape[:2] for image in images],
             text_labels=labels,
         )
-        for picture, found in zip(pictures, every, strict=True):
-            yield self._post_processed(found, picture, found["text_labels"])
+        for image, found in zip(images, every, strict=True):
+            yield self._post_processed(found, image, found["text_labels"])
 
 
 # Loading ------------------------------------------------------------------------------------------------------------
@@ -191,7 +189,7 @@ def load_network(
 ) -> tuple[Any, Any]:
     """Model and processor; code in the folder is never run, and weights are safetensors only.
 
-    A small picture shows now what packages the processor needs, not after the first hour.
+    A small image shows now what packages the processor needs, not after the first hour.
 
     Raises:
         ValueError: it cannot be loaded, or needs a package.
@@ -199,8 +197,8 @@ def load_network(
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         processor = auto_processor.from_pretrained(folder, **options)
-        pictures = getattr(processor, "image_processor", processor)
-        pictures(np.zeros((32, 32, 3), np.uint8), return_tensors="pt")
+        images = getattr(processor, "image_processor", processor)
+        images(np.zeros((32, 32, 3), np.uint8), return_tensors="pt")
         model = auto_model.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **options)
     except ImportError as error:  # transformers names the package, and the command that installs it
         raise ValueError(f"{folder} needs a package: {' '.join(str(error).split())}") from error

@@ -15,7 +15,7 @@ MARKS = (".", "?", "!")  # each ends a sentence
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one picture, best first. Boxes are xyxy, 0-1, of the picture that was given."""
+    """What was found in one image, best first. Boxes are xyxy, 0-1, of the image that was given."""
 
     boxes: list[Box] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -65,7 +65,7 @@ def candidates(text: str) -> tuple[str, ...]:
 
 
 def collect(boxes: np.ndarray, scores: np.ndarray, phrases: Sequence[str]) -> Detections:
-    """Boxes (n, 4) xyxy clipped to the picture, best first; without those that are not finite, have no area or no
+    """Boxes (n, 4) xyxy clipped to the image, best first; without those that are not finite, have no area or no
     phrase."""
     clipped = boxes.clip(0, 1)  # NaN stays
     usable = np.isfinite(boxes).all(-1) & np.isfinite(scores) & (clipped[:, 2:] > clipped[:, :2]).all(-1)

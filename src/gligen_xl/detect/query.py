@@ -28,7 +28,7 @@ class Detector(Protocol):
         settings: all that its detections depend on, for reports.
         attributes: what is judged beside the place, as ("colour",).
         labels_decide: only detections of the requested label may be assigned to an object; else any, by IoU alone.
-        reads_layouts: what it finds depends on what the layout asks for; else on the picture alone.
+        reads_layouts: what it finds depends on what the layout asks for; else on the image alone.
     """
 
     @property
@@ -46,8 +46,8 @@ class Detector(Protocol):
         """Raises ValueError, if it cannot look for that."""
         ...
 
-    def detect(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
-        """What is in each picture, best first; the same whatever pictures are beside it, to rounding.
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+        """What is in each image, best first; the same whatever images are beside it, to rounding.
 
         Also what scores less than `settings["threshold"]`, down to 0.05: AP is of the less sure as well.
         """

@@ -1,10 +1,10 @@
-"""How well boxes are followed: objects are detected in generated pictures and compared with what was requested."""
+"""How well boxes are followed: objects are detected in generated images and compared with what was requested."""
 
 from ..detect.detection import Found
 from ..detect.detectors import Detector, ShapesDetector, Wanted, find_detector
 from ..toyworld.layouts import held_out_layouts
 from .compare import compare
-from .matching import ObjectScore, PictureScore, score_picture
+from .matching import ImageScore, ObjectScore, score_image
 from .metrics import Estimate, paired_difference, point_metrics, summarize
 from .protocols import Protocol, find_protocol
 from .report import Report, write_report
@@ -15,8 +15,8 @@ __all__ = [
     "Detector",
     "Estimate",
     "Found",
+    "ImageScore",
     "ObjectScore",
-    "PictureScore",
     "Protocol",
     "Report",
     "ShapesDetector",
@@ -29,7 +29,7 @@ __all__ = [
     "paired_difference",
     "point_metrics",
     "score_all",
-    "score_picture",
+    "score_image",
     "summarize",
     "write_report",
 ]

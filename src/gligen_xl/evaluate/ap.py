@@ -1,10 +1,10 @@
 """Average precision of detections against the requested boxes, as COCO counts it (arXiv 1405.0312).
 
-The requested boxes are the ground truth, and what a detector found in the generated picture are the results. A label is
+The requested boxes are the ground truth, and what a detector found in the generated image are the results. A label is
 a category: of open-vocabulary phrases, each phrase that a detector was to look for.
 
-The figures are faster-coco-eval's. Their resamples repeat pictures some hundred times, for which no library is made:
-here a picture counts with a weight, its detections stay matched as they are, and precision and recall are summed again.
+The figures are faster-coco-eval's. Their resamples repeat images some hundred times, for which no library is made:
+here an image counts with a weight, its detections stay matched as they are, and precision and recall are summed again.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any
 import numpy as np
 
 from ..layout import Box
-from .matching import PictureScore
+from .matching import ImageScore
 
 AP_NAMES = ("ap", "ap_50", "ap_75", "ar")
 
 _IOUS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0, 1, 101)
-_MOST = 100  # detections of a category in a picture, best first
+_MOST = 100  # detections of a category in an image, best first
 _BLOCK = 1_000_000  # numbers at once
 
 
 @dataclass(frozen=True)
 class _Category:
-    """One label in n pictures: G requested boxes, D detections.
+    """One label in n images: G requested boxes, D detections.
 
     Args:
-        requested: (G,) number of the picture of each requested box.
-        detected: (D,) number of the picture of each detection, highest score first.
+        requested: (G,) number of the image of each requested box.
+        detected: (D,) number of the image of each detection, highest score first.
         right: (10, D) whether a detection is matched to a requested box, at each IoU.
         precision: (10,) average precision at each IoU.
         recall: (10,) the highest recall.
@@ -49,24 +49,24 @@ class _Category:
 
 
 class AveragePrecision:
-    """AP of n pictures, and of resamples of them.
+    """AP of n images, and of resamples of them.
 
     `point` holds them in the order of AP_NAMES: AP (mean over IoU 0.5 to 0.95), AP at 0.5, AP at 0.75 and AR (highest
-    recall with at most 100 detections of a label in a picture, mean over IoU), each the mean over labels.
+    recall with at most 100 detections of a label in an image, mean over IoU), each the mean over labels.
 
     Raises:
         ValueError: faster-coco-eval is not installed, or objects have no label.
     """
 
-    def __init__(self, pictures: Sequence[PictureScore]):
-        if any(not score.label for picture in pictures for score in picture.objects):
-            raise ValueError("AP needs the label that each object was looked for by; score_picture gives it")
-        self._categories = _categories(pictures)
+    def __init__(self, images: Sequence[ImageScore]):
+        if any(not score.label for image in images for score in image.objects):
+            raise ValueError("AP needs the label that each object was looked for by; score_image gives it")
+        self._categories = _categories(images)
         figures = np.mean([(category.precision, category.recall) for category in self._categories], axis=0)
         self.point = _figures(*figures)  # (4,)
 
     def resampled(self, weights: np.ndarray) -> np.ndarray:
-        """AP where picture k counts `weights[:, k]` times: (r, n) whole numbers -> (r, 4).
+        """AP where image k counts `weights[:, k]` times: (r, n) whole numbers -> (r, 4).
 
         A label that a resample does not hold is not in its mean.
         """
@@ -111,18 +111,18 @@ def _accumulate(category: _Category, weights: np.ndarray) -> np.ndarray:
 # Matching -----------------------------------------------------------------------------------------------------------
 
 
-def _categories(pictures: Sequence[PictureScore]) -> list[_Category]:
+def _categories(images: Sequence[ImageScore]) -> list[_Category]:
     """A category for each label that was requested.
 
     Where COCO's rules leave it to the order which of two comes first, content decides.
     """
-    order = sorted(range(len(pictures)), key=lambda number: pictures[number].key)
+    order = sorted(range(len(images)), key=lambda number: images[number].key)
     requested, detected = defaultdict(list), defaultdict(list)
     for place, number in enumerate(order):
-        picture = pictures[number]
-        for score, box in zip(picture.objects, picture.layout.boxes, strict=True):
+        image = images[number]
+        for score, box in zip(image.objects, image.layout.boxes, strict=True):
             requested[score.label].append((place, box))
-        for item in picture.found:
+        for item in image.found:
             detected[item.label].append((place, -item.score, item.box))
     return [
         _category(sorted(boxes), _best(sorted(detected[label])), np.array(order))
@@ -130,16 +130,16 @@ def _categories(pictures: Sequence[PictureScore]) -> list[_Category]:
     ]
 
 
-_Requested = list[tuple[int, Box]]  # picture, box
-_Detected = list[tuple[int, float, Box]]  # picture, -score, box
+_Requested = list[tuple[int, Box]]  # image, box
+_Detected = list[tuple[int, float, Box]]  # image, -score, box
 
 
 def _best(detected: _Detected) -> _Detected:
-    return [item for _, of_picture in groupby(detected, key=itemgetter(0)) for item in islice(of_picture, _MOST)]
+    return [item for _, of_image in groupby(detected, key=itemgetter(0)) for item in islice(of_image, _MOST)]
 
 
 def _category(requested: _Requested, detected: _Detected, order: np.ndarray) -> _Category:
-    """Both are sorted; `order` says which picture each is of."""
+    """Both are sorted; `order` says which image each is of."""
     requested_in = order[[place for place, _ in requested]]
     if not detected:
         nothing = np.zeros(len(_IOUS))
@@ -149,8 +149,8 @@ def _category(requested: _Requested, detected: _Detected, order: np.ndarray) -> 
     evaluator.accumulate()
     right = np.hstack(
         [
-            _match(np.array(evaluator.ious[place, 1]), len(list(of_picture)))
-            for place, of_picture in groupby(detected, key=itemgetter(0))
+            _match(np.array(evaluator.ious[place, 1]), len(list(of_image)))
+            for place, of_image in groupby(detected, key=itemgetter(0))
         ]
     )
     by_score = np.argsort([negative for _, negative, _ in detected], kind="stable")
@@ -197,7 +197,7 @@ def _xywh(box: Box) -> list[float]:
 
 
 def _match(overlap: np.ndarray, detections: int) -> np.ndarray:
-    """Which detections of a picture, best first, are right at each IoU: (D, G) -> (10, D).
+    """Which detections of an image, best first, are right at each IoU: (D, G) -> (10, D).
 
     Each takes the requested box of best IoU that is left; of equal ones the last, as COCO's code does.
     """

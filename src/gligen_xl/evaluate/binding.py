@@ -1,4 +1,4 @@
-"""What all pictures of a folder are generated with, written into it; and one process at a time at a part of them."""
+"""What all images of a folder are generated with, written into it; and one process at a time at a part of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BINDING, LAYOUTS = "generation.json", "layouts.jsonl"
 
 
 def generation_settings(pipeline: GroundingMixin, **settings: Any) -> dict[str, Any]:
-    """What a folder's pictures depend on beside their layouts and ways: `settings`, the scheduler, and checksums of
+    """What a folder's images depend on beside their layouts and ways: `settings`, the scheduler, and checksums of
     the U-Net's and the adapter's weights, where these can be read (with sequential offload they cannot)."""
     settings |= {"scheduler": type(pipeline.scheduler).__name__}
     unet = pipeline.unet
@@ -42,12 +42,12 @@ def _adapter_checksum(unet: torch.nn.Module) -> str:
 
 
 def write_keyed(out: str | Path, layouts: Mapping[str, Layout]) -> None:
-    """`layouts.jsonl`: the id of each is its key, which its pictures are called by."""
+    """`layouts.jsonl`: the id of each is its key, which its images are called by."""
     write_layouts(Path(out) / LAYOUTS, [replace(layout, id=key) for key, layout in layouts.items()])
 
 
 def bind(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, Any]) -> None:
-    """Say what the pictures of `out` are of, and are generated with: the first process does, the others agree.
+    """Say what the images of `out` are of, and are generated with: the first process does, the others agree.
 
     Raises:
         ValueError: they were generated with something else; names it.
@@ -61,7 +61,7 @@ def bind(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, 
         for name in sorted(former.keys() & settings.keys(), key=lambda name: (name.endswith("checksum"), name)):
             if former[name] != settings[name]:
                 raise ValueError(
-                    f"{out} holds pictures generated with {name} {former[name]!r}, now it is {settings[name]!r}; "
+                    f"{out} holds images generated with {name} {former[name]!r}, now it is {settings[name]!r}; "
                     "choose another folder (--out)"
                 )
         write_keyed(out, layouts)
@@ -75,7 +75,7 @@ def read_binding(path: Path) -> dict[str, Any]:
     """
     former = read_json(path)
     if not isinstance(former, dict):
-        raise ValueError(f"{path} does not say what the pictures beside it were generated with; choose another folder")
+        raise ValueError(f"{path} does not say what the images beside it were generated with; choose another folder")
     return former
 
 

@@ -1,6 +1,6 @@
-"""CLIP score: does a picture show what its prompt says, and the part in each box what its phrase says?
+"""CLIP score: does an image show what its prompt says, and the part in each box what its phrase says?
 
-The score is 100 * max(cosine, 0) of CLIP's embeddings of picture and text, as most papers on text-to-image models and
+The score is 100 * max(cosine, 0) of CLIP's embeddings of image and text, as most papers on text-to-image models and
 torchmetrics give it. CLIPScore's own (arXiv 2104.08718) is 2.5 * max(cosine, 0), of texts that begin with "A photo
 depicts": divide by 40 for its scale; its words are left out here. Figures of different CLIP models cannot be compared.
 """
@@ -27,16 +27,16 @@ _EXPECTED = "config.json, preprocessor_config.json, a tokenizer and weights in .
 
 @dataclass(frozen=True)
 class ClipScore:
-    """Of the whole picture against its prompt (None: it has none), and of each box against its phrase; 0-100."""
+    """Of the whole image against its prompt (None: it has none), and of each box against its phrase; 0-100."""
 
     clip: float | None
     clip_objects: tuple[float, ...]
 
 
 class ClipScorer:
-    """Scores pictures; each text is embedded once.
+    """Scores images; each text is embedded once.
 
-    A whole picture is seen as CLIP's own processor shows it: resized to the shorter side, and cut to the middle square.
+    A whole image is seen as CLIP's own processor shows it: resized to the shorter side, and cut to the middle square.
     The part in a box is stretched to that square, so that nothing of a long box is cut off (as COCO-MIG's local CLIP
     score); a box of less than a pixel counts as the pixel that it touches.
 
@@ -84,15 +84,15 @@ class ClipScorer:
         model, processor = load_network(folder, auto_model=CLIPModel, auto_processor=CLIPProcessor, expected=_EXPECTED)
         return cls(title(name, folder), checksum(folder), model, processor, device=device, batch_size=batch_size)
 
-    def score(self, pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[ClipScore]:
-        """One score a picture; the same whatever pictures are beside it, to rounding."""
+    def score(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[ClipScore]:
+        """One score an image; the same whatever images are beside it, to rounding."""
         seen: list[Image.Image] = []
         texts: list[str] = []
-        for picture, layout in zip(pictures, layouts, strict=True):
+        for image, layout in zip(images, layouts, strict=True):
             if layout.prompt.strip():
-                seen.append(picture.convert("RGB"))
+                seen.append(image.convert("RGB"))
                 texts.append(layout.prompt)
-            seen += [self._part(picture, box) for box in layout.boxes]
+            seen += [self._part(image, box) for box in layout.boxes]
             texts += layout.phrases
         scores = iter(self._scores(seen, texts))
         return [
@@ -100,18 +100,18 @@ class ClipScorer:
             for layout in layouts
         ]
 
-    def _part(self, picture: Image.Image, box: Sequence[float]) -> Image.Image:
+    def _part(self, image: Image.Image, box: Sequence[float]) -> Image.Image:
         side = self.model.config.vision_config.image_size
-        part = picture.convert("RGB").crop(pixel_box(box, *picture.size))
+        part = image.convert("RGB").crop(pixel_box(box, *image.size))
         return part.resize((side, side), Image.Resampling.BICUBIC)
 
     @torch.inference_mode()
-    def _scores(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
+    def _scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
         self._embed([text for text in dict.fromkeys(texts) if text not in self._texts])
         scores: list[float] = []
-        for start in range(0, len(pictures), self.batch_size):
+        for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            inputs = self.processor.image_processor(list(pictures[batch]), return_tensors="pt").to(self.device)
+            inputs = self.processor.image_processor(list(images[batch]), return_tensors="pt").to(self.device)
             embedded = _unit(self.model.get_image_features(**inputs))
             cosine = (embedded * torch.stack([self._texts[text] for text in texts[batch]])).sum(-1)
             scores += (100 * cosine.clamp(min=0)).tolist()

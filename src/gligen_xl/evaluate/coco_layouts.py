@@ -1,7 +1,7 @@
 """Layouts of a COCO folder as it is unpacked: `annotations/` with `instances_val2017.json` and `captions_val2017.json`,
-and the pictures in `val2017/`.
+and the images in `val2017/`.
 
-Phrases are the names of the categories. The prompt is the picture's first caption (that of the lowest annotation id),
+Phrases are the names of the categories. The prompt is the image's first caption (that of the lowest annotation id),
 or the names of its categories where there are no captions. Crowds are left out.
 """
 
@@ -24,13 +24,13 @@ ALL = 1 << 40  # images in a chunk
 
 
 @dataclass(frozen=True)
-class CocoPicture:
-    """A picture as annotated.
+class CocoImage:
+    """An image as annotated.
 
     Args:
         file: its name. size: (height, width).
-        categories: names, of each of n objects. boxes: (n, 4) xyxy, 0-1 of the whole picture.
-        areas: (n,) of the boxes, as shares of the picture.
+        categories: names, of each of n objects. boxes: (n, 4) xyxy, 0-1 of the whole image.
+        areas: (n,) of the boxes, as shares of the image.
     """
 
     id: str
@@ -70,7 +70,7 @@ class CocoSplit:
         expected = " or ".join(_instances(name) for name in names)
         raise FileNotFoundError(f"{folder} has no {expected}{instead}; {_where(names[0])}")
 
-    def pictures(self) -> list[CocoPicture]:
+    def images(self) -> list[CocoImage]:
         """In the order of the file, each with its objects in theirs.
 
         Raises:
@@ -85,7 +85,7 @@ class CocoSplit:
         areas = boxes[:, 2:].prod(-1) / sizes.prod(-1)  # not of the shares, which rounding makes more or less than 2 %
         ends = np.searchsorted(chunk.owners, np.arange(chunk.weight + 1))
         return [
-            CocoPicture(
+            CocoImage(
                 id=chunk.image_ids[k],
                 file=chunk.file_names[k],
                 size=(int(chunk.sizes[k, 0]), int(chunk.sizes[k, 1])),
@@ -97,15 +97,15 @@ class CocoSplit:
         ]
 
     def captions(self) -> dict[str, str]:
-        """The first caption of each picture, by its id; none where there is no captions file."""
+        """The first caption of each image, by its id; none where there is no captions file."""
         file = self.folder / "annotations" / f"captions_{self.name}.json"
         if not file.is_file():
             return {}
         reader, _ = survey(file)
         return {image: " ".join(caption.split()) for image, caption in pairs_of(file, reader) if caption}
 
-    def photographs(self, pictures: Sequence[CocoPicture], frame: FrameMaker) -> Photographs | None:
-        """The real pictures; None where the folder has annotations alone.
+    def photographs(self, images: Sequence[CocoImage], frame: FrameMaker) -> Photographs | None:
+        """The real images; None where the folder has annotations alone.
 
         Raises:
             ValueError: a file name leads out of the folder.
@@ -113,14 +113,14 @@ class CocoSplit:
         folder = self.folder / self.name
         if not folder.is_dir():
             return None
-        for picture in pictures:
-            if Path(picture.file).is_absolute() or ".." in Path(picture.file).parts:
-                raise ValueError(f"image {picture.id}: file_name is {picture.file!r}; expected a file in {folder}")
+        for image in images:
+            if Path(image.file).is_absolute() or ".." in Path(image.file).parts:
+                raise ValueError(f"image {image.id}: file_name is {image.file!r}; expected a file in {folder}")
         return Photographs(
-            files={picture.id: folder / picture.file for picture in pictures},
+            files={image.id: folder / image.file for image in images},
             frame=frame,
-            sizes={picture.id: picture.size for picture in pictures},
-            annotated={picture.id: (picture.categories, picture.boxes) for picture in pictures},
+            sizes={image.id: image.size for image in images},
+            annotated={image.id: (image.categories, image.boxes) for image in images},
             source=f"; they are in {HOST}/zips/{self.name}.zip",
         )
 
@@ -138,18 +138,18 @@ def _where(name: str) -> str:
 SMALLEST, MOST = 0.01, 30  # share of the square below which GLIGEN's data leave a box out; its model's slots
 
 
-def gligen_layouts(pictures: Iterable[CocoPicture], captions: Mapping[str, str]) -> list[Layout]:
-    """Layouts as GLIGEN's own data code frames them; pictures without an object have none.
+def gligen_layouts(images: Iterable[CocoImage], captions: Mapping[str, str]) -> list[Layout]:
+    """Layouts as GLIGEN's own data code frames them; images without an object have none.
 
     The middle square is cut out. Boxes are clipped to it; of those that take 1 % of it or more, the 30 largest stay,
     largest first.
     """
     layouts = []
-    for picture in pictures:
-        moved = move_boxes(centre_crop(*picture.size), picture.boxes.tolist(), min_share=0)
+    for image in images:
+        moved = move_boxes(centre_crop(*image.size), image.boxes.tolist(), min_share=0)
         areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in moved.boxes]
         largest = sorted((k for k, area in enumerate(areas) if area >= SMALLEST), key=lambda k: -areas[k])[:MOST]
-        layouts.append(_layout(picture, moved.boxes, moved.kept, largest, captions))
+        layouts.append(_layout(image, moved.boxes, moved.kept, largest, captions))
     return [layout for layout in layouts if layout.boxes]
 
 
@@ -158,22 +158,22 @@ def gligen_layouts(pictures: Iterable[CocoPicture], captions: Mapping[str, str])
 FEWEST_OBJECTS, MOST_OBJECTS, ABOVE = 3, 8, 0.02
 
 
-def layout_to_image_layouts(pictures: Iterable[CocoPicture], captions: Mapping[str, str]) -> list[Layout]:
-    """The layouts of pictures with 3 to 8 objects, counting those whose box is more than 2 % of the picture.
+def layout_to_image_layouts(images: Iterable[CocoImage], captions: Mapping[str, str]) -> list[Layout]:
+    """The layouts of images with 3 to 8 objects, counting those whose box is more than 2 % of the image.
 
-    Pictures are squeezed into a square, so boxes are shares of the whole picture.
+    Images are squeezed into a square, so boxes are shares of the whole image.
     """
     layouts = []
-    for picture in pictures:
-        large = np.flatnonzero(picture.areas > ABOVE)
-        moved = move_boxes(squeeze(*picture.size), picture.boxes[large].tolist(), min_share=0)
+    for image in images:
+        large = np.flatnonzero(image.areas > ABOVE)
+        moved = move_boxes(squeeze(*image.size), image.boxes[large].tolist(), min_share=0)
         if FEWEST_OBJECTS <= len(moved.boxes) <= MOST_OBJECTS:
-            layouts.append(_layout(picture, moved.boxes, large[moved.kept].tolist(), range(len(moved.boxes)), captions))
+            layouts.append(_layout(image, moved.boxes, large[moved.kept].tolist(), range(len(moved.boxes)), captions))
     return layouts
 
 
 def _layout(
-    picture: CocoPicture,
+    image: CocoImage,
     boxes: Sequence[Sequence[float]],
     numbers: Sequence[int],
     chosen: Iterable[int],
@@ -181,10 +181,10 @@ def _layout(
 ) -> Layout:
     """Of framed boxes and the numbers of the annotations that they are of, the chosen ones."""
     chosen = list(chosen)
-    phrases = [picture.categories[numbers[k]] for k in chosen]
+    phrases = [image.categories[numbers[k]] for k in chosen]
     return Layout(
-        prompt=captions.get(picture.id) or ", ".join(dict.fromkeys(phrases)),
+        prompt=captions.get(image.id) or ", ".join(dict.fromkeys(phrases)),
         phrases=phrases,
         boxes=[boxes[k] for k in chosen],
-        id=picture.id,
+        id=image.id,
     )

@@ -1,9 +1,9 @@
-"""COCO-MIG and COCO-Position: two to six objects of COCO pictures, with and without a colour drawn for each.
+"""COCO-MIG and COCO-Position: two to six objects of COCO images, with and without a colour drawn for each.
 
 Published files are read, in whichever of their forms a folder has:
 
     mig_bench.json         {"0": {"caption": ..., "segment": [{"bbox": [x0, y0, x1, y1], "label": "a red cat"}, ...],
-                           "image_id": "500084"}, ...}; boxes are shares of the picture
+                           "image_id": "500084"}, ...}; boxes are shares of the image
     mig_bench_anno.yaml    {prompt: {"a red cat": [[x0, y0, x1, y1], ...], ..., "coco_id": "6"}, ...}
     coco_position.jsonl    as mig_bench.json, in spite of its name
 
@@ -25,13 +25,13 @@ from ..layout import Layout
 from ..limits import MAX_UNPACKED
 from ..toyworld.world import generator
 from ..yaml_io import read_yaml
-from .coco_layouts import HOST, CocoPicture
+from .coco_layouts import HOST, CocoImage
 from .real_images import Photographs, squeeze
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown")
 NUMBERS = range(2, 7)  # objects in a layout
 OF_EACH = 160  # layouts for each number
-SMALLEST_SIDE = 1 / 8  # of the picture's; an object that is thinner is left out
+SMALLEST_SIDE = 1 / 8  # of the image's; an object that is thinner is left out
 
 MIG_FILES = ("mig_bench.json", "mig_bench_anno.yaml")
 POSITION_FILES = ("coco_position.jsonl",)
@@ -48,7 +48,7 @@ def find_published(folder: Path, names: Iterable[str]) -> Path | None:
 
 
 def read_published(path: Path) -> tuple[list[Layout], dict[str, str]]:
-    """The layouts of a published file by their numbers, and the COCO picture of each where the file says it.
+    """The layouts of a published file by their numbers, and the COCO image of each where the file says it.
 
     Raises:
         ValueError: names the file and the entry that is not as expected.
@@ -56,7 +56,7 @@ def read_published(path: Path) -> tuple[list[Layout], dict[str, str]]:
     entries = sorted(_entries(path), key=lambda entry: int(entry[0]))
     if not entries:
         raise ValueError(f"{path} holds no layouts")
-    layouts, images = [], {}
+    layouts, image_ids = [], {}
     for number, prompt, objects, image in entries:
         try:
             phrases, boxes = [phrase for phrase, _ in objects], [box for _, box in objects]
@@ -64,8 +64,8 @@ def read_published(path: Path) -> tuple[list[Layout], dict[str, str]]:
         except ValueError as error:
             raise ValueError(f"{path}, layout {number}: {error}") from error
         if image is not None:
-            images[number] = image
-    return layouts, images
+            image_ids[number] = image
+    return layouts, image_ids
 
 
 _Entry = tuple[str, str, list[tuple[str, Any]], str | None]  # number, prompt, (phrase, box) each, COCO image
@@ -91,16 +91,16 @@ def _json_entry(number: str, entry: Mapping[str, Any]) -> _Entry:
 
 def _yaml_entry(prompt: str, entry: Mapping[str, Any]) -> _Entry:
     objects = [(phrase, box) for phrase, boxes in entry.items() if phrase != "coco_id" for box in boxes]
-    return str(int(entry["coco_id"])), prompt, objects, None  # coco_id is the layout's number and no picture of COCO
+    return str(int(entry["coco_id"])), prompt, objects, None  # coco_id is the layout's number and no image of COCO
 
 
-def published_photographs(folder: Path, images: Mapping[str, str]) -> Photographs | None:
-    """The pictures of COCO 2014 that published layouts were made of; None where the folder has none."""
-    pictures = folder / "val2014"
-    if not images or not pictures.is_dir():
+def published_photographs(folder: Path, image_ids: Mapping[str, str]) -> Photographs | None:
+    """The images of COCO 2014 that published layouts were made of; None where the folder has none."""
+    images = folder / "val2014"
+    if not image_ids or not images.is_dir():
         return None
     return Photographs(
-        files={number: pictures / f"COCO_val2014_{int(image):012d}.jpg" for number, image in images.items()},
+        files={number: images / f"COCO_val2014_{int(image_id):012d}.jpg" for number, image_id in image_ids.items()},
         frame=squeeze,
         source=f"; they are in {HOST}/zips/val2014.zip",
     )
@@ -109,29 +109,29 @@ def published_photographs(folder: Path, images: Mapping[str, str]) -> Photograph
 # Drawn --------------------------------------------------------------------------------------------------------------
 
 
-def draw_layouts(pictures: Sequence[CocoPicture], *, colours: bool, seed: int) -> list[Layout]:
-    """At most 160 layouts for each number of objects from 2 to 6, of pictures in an order that follows from the seed.
+def draw_layouts(images: Sequence[CocoImage], *, colours: bool, seed: int) -> list[Layout]:
+    """At most 160 layouts for each number of objects from 2 to 6, of images in an order that follows from the seed.
 
-    Objects of which a side is less than an eighth of the picture's are left out. Of more than six, the first six stay,
-    largest first. Pictures with a person among what stays are left out, and, with colours, prompts that were there.
+    Objects of which a side is less than an eighth of the image's are left out. Of more than six, the first six stay,
+    largest first. Images with a person among what stays are left out, and, with colours, prompts that were there.
     Layouts of 2, 3, 4, 5 and 6 objects take turns, so that the first ones are as mixed as all.
     """
     taken: dict[int, list[Layout]] = {number: [] for number in NUMBERS}
     prompts: set[str] = set()
-    for k in generator("coco-mig", seed).permutation(len(pictures)).tolist():
-        picture = pictures[k]
-        boxes = picture.boxes.clip(0, 1)
+    for k in generator("coco-mig", seed).permutation(len(images)).tolist():
+        image = images[k]
+        boxes = image.boxes.clip(0, 1)
         chosen = _chosen(boxes)
-        names = [picture.categories[j] for j in chosen]
+        names = [image.categories[j] for j in chosen]
         if len(taken.get(len(names), ())) >= OF_EACH or len(names) not in taken or "person" in names:
             continue
-        drawn = generator("colours", seed, picture.id).choice(COLOURS, len(names)).tolist()
+        drawn = generator("colours", seed, image.id).choice(COLOURS, len(names)).tolist()
         phrases = [f"a {colour} {name}" if colours else f"a {name}" for colour, name in zip(drawn, names, strict=True)]
         prompt = f"a photo of {' and '.join(phrases)}"
         if colours and prompt in prompts:
             continue
         prompts.add(prompt)
-        layout = Layout(prompt=prompt, phrases=phrases, boxes=boxes[chosen].tolist(), id=picture.id)
+        layout = Layout(prompt=prompt, phrases=phrases, boxes=boxes[chosen].tolist(), id=image.id)
         taken[len(names)].append(layout)
     return [layout for turn in zip_longest(*taken.values()) for layout in turn if layout is not None]
 

@@ -18,7 +18,7 @@ from .sampling import Way
 
 @dataclass(frozen=True)
 class Comparison:
-    """A condition less the same one of another evaluation, in pictures of the same layouts."""
+    """A condition less the same one of another evaluation, in images of the same layouts."""
 
     condition: str
     other: str
@@ -30,7 +30,7 @@ def compare(
 ) -> list[Comparison]:
     """Paired differences from another evaluation: of the conditions with the same name; if none has, of the first.
 
-    The other one's pictures are not looked at: what the same detector found in them is kept in its folder. CLIP scores
+    The other one's images are not looked at: what the same detector found in them is kept in its folder. CLIP scores
     are compared where that has been scored with the same model.
 
     Raises:
@@ -49,14 +49,14 @@ def compare(
         detections, *others = all_kept(other, name, detector, clip)
         found = [
             (score, [kept.last(score.key, score.layout) for kept in (detections, *others)])
-            for score in condition.pictures
+            for score in condition.images
             if _same(score.layout, theirs_of.get(score.key)) and detections.last(score.key, score.layout) is not None
         ]
         if any(None in of_one for _, of_one in found):  # CLIP has not seen all, so none is compared by it
             found = [(score, of_one[:1]) for score, of_one in found]
         theirs = [score_kept(score.layout, score.key, of_one, detector) for score, of_one in found]
         if theirs:
-            compared.append(Comparison(condition.name, name, paired_difference(condition.pictures, theirs, ap=ap)))
+            compared.append(Comparison(condition.name, name, paired_difference(condition.images, theirs, ap=ap)))
     if not compared:
         raise ValueError(
             f"{other} holds nothing that {detector.name} with these settings found for these layouts; score it in the "

@@ -1,10 +1,10 @@
-"""How alike two sets of pictures are: FID (arXiv 1706.08500) and KID (arXiv 1801.01401), with clean-fid's features.
+"""How alike two sets of images are: FID (arXiv 1706.08500) and KID (arXiv 1801.01401), with clean-fid's features.
 
-clean-fid (arXiv 2104.11222) resizes pictures as FID should be given, and needs torchvision, which breaks diffusers and
+clean-fid (arXiv 2104.11222) resizes images as FID should be given, and needs torchvision, which breaks diffusers and
 transformers unless it is of the same build as torch. So it runs in a process of its own, with an interpreter that may
 be another environment's; see `ENVIRONMENT`. The features' network is fetched by clean-fid at the first use.
 
-FID of few pictures is too high, the more so the fewer they are: compare only sets of the same size, best of 10,000 or
+FID of few images is too high, the more so the fewer they are: compare only sets of the same size, best of 10,000 or
 more. KID has no such bias.
 """
 
@@ -31,19 +31,19 @@ _WEIGHTS = (
 )
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _PROGRAM = Path(__file__).with_name("inception.py")
-_REAL = "real pictures"
+_REAL = "real images"
 _ROWS = 1024  # of a kernel matrix at once
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Of a set of pictures from the real ones.
+    """Of a set of images from the real ones.
 
     Args:
         fid: as clean-fid gives it.
-        fid_low, fid_high: 95 % interval over the draw of the set's pictures; the real ones are held as they are.
+        fid_low, fid_high: 95 % interval over the draw of the set's images; the real ones are held as they are.
         kid: unbiased, so it may be a little under 0; not multiplied by 1,000.
-        kid_low, kid_high: 95 % interval over the draw of pictures of both sets.
+        kid_low, kid_high: 95 % interval over the draw of images of both sets.
         pictures, real_pictures: how many there were.
     """
 
@@ -57,11 +57,11 @@ class Distance:
     real_pictures: int
 
 
-def pictures_in(folder: str | Path) -> list[Path]:
-    """All picture files under a folder, sorted, without hidden ones.
+def images_in(folder: str | Path) -> list[Path]:
+    """All image files under a folder, sorted, without hidden ones.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no picture in it.
+        FileNotFoundError: there is no such folder, or no image in it.
     """
     folder = Path(folder)
     found = sorted(
@@ -70,7 +70,7 @@ def pictures_in(folder: str | Path) -> list[Path]:
         if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not found:
-        raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+        raise FileNotFoundError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     return found
 
 
@@ -83,23 +83,21 @@ def distances(
     workers: int = 4,
     batch_size: int = 32,
 ) -> dict[str, Distance]:
-    """How far each set of picture files is from the real ones; these are looked at once.
+    """How far each set of image files is from the real ones; these are looked at once.
 
     Args:
-        sets: files by name; `pictures_in` gives those of a folder.
+        sets: files by name; `images_in` gives those of a folder.
         python: the interpreter that has clean-fid; None: this one.
         workers: processes that resize.
 
     Raises:
         FileNotFoundError: there is no such interpreter.
-        ValueError: fewer than two pictures in a set, or clean-fid did not run; says why, and what to do.
+        ValueError: fewer than two images in a set, or clean-fid did not run; says why, and what to do.
     """
     every = {_REAL: real, **sets}
     for name, files in every.items():
         if len(files) < 2:
-            raise ValueError(
-                f"{name}: {len(files)} pictures; FID and KID need at least 2, and mean little below 10,000"
-            )
+            raise ValueError(f"{name}: {len(files)} images; FID and KID need at least 2, and mean little below 10,000")
     with tempfile.TemporaryDirectory(prefix="gligen-xl-fid-") as folder:
         request = {
             "sets": {name: [str(Path(file).absolute()) for file in files] for name, files in every.items()},
@@ -138,15 +136,15 @@ def frechet_error(features: np.ndarray, real: np.ndarray) -> float:
     """Standard error of the FID of features (n, width) from the real ones (m, width), over the draw of the first.
 
     The infinitesimal jackknife (B. Efron, "The jackknife, the bootstrap and other resampling plans", 1982, chapter 6):
-    the spread of what each picture adds to the FID, to first order. Resampled pictures repeat, which lowers the rank of
-    their covariance, and their FID varies more than that of other pictures would.
+    the spread of what each image adds to the FID, to first order. Resampled images repeat, which lowers the rank of
+    their covariance, and their FID varies more than that of other images would.
     """
     x, other = features.astype(np.float64), real.astype(np.float64)
     mean = x.mean(0)
     centred = x - mean
     root = _power(np.atleast_2d(np.cov(other.T)), 0.5)
     inverse = _power(root @ np.atleast_2d(np.cov(x.T)) @ root, -0.5)
-    # FID = |mean - real mean|^2 + tr(C) + tr(real C) - 2 tr((R C R)^(1/2)), by mean and covariance C of the pictures.
+    # FID = |mean - real mean|^2 + tr(C) + tr(real C) - 2 tr((R C R)^(1/2)), by mean and covariance C of the images.
     seen = centred @ root
     shares = 2 * centred @ (mean - other.mean(0)) + np.square(centred).sum(1) - ((seen @ inverse) * seen).sum(1)
     return float(shares.std(ddof=1) / np.sqrt(len(x)))
@@ -164,9 +162,9 @@ def kernel_distance(
 ) -> tuple[float, float, float]:
     """KID between two sets of features (n, width) and (m, width): the value, and its 95 % interval.
 
-    The squared maximum mean discrepancy with the kernel (x.y / width + 1)**3, without bias and over all pictures; the
+    The squared maximum mean discrepancy with the kernel (x.y / width + 1)**3, without bias and over all images; the
     mean over random subsets, as it is often given, estimates the same. The interval is the normal one of a U-statistic:
-    its variance is that of the pictures' own shares in it, summed over both sets.
+    its variance is that of the images' own shares in it, summed over both sets.
 
     Args:
         among_real: `kernel_means` of the real ones, where it is known.

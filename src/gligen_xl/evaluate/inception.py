@@ -1,4 +1,4 @@
-"""clean-fid's features of pictures and its FID; a program of its own, for an interpreter that has clean-fid.
+"""clean-fid's features of images and its FID; a program of its own, for an interpreter that has clean-fid.
 
     python inception.py REQUEST.json OUTPUT_FOLDER
 

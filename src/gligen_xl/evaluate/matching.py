@@ -1,4 +1,4 @@
-"""Scores of one picture: which detection stands for which requested object, and what is there too often or too rarely.
+"""Scores of one image: which detection stands for which requested object, and what is there too often or too rarely.
 
 The rules, and where they differ from published ones: an object is assigned at most one detection, and a detection to at
 most one object. COCO-MIG's evaluation (github.com/LeyRio/MIG_Bench) takes for each object the detection of best IoU,
@@ -33,7 +33,7 @@ class ObjectScore:
         iou: 0 if nothing was assigned.
         attributes: whether the assigned detection is what the phrase says, by attribute ("colour", "shape"). All are
             False if nothing was assigned.
-        assigned: the number of that detection among the picture's, or None.
+        assigned: the number of that detection among the image's, or None.
         label: what the detector was to look for.
     """
 
@@ -49,15 +49,15 @@ class ObjectScore:
 
 
 @dataclass(frozen=True)
-class PictureScore:
-    """A picture against the layout that it was asked to follow.
+class ImageScore:
+    """An image against the layout that it was asked to follow.
 
     Args:
         objects: one a box of the layout, in its order.
         found: all detections, also those that the detector is not sure of.
         extra: how many more there are than requested, of the requested labels.
         missing: how many fewer there are than requested, wherever they stand.
-        clip: similarity of the picture and its prompt, where it was measured.
+        clip: similarity of the image and its prompt, where it was measured.
         clip_objects: that of each box and its phrase.
     """
 
@@ -76,9 +76,9 @@ class PictureScore:
         return all(score.success for score in self.objects)
 
 
-def score_picture(
+def score_image(
     layout: Layout, key: str, found: Sequence[Found], detector: Detector, beside: Sequence[tuple[str, Box]] = ()
-) -> PictureScore:
+) -> ImageScore:
     """Assign detections to the requested objects and count what is left.
 
     Pairs are taken by falling IoU, of detections of the requested label (of any, where the detector's labels do not
@@ -86,7 +86,7 @@ def score_picture(
     detector's threshold (`settings["threshold"]`, where it has one) are kept for AP, and neither assigned nor counted.
 
     Args:
-        beside: phrases and boxes of objects that the picture rightly holds, and that were not requested: a real picture
+        beside: phrases and boxes of objects that the image rightly holds, and that were not requested: a real image
             whose layout names only some of them. Detections of these are passed over.
 
     Raises:
@@ -123,7 +123,7 @@ def score_picture(
     decide = detector.labels_decide
     requested = Counter(item.label if decide else "" for item in wanted)
     seen = Counter(found[number].label if decide else "" for number in sure)
-    return PictureScore(
+    return ImageScore(
         layout=layout,
         key=key,
         objects=tuple(scores),

@@ -1,10 +1,10 @@
-"""Metrics over pictures, with intervals: how well are boxes followed, and how sure is that?
+"""Metrics over images, with intervals: how well are boxes followed, and how sure is that?
 
 Intervals are 95 % percentile intervals of the bootstrap (B. Efron, "Bootstrap methods: another look at the jackknife",
 Annals of Statistics 7, 1979; B. Efron and R. Tibshirani, "An introduction to the bootstrap", 1993, chapter 13). Whole
-pictures are resampled, as the objects of one picture are alike. They say how much chance there is in which layouts and
-noises were taken, not in the training of a model. Of a few dozen pictures they are too narrow; of one picture, or where
-all pictures agree, they are a point. The samples of AP are moved so that their mean is the value.
+images are resampled, as the objects of one image are alike. They say how much chance there is in which layouts and
+noises were taken, not in the training of a model. Of a few dozen images they are too narrow; of one image, or where
+all images agree, they are a point. The samples of AP are moved so that their mean is the value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .ap import AP_NAMES, AveragePrecision
-from .matching import FOUND, ObjectScore, PictureScore
+from .matching import FOUND, ImageScore, ObjectScore
 
 _BLOCK = 2_000_000  # weights at once
 _LOW, _HIGH = 0.025, 0.975
@@ -31,16 +31,16 @@ class Estimate:
 
 
 def summarize(
-    pictures: Sequence[PictureScore], *, ap: bool = True, seed: int = 0, resamples: int = 1000
+    images: Sequence[ImageScore], *, ap: bool = True, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Estimate]:
-    """Metrics over pictures; shares are 0-1.
+    """Metrics over images; shares are 0-1.
 
     Args:
         ap: with the AP family, which wants faster-coco-eval (extra `evaluation`).
         seed: of the resamples; the same seed gives the same intervals.
 
     Returns:
-        objects, pictures: how many; their intervals are points.
+        objects, images: how many; their intervals are points.
         mean_iou: an object to which nothing was assigned counts 0.
         recall_50, recall_75: share of objects of IoU at least 0.5, 0.75.
         ATTRIBUTE: share of objects whose assigned detection has the right one.
@@ -48,31 +48,31 @@ def summarize(
         mean_iou_right: mean IoU where found objects with a wrong attribute count 0, as COCO-MIG counts it. Only where
             attributes are judged.
         success: share of objects that are found and right in every attribute.
-        picture_success: share of pictures of which all objects are.
-        wrong_count: share of pictures with more or fewer objects of a requested label than requested.
-        extra_objects: how many there are too many in a picture.
+        picture_success: share of images of which all objects are.
+        wrong_count: share of images with more or fewer objects of a requested label than requested.
+        extra_objects: how many there are too many in an image.
         ap, ap_50, ap_75, ar: see `AveragePrecision`.
-        clip, clip_objects: mean over the pictures, and boxes, for which they were measured; left out where none was.
+        clip, clip_objects: mean over the images, and boxes, for which they were measured; left out where none was.
 
     Raises:
         ValueError: there are no objects, or faster-coco-eval is missing.
     """
-    statistics = _Statistics(pictures, ap)
-    samples = _resample(statistics.resampled, len(pictures), resamples, seed)
-    return _counts(pictures) | _estimates(statistics.point, samples)
+    statistics = _Statistics(images, ap)
+    samples = _resample(statistics.resampled, len(images), resamples, seed)
+    return _counts(images) | _estimates(statistics.point, samples)
 
 
 def paired_difference(
-    a: Sequence[PictureScore], b: Sequence[PictureScore], *, ap: bool = True, seed: int = 0, resamples: int = 1000
+    a: Sequence[ImageScore], b: Sequence[ImageScore], *, ap: bool = True, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Estimate]:
-    """By how much the metrics of `a` are above those of `b`, in pictures of the same layouts.
+    """By how much the metrics of `a` are above those of `b`, in images of the same layouts.
 
-    Pictures are paired by their keys; those that only one side has (as the other's could not be read) are left out.
+    Images are paired by their keys; those that only one side has (as the other's could not be read) are left out.
     Both sides are resampled together, so that easy and hard layouts cancel out: the interval is narrower than those
     of `a` and `b` suggest. An interval without 0 is a difference beyond chance.
 
     Returns:
-        The names of `summarize` that both sides have. objects and pictures say how many were compared.
+        The names of `summarize` that both sides have. objects and images say how many were compared.
 
     Raises:
         ValueError: a key stands for different layouts, a side has a key twice, or they have none in common.
@@ -104,7 +104,7 @@ def point_metrics(scores: Sequence[ObjectScore]) -> dict[str, float]:
 
 
 def ratios_of(values: np.ndarray, counted: np.ndarray, *, seed: int = 0, resamples: int = 1000) -> list[Estimate]:
-    """Ratios of sums over n pictures, with the intervals of `summarize`.
+    """Ratios of sums over n images, with the intervals of `summarize`.
 
     Args:
         values: (n, m), what is summed. counted: (n, m), what its sum is divided by.
@@ -118,22 +118,22 @@ def ratios_of(values: np.ndarray, counted: np.ndarray, *, seed: int = 0, resampl
     return list(_estimates({str(k): value for k, value in enumerate(point)}, samples).values())
 
 
-def _pairs(a: Sequence[PictureScore], b: Sequence[PictureScore]) -> tuple[list[PictureScore], list[PictureScore]]:
-    by_key = [{picture.key: picture for picture in side} for side in (a, b)]
-    for side, pictures in zip(by_key, (a, b), strict=True):
-        if len(side) < len(pictures):
-            raise ValueError(f"{len(pictures)} pictures have only {len(side)} different keys; expected one key each")
+def _pairs(a: Sequence[ImageScore], b: Sequence[ImageScore]) -> tuple[list[ImageScore], list[ImageScore]]:
+    by_key = [{image.key: image for image in side} for side in (a, b)]
+    for side, images in zip(by_key, (a, b), strict=True):
+        if len(side) < len(images):
+            raise ValueError(f"{len(images)} images have only {len(side)} different keys; expected one key each")
     common = [key for key in by_key[0] if key in by_key[1]]
     if not common:
-        raise ValueError("no picture of one side is of a layout of the other; compare evaluations of the same layouts")
+        raise ValueError("no image of one side is of a layout of the other; compare evaluations of the same layouts")
     for key in common:
         if by_key[0][key].layout != by_key[1][key].layout:
             raise ValueError(f"{key} is another layout on either side; compare evaluations of the same layouts")
     return [by_key[0][key] for key in common], [by_key[1][key] for key in common]
 
 
-def _counts(pictures: Sequence[PictureScore]) -> dict[str, Estimate]:
-    counts = {"objects": sum(len(picture.objects) for picture in pictures), "pictures": len(pictures)}
+def _counts(images: Sequence[ImageScore]) -> dict[str, Estimate]:
+    counts = {"objects": sum(len(image.objects) for image in images), "pictures": len(images)}
     return {name: Estimate(count, count, count) for name, count in counts.items()}
 
 
@@ -157,28 +157,28 @@ def of_objects(scores: Sequence[ObjectScore]) -> dict[str, Ratio]:
     return ratios | {"success": (success, each)}
 
 
-def _of_pictures(pictures: Sequence[PictureScore]) -> dict[str, Ratio]:
-    """Each metric as a ratio of two sums over pictures: (n,) each."""
-    scores = [score for picture in pictures for score in picture.objects]
+def _of_images(images: Sequence[ImageScore]) -> dict[str, Ratio]:
+    """Each metric as a ratio of two sums over images: (n,) each."""
+    scores = [score for image in images for score in image.objects]
     if not scores:
         raise ValueError("no objects to summarize")
-    of_picture = np.repeat(np.arange(len(pictures)), [len(picture.objects) for picture in pictures])
+    of_image = np.repeat(np.arange(len(images)), [len(image.objects) for image in images])
 
     def summed(values: np.ndarray) -> np.ndarray:
-        return np.bincount(of_picture, values, len(pictures))
+        return np.bincount(of_image, values, len(images))
 
     ratios = {name: (summed(values), summed(counted)) for name, (values, counted) in of_objects(scores).items()}
-    each = np.ones(len(pictures))
+    each = np.ones(len(images))
 
     def of_each(values: Sequence[float]) -> Ratio:
         return np.array(values, float), each
 
-    ratios["picture_success"] = of_each([picture.success for picture in pictures])
-    ratios["wrong_count"] = of_each([picture.extra + picture.missing > 0 for picture in pictures])
-    ratios["extra_objects"] = of_each([picture.extra for picture in pictures])
+    ratios["picture_success"] = of_each([image.success for image in images])
+    ratios["wrong_count"] = of_each([image.extra + image.missing > 0 for image in images])
+    ratios["extra_objects"] = of_each([image.extra for image in images])
     for name, measured in (
-        ("clip", [() if picture.clip is None else (picture.clip,) for picture in pictures]),
-        ("clip_objects", [picture.clip_objects or () for picture in pictures]),
+        ("clip", [() if image.clip is None else (image.clip,) for image in images]),
+        ("clip_objects", [image.clip_objects or () for image in images]),
     ):
         if any(measured):
             ratios[name] = np.array([sum(values) for values in measured]), np.array([len(v) for v in measured], float)
@@ -192,18 +192,18 @@ def _ratios(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 class _Statistics:
-    """The metrics of n pictures (`point`), and of resamples of them."""
+    """The metrics of n images (`point`), and of resamples of them."""
 
-    def __init__(self, pictures: Sequence[PictureScore], ap: bool):
-        ratios = {name: ratio for name, ratio in _of_pictures(pictures).items() if ratio[1].any()}
+    def __init__(self, images: Sequence[ImageScore], ap: bool):
+        ratios = {name: ratio for name, ratio in _of_images(images).items() if ratio[1].any()}
         self._values, self._counted = (np.stack(columns, axis=1) for columns in zip(*ratios.values(), strict=True))
-        self._ap = AveragePrecision(pictures) if ap else None
+        self._ap = AveragePrecision(images) if ap else None
         self.point = {name: float(values.sum() / counted.sum()) for name, (values, counted) in ratios.items()}
         if self._ap:
             self.point |= zip(AP_NAMES, self._ap.point.tolist(), strict=True)
 
     def resampled(self, weights: np.ndarray) -> np.ndarray:
-        """The metrics where picture k counts `weights[:, k]` times: (r, n) -> (r, metrics); NaN is undefined."""
+        """The metrics where image k counts `weights[:, k]` times: (r, n) -> (r, metrics); NaN is undefined."""
         ratios = _ratios(weights @ self._values, weights @ self._counted)
         return np.hstack([ratios, self._ap.resampled(weights)]) if self._ap else ratios
 
@@ -212,14 +212,14 @@ class _Statistics:
 
 
 def _resample(statistic: Callable[[np.ndarray], np.ndarray], number: int, resamples: int, seed: int) -> np.ndarray:
-    """A statistic (r, n) -> (r, metrics) of resamples of n pictures: (resamples, metrics)."""
+    """A statistic (r, n) -> (r, metrics) of resamples of n images: (resamples, metrics)."""
     if resamples < 1:
         raise ValueError(f"{resamples} resamples; expected at least 1")
     return np.concatenate([statistic(weights) for weights in _weights(number, resamples, seed)])
 
 
 def _weights(number: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of n pictures is in a resample: blocks of (r, n)."""
+    """How often each of n images is in a resample: blocks of (r, n)."""
     random = np.random.default_rng(seed)
     rows = max(_BLOCK // number, 1)
     for start in range(0, resamples, rows):
@@ -230,7 +230,7 @@ def _weights(number: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 def _estimates(point: Mapping[str, float], samples: np.ndarray, lowest: float = 0) -> dict[str, Estimate]:
     """Intervals of samples (resamples, metrics); undefined samples are left out, and each interval holds its value.
 
-    A repeated picture agrees with itself, so that AP of resamples is too high, often all of it. What tells is how far
+    A repeated image agrees with itself, so that AP of resamples is too high, often all of it. What tells is how far
     they are from their mean; AP is from `lowest` to 1.
     """
     estimates = {}

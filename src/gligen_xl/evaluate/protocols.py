@@ -14,8 +14,8 @@ from typing import Any
 from PIL import Image
 
 from ..layout import Layout, read_layouts
-from ..toyworld.layouts import background, held_out_layouts, scene_picture
-from ..toyworld.world import HELD_OUT_SEED, PICTURE_SIZE
+from ..toyworld.layouts import background, held_out_layouts, scene_image
+from ..toyworld.world import HELD_OUT_SEED, IMAGE_SIZE
 from . import coco_layouts, coco_mig
 from .coco_layouts import CocoSplit, gligen_layouts, layout_to_image_layouts
 from .coco_mig import draw_layouts, find_published, published_photographs, read_published
@@ -43,8 +43,8 @@ class Protocol:
         parameters: what the layouts depend on, for the report (JSON).
         detector: the default one's name.
         metrics: in their order of importance.
-        real: a layout's real picture, or None where there are none.
-        empty: a picture that holds nothing of a layout.
+        real: a layout's real image, or None where there are none.
+        empty: an image that holds nothing of a layout.
         attributes: what is judged of an object beside its place, as ("colour",).
     """
 
@@ -63,7 +63,7 @@ def find_protocol(
     name: str | Path,
     *,
     coco: str | Path | None = None,
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     count: int | None = None,
     seed: int = 0,
 ) -> Protocol:
@@ -72,7 +72,7 @@ def find_protocol(
     Args:
         name: one of PROTOCOLS, or a JSON or JSONL file of layouts.
         coco: the COCO folder, for those that begin with "coco".
-        pictures: for a file, a folder of real pictures that are named by their layouts' ids.
+        images: for a file, a folder of real images that are named by their layouts' ids.
         count: the first so many layouts; by default all, and 256 of the shapes world.
         seed: of the layouts that are drawn (COCO-MIG and COCO-Position without a published file). Results of two seeds
             are of different layouts; the seed of the noise is no reason to change this one.
@@ -89,7 +89,7 @@ def find_protocol(
     if name in PROTOCOLS:
         protocol = _COCO[str(name)](folder, seed)
     else:
-        protocol = _file(Path(name), None if pictures is None else Path(pictures))
+        protocol = _file(Path(name), None if images is None else Path(images))
     if not protocol.layouts:
         rules = ", ".join(f"{key} {value}" for key, value in protocol.parameters.items())
         raise ValueError(f"nothing is left of {folder} for {protocol.name}: {rules}")
@@ -102,7 +102,7 @@ def find_protocol(
 
 
 def grey(layout: Layout) -> Image.Image:
-    """A uniformly grey picture of the layout's size, where it has one."""
+    """A uniformly grey image of the layout's size, where it has one."""
     return Image.new("RGB", (layout.width or RESOLUTION, layout.height or RESOLUTION), (128, 128, 128))
 
 
@@ -113,17 +113,17 @@ def _shapes(count: int) -> Protocol:
     return Protocol(
         name="shapes",
         paper="",
-        parameters={"scenes": count, "scene_seed": HELD_OUT_SEED, "pixels": PICTURE_SIZE, "prompts": "without places"},
+        parameters={"scenes": count, "scene_seed": HELD_OUT_SEED, "pixels": IMAGE_SIZE, "prompts": "without places"},
         layouts=held_out_layouts(count),
         detector="shapes",
         metrics=(*_PLACE, "colour", "shape", "colour_of_found", "shape_of_found", *_WRONG),
         attributes=("colour", "shape"),
-        real=scene_picture,
+        real=scene_image,
         empty=background,
     )
 
 
-def _file(path: Path, pictures: Path | None) -> Protocol:
+def _file(path: Path, images: Path | None) -> Protocol:
     if not path.is_file():
         raise FileNotFoundError(f"no layout file {path}, and no such protocol; there are {', '.join(PROTOCOLS)}")
     layouts = read_layouts(path)
@@ -134,7 +134,7 @@ def _file(path: Path, pictures: Path | None) -> Protocol:
         layouts=layouts,
         detector=PHRASE_DETECTOR,
         metrics=(*_PLACE, *_AP, *_WRONG, "clip", "clip_objects"),
-        real=None if pictures is None else photographs_of(pictures, layouts),
+        real=None if images is None else photographs_of(images, layouts),
         empty=grey,
     )
 
@@ -147,7 +147,7 @@ def _coco(folder: Path | None, seed: int) -> Protocol:
 
 def _coco_2014(folder: Path | None, seed: int) -> Protocol:
     split = CocoSplit.find(folder, "val2014")
-    pictures, captions = split.pictures(), split.captions()
+    images, captions = split.images(), split.captions()
     return Protocol(
         name="coco-2014",
         paper="GLIGEN, arXiv 2301.07093, section 5.1",
@@ -157,17 +157,17 @@ def _coco_2014(folder: Path | None, seed: int) -> Protocol:
             "smallest_area": coco_layouts.SMALLEST,
             "most_objects": coco_layouts.MOST,
         },
-        layouts=gligen_layouts(pictures, captions),
+        layouts=gligen_layouts(images, captions),
         detector=COCO_DETECTOR,
         metrics=("fid", *_AP, *_PLACE, *_WRONG, "clip", "clip_objects"),
-        real=split.photographs(pictures, centre_crop),
+        real=split.photographs(images, centre_crop),
         empty=grey,
     )
 
 
 def _coco_2017(folder: Path | None, seed: int) -> Protocol:
     split = CocoSplit.find(folder, "val2017")
-    pictures, captions = split.pictures(), split.captions()
+    images, captions = split.images(), split.captions()
     return Protocol(
         name="coco-2017",
         paper="layout-to-image: filter of sg2im, arXiv 1804.01622; YOLO score of LAMA, ICCV 2021; GLIGEN, section 5.1",
@@ -178,10 +178,10 @@ def _coco_2017(folder: Path | None, seed: int) -> Protocol:
             "fewest_objects": coco_layouts.FEWEST_OBJECTS,
             "most_objects": coco_layouts.MOST_OBJECTS,
         },
-        layouts=layout_to_image_layouts(pictures, captions),
+        layouts=layout_to_image_layouts(images, captions),
         detector=COCO_DETECTOR,
         metrics=("fid", *_AP, *_PLACE, *_WRONG, "clip", "clip_objects"),
-        real=split.photographs(pictures, squeeze),
+        real=split.photographs(images, squeeze),
         empty=grey,
     )
 
@@ -237,14 +237,14 @@ def _coco_position(folder: Path | None, seed: int) -> Protocol:
 def _two_to_six(
     folder: Path | None, names: Sequence[str], *, colours: bool, seed: int
 ) -> tuple[list[Layout], dict[str, Any], Photographs | None]:
-    """The layouts of a published file, or else drawn from COCO's validation pictures; their parameters and pictures."""
+    """The layouts of a published file, or else drawn from COCO's validation images; their parameters and images."""
     if folder and (published := find_published(folder, names)):
-        layouts, images = read_published(published)
-        return layouts, {"file": published.name, "frame": "squeeze"}, published_photographs(folder, images)
+        layouts, image_ids = read_published(published)
+        return layouts, {"file": published.name, "frame": "squeeze"}, published_photographs(folder, image_ids)
     instead = f", or with {' or '.join(names)} ({coco_mig.SOURCES})"
     split = CocoSplit.find(folder, "val2014", "val2017", instead=instead)
-    pictures = split.pictures()
-    layouts = draw_layouts(pictures, colours=colours, seed=seed)
+    images = split.images()
+    layouts = draw_layouts(images, colours=colours, seed=seed)
     parameters = {
         "drawn": f"from {split.name}, since the folder has no {' or '.join(names)}: not the published layouts",
         "layout_seed": seed,
@@ -252,7 +252,7 @@ def _two_to_six(
         "layouts_by_objects": {n: sum(len(layout.boxes) == n for layout in layouts) for n in coco_mig.NUMBERS},
         **_about(split, "squeeze"),
     }
-    return layouts, parameters, split.photographs(pictures, squeeze)
+    return layouts, parameters, split.photographs(images, squeeze)
 
 
 _COCO: Mapping[str, Callable[[Path | None, int], Protocol]] = {

@@ -1,4 +1,4 @@
-"""Real pictures of layouts: what a detector scores on them is about the most that generated pictures can reach."""
+"""Real images of layouts: what a detector scores on them is about the most that generated images can reach."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import numpy as np
 from PIL import Image
 
 from ..images.crop import Frame, square_frame
-from ..images.decode import decode, framed, picture_size
+from ..images.decode import decode, framed, image_size
 from ..layout import Box, Layout
-from ..prepare.sources.folders import find_pictures
+from ..prepare.sources.folders import find_images
 
-RESOLUTION = 512  # pixels, both ways: GLIGEN's pictures, and those that COCO-MIG's evaluation looks at
+RESOLUTION = 512  # pixels, both ways: GLIGEN's images, and those that COCO-MIG's evaluation looks at
 
 FrameMaker = Callable[[int, int], Frame]  # of (height, width)
 
 
 def squeeze(height: int, width: int) -> Frame:
-    """The whole picture, squeezed into a square: boxes as shares of the picture stay what they are."""
+    """The whole image, squeezed into a square: boxes as shares of the image stay what they are."""
     return Frame((height, width), (RESOLUTION, RESOLUTION), 0, 0, (RESOLUTION, RESOLUTION))
 
 
 def centre_crop(height: int, width: int) -> Frame:
-    """The middle of the picture, as `prepare` cuts it out of the pictures that are trained on."""
+    """The middle of the image, as `prepare` cuts it out of the images that are trained on."""
     return square_frame(height, width, RESOLUTION)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Photographs:
-    """Real pictures by the id of their layout; called with a layout, its picture.
+    """Real images by the id of their layout; called with a layout, its image.
 
     Args:
         files: of each layout.
-        frame: how a picture was framed when its boxes were made; None for the whole picture as it is.
+        frame: how an image was framed when its boxes were made; None for the whole image as it is.
         sizes: (height, width) that the annotations are made for, where that is known.
-        annotated: names and boxes (n, 4), xyxy 0-1 of the whole picture, of all objects; where they and `sizes` are
+        annotated: names and boxes (n, 4), xyxy 0-1 of the whole image, of all objects; where they and `sizes` are
             known.
         source: where missing ones are to be had.
     """
@@ -49,7 +49,7 @@ class Photographs:
     source: str = ""
 
     def __call__(self, layout: Layout) -> Image.Image:
-        """The picture of this layout, RGB.
+        """The image of this layout, RGB.
 
         Raises:
             ValueError: it is damaged, or of another size than its annotations are made for.
@@ -57,17 +57,17 @@ class Photographs:
         """
         assert layout.id is not None
         path = self.files[layout.id]
-        size = picture_size(path)
+        size = image_size(path)
         if size != (stated := self.sizes.get(layout.id, size)):
             raise ValueError(
                 f"{path} has {size[1]} x {size[0]} pixels, but its annotations are made for {stated[1]} x {stated[0]}; "
-                "it is not the picture that they describe"
+                "it is not the image that they describe"
             )
-        picture = decode(path)
-        return picture if self.frame is None else Image.fromarray(framed(picture, self.frame(*size)))
+        image = decode(path)
+        return image if self.frame is None else Image.fromarray(framed(image, self.frame(*size)))
 
     def beside(self, layout: Layout) -> list[tuple[str, Box]]:
-        """Names and framed boxes of the objects that the picture holds and the layout does not ask for."""
+        """Names and framed boxes of the objects that the image holds and the layout does not ask for."""
         assert layout.id is not None
         names, boxes = self.annotated.get(layout.id, ((), np.empty((0, 4))))
         if self.frame is not None and len(names):
@@ -78,7 +78,7 @@ class Photographs:
         return [(names[k], tuple(boxes[k].tolist())) for k in np.flatnonzero(seen & ~asked).tolist()]
 
     def version(self, layout: Layout) -> str:
-        """Changes when another file takes the picture's place."""
+        """Changes when another file takes the image's place."""
         assert layout.id is not None
         stat = self.files[layout.id].stat()
         return f"{self.files[layout.id].name}, {stat.st_size} bytes, {stat.st_mtime_ns}"
@@ -92,31 +92,31 @@ class Photographs:
         files = [self.files[layout.id] for layout in layouts if layout.id is not None]
         if lacking := [path for path in files if not path.is_file()]:
             raise FileNotFoundError(
-                f"{len(lacking)} of {len(files)} pictures are missing, the first is {lacking[0]}{self.source}"
+                f"{len(lacking)} of {len(files)} images are missing, the first is {lacking[0]}{self.source}"
             )
 
 
 def photographs_of(folder: Path, layouts: Iterable[Layout]) -> Photographs:
-    """The pictures of a folder whose names, without the ending, are the layouts' ids.
+    """The images of a folder whose names, without the ending, are the layouts' ids.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a layout has no id or no picture, or two pictures have one name.
+        ValueError: a layout has no id or no image, or two images have one name.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder} of real pictures")
+        raise FileNotFoundError(f"no folder {folder} of real images")
     found: dict[str, Path] = {}
-    for path in find_pictures(folder):
+    for path in find_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
-            raise ValueError(f"{folder} has two pictures {name}: {found[name].name} and {path.name}; keep one of them")
+            raise ValueError(f"{folder} has two images {name}: {found[name].name} and {path.name}; keep one of them")
         found[name] = path
     ids = [layout.id for layout in layouts]
     if None in ids:
-        raise ValueError(f"layout {ids.index(None)} has no id; real pictures belong to layouts by their ids")
+        raise ValueError(f"layout {ids.index(None)} has no id; real images belong to layouts by their ids")
     if lacking := [name for name in ids if name not in found]:
         raise ValueError(
-            f"{folder} has no picture of {len(lacking)} of {len(ids)} layouts, the first is {lacking[0]!r}; "
-            "the name of a picture, without its ending, is the id of its layout"
+            f"{folder} has no image of {len(lacking)} of {len(ids)} layouts, the first is {lacking[0]!r}; "
+            "the name of an image, without its ending, is the id of its layout"
         )
     return Photographs(files={name: found[name] for name in ids if name is not None})

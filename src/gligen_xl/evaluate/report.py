@@ -1,4 +1,4 @@
-"""What an evaluation found: JSON for programs, a table for the terminal, a page and a grid of pictures for the eye.
+"""What an evaluation found: JSON for programs, a table for the terminal, a page and a grid of images for the eye.
 
 report = Report(protocol, detector, conditions, settings)
 write_report(report, "out")       # out/report.json, report.md, report.html, grid.png
@@ -18,13 +18,13 @@ from PIL import Image
 
 from ..detect.detectors import Detector
 from ..escape import markdown
-from ..images.decode import PictureError, decode
+from ..images.decode import ImageError, decode
 from ..images.draw import draw_boxes, grid
 from ..io import whole_file
 from ..redact import public, public_text
 from . import report_words as words
 from .ap import AP_NAMES
-from .matching import PictureScore
+from .matching import ImageScore
 from .metrics import Estimate, summarize
 from .protocols import Protocol
 from .report_page import report_page
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from .run import Condition
 
 SCHEMA_VERSION = 1  # of report.json: another one, where a program that reads it would have to change
-_SHOWN = 8  # layouts in the grid of pictures
-_CELL = 512  # pixels of a picture in it, at most
-_DEEPEST = 4  # from there on a value of report.json is on one line: conditions, one of them, its pictures, a picture
+_SHOWN = 8  # layouts in the grid of images
+_CELL = 512  # pixels of an image in it, at most
+_DEEPEST = 4  # from there on a value of report.json is on one line: conditions, one of them, its images, an image
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Report:
 
     Args:
         conditions: the first one is what the page begins with.
-        settings: how pictures were generated; "distances" are FID and KID by condition, where they were measured.
+        settings: how images were generated; "distances" are FID and KID by condition, where they were measured.
         compared: paired differences from another evaluation.
     """
 
@@ -65,12 +65,12 @@ class Report:
     def metrics(self) -> dict[str, dict[str, Estimate]]:
         """By condition and name, as `summarize` has them, and "fid" and "kid"; rounded as they are written.
 
-        A condition without pictures has none.
+        A condition without images has none.
         """
         ap = bool(set(AP_NAMES) & set(self.protocol.metrics)) and find_spec("faster_coco_eval") is not None
         metrics = {}
         for condition in self.conditions:
-            found = summarize(condition.pictures, ap=ap) if condition.pictures else {}
+            found = summarize(condition.images, ap=ap) if condition.images else {}
             metrics[condition.name] = _rounded(found | self._distances(condition.name))
         return metrics
 
@@ -98,26 +98,26 @@ class Report:
         return {
             condition.name: {
                 grouping: [replace(part, metrics=_rounded(part.metrics)) for part in parts]
-                for grouping, parts in slices(condition.pictures, self.protocol.layouts, self.detector.wanted).items()
+                for grouping, parts in slices(condition.images, self.protocol.layouts, self.detector.wanted).items()
             }
             for condition in self.conditions
             if condition is self.conditions[0] or condition.kind in ("off", "real")
         }
 
     def seen(self, condition: Condition) -> float:
-        """How many objects a picture the detector is sure of, whatever they are. The condition has pictures."""
-        numbers = [len(self.sure(picture)) for picture in condition.pictures]
+        """How many objects an image the detector is sure of, whatever they are. The condition has images."""
+        numbers = [len(self.sure(image)) for image in condition.images]
         return sum(numbers) / len(numbers)
 
-    def sure(self, picture: PictureScore) -> list[int]:
+    def sure(self, image: ImageScore) -> list[int]:
         """The numbers of the detections that count: those from the detector's threshold on."""
         threshold = self.detector.settings.get("threshold", 0.0)
-        return [number for number, found in enumerate(picture.found) if found.score >= threshold]
+        return [number for number, found in enumerate(image.found) if found.score >= threshold]
 
     def table(self) -> str:
         """For the terminal, 120 columns wide; says what `markdown` says."""
         lacking = words.unread(self)
-        unread = "Pictures that could not be read are in no figure.\n\n"
+        unread = "Images that could not be read are in no figure.\n\n"
         parts = [
             words.wrapped(words.about(self)),
             *([unread + "".join(words.wrapped(line, "- ") for line in lacking)] if lacking else []),
@@ -133,7 +133,7 @@ class Report:
         lacking = words.unread(self)
         parts = [
             markdown(words.about(self)) + "\n",
-            *(["**Pictures that could not be read are in no figure.**\n\n" + _listed(lacking)] if lacking else []),
+            *(["**Images that could not be read are in no figure.**\n\n" + _listed(lacking)] if lacking else []),
             markdown(words.bounds(self)) + "\n",
             words.table(self),
             *([words.differences(self)] if self.compared else []),
@@ -145,7 +145,7 @@ class Report:
         """What `report.json` holds.
 
         Args:
-            folder: that paths of pictures are relative to.
+            folder: that paths of images are relative to.
         """
         protocol, detector = self.protocol, self.detector
         document = {
@@ -182,27 +182,27 @@ class Report:
             "kind": condition.kind,
             "settings": condition.settings,
             "metrics": _estimates(self.metrics[condition.name]),
-            "detections_a_picture": self.seen(condition) if condition.pictures else None,
+            "detections_a_picture": self.seen(condition) if condition.images else None,
             "unread": {key: public_text(why) for key, why in condition.unread.items()},
             "slices": {
                 grouping: [
-                    {"name": part.name, "objects": part.objects, "pictures": part.pictures, **_estimates(part.metrics)}
+                    {"name": part.name, "objects": part.objects, "pictures": part.images, **_estimates(part.metrics)}
                     for part in parts
                 ]
                 for grouping, parts in self.slices.get(condition.name, {}).items()
             },
-            "pictures": [self._picture(picture, condition, folder) for picture in condition.pictures],
+            "pictures": [self._image(image, condition, folder) for image in condition.images],
         }
 
-    def _picture(self, picture: PictureScore, condition: Condition, folder: str | Path | None) -> dict[str, Any]:
-        sure = self.sure(picture)
-        measured = {"clip": picture.clip, "clip_objects": picture.clip_objects}
-        path = condition.paths.get(picture.key)
+    def _image(self, image: ImageScore, condition: Condition, folder: str | Path | None) -> dict[str, Any]:
+        sure = self.sure(image)
+        measured = {"clip": image.clip, "clip_objects": image.clip_objects}
+        path = condition.paths.get(image.key)
         return {
-            "key": picture.key,
+            "key": image.key,
             **({} if path is None or folder is None else {"path": _path_from(path, Path(folder))}),
-            "layout": picture.layout.to_dict(),
-            "success": picture.success,
+            "layout": image.layout.to_dict(),
+            "success": image.success,
             "objects": [
                 {
                     "iou": score.iou,
@@ -210,11 +210,11 @@ class Report:
                     "attributes": score.attributes,
                     "assigned": None if score.assigned is None else sure.index(score.assigned),
                 }
-                for score in picture.objects
+                for score in image.objects
             ],
-            "found": [picture.found[number].to_dict() for number in sure],
-            "extra": picture.extra,
-            "missing": picture.missing,
+            "found": [image.found[number].to_dict() for number in sure],
+            "extra": image.extra,
+            "missing": image.missing,
             **{name: value for name, value in measured.items() if value is not None},
         }
 
@@ -223,10 +223,10 @@ class Report:
         shown = [condition for condition in self.conditions if condition.kind != "shuffled"]
         layouts = dict(list(keyed(self.protocol.layouts).items())[:_SHOWN])
         rows = [
-            [draw_boxes(_picture_of(condition, key), layout) for condition in shown] for key, layout in layouts.items()
+            [draw_boxes(_image_of(condition, key), layout) for condition in shown] for key, layout in layouts.items()
         ]
-        for picture in (picture for row in rows for picture in row):
-            picture.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
+        for image in (image for row in rows for image in row):
+            image.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
         captions = [layout.prompt for layout in layouts.values()]
         return grid(rows, columns=[condition.name for condition in shown], captions=captions)
 
@@ -245,16 +245,16 @@ def write_report(report: Report, folder: str | Path, **about: Any) -> None:
 
 
 def _path_from(path: Path, folder: Path) -> str:
-    """The picture's path in the report's folder; of one that lies elsewhere, the name of its folder and its own."""
+    """The image's path in the report's folder; of one that lies elsewhere, the name of its folder and its own."""
     path, folder = path.absolute(), folder.absolute()
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else f"{path.parent.name}/{path.name}"
 
 
-def _picture_of(condition: Condition, key: str) -> Image.Image:
+def _image_of(condition: Condition, key: str) -> Image.Image:
     """Grey, where there is none."""
     try:
         return decode(condition.paths[key])
-    except (KeyError, OSError, PictureError):
+    except (KeyError, OSError, ImageError):
         return Image.new("RGB", (256, 256), (128, 128, 128))
 
 
@@ -280,7 +280,7 @@ def _listed(lines: Sequence[str]) -> str:
 
 
 def _lines(value: Any, depth: int = 0) -> str:
-    """JSON with a picture, or a metric, on a line."""
+    """JSON with an image, or a metric, on a line."""
     if depth == _DEEPEST or not isinstance(value, dict | list) or not value:
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Marks of an evaluation's page: a value with its interval on a scale, a map of the picture, boxes over pictures.
+"""Marks of an evaluation's page: a value with its interval on a scale, a map of the image, boxes over images.
 
 Each stands beside the same figures as text, or says what it shows in words of its own.
 """
@@ -54,7 +54,7 @@ def heat_map(cells: Sequence[tuple[float, str, str, str] | None], columns: int, 
 
 
 def boxes_over(requested: Sequence[Sequence[float]], found: Sequence[tuple[Sequence[float], int | None]]) -> str:
-    """Boxes to lie over a picture: requested ones solid, detected ones dashed.
+    """Boxes to lie over an image: requested ones solid, detected ones dashed.
 
     Args:
         found: boxes, and the number of the requested one that each stands for; None: for none.
@@ -67,7 +67,7 @@ def boxes_over(requested: Sequence[Sequence[float]], found: Sequence[tuple[Seque
 
 
 def _rectangle(box: Sequence[float], style: str) -> str:
-    """With a light edge under it, so that it is seen on any picture."""
+    """With a light edge under it, so that it is seen on any image."""
     x0, y0, x1, y1 = (round(1000 * value) for value in box)
     at = f'x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}"'
     return f'<rect class=edge {at}/><rect class="{style}" {at}/>'

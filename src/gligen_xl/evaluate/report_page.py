@@ -1,4 +1,4 @@
-"""The page of an evaluation: one HTML file with its figures, curves and pictures that needs nothing beside it."""
+"""The page of an evaluation: one HTML file with its figures, curves and images that needs nothing beside it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import yaml
 from PIL import Image
 
 from ..charts import Curve, chart
-from ..images.decode import PictureError, decode
+from ..images.decode import ImageError, decode
 from ..images.draw import enlarged
 from ..page import charts, figure, page, text
 from ..redact import public
 from . import report_words as words
 from .ap import AP_NAMES
-from .matching import PictureScore
+from .matching import ImageScore
 from .metrics import Estimate
 from .report_marks import COLOURS, boxes_over, heat_map, strip
 from .sampling import SWEPT
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from .run import Condition
 
 _HEADLINE = 4  # metrics to look at first
-_PICTURES = 5  # best ones, and as many of the worst
-_PICTURE_SIDE = 256  # pixels, at most
+_IMAGES = 5  # best ones, and as many of the worst
+_IMAGE_SIDE = 256  # pixels, at most
 _SLICED = "success"
 _GROUPINGS = {
-    "size": ("By size of the box", "share of the picture's area"),
-    "objects": ("By number of objects", "in the picture"),
+    "size": ("By size of the box", "share of the image's area"),
+    "objects": ("By number of objects", "in the image"),
     "frequency": ("By frequency of the phrase", "number of the objects of these layouts that have it"),
 }
 
@@ -50,7 +50,7 @@ def report_page(report: Report, about: Mapping[str, Any]) -> str:
             for swept in SWEPT
             if (conditions := swept_conditions(report.conditions, swept))
         ),
-        (f"Best and worst pictures of {text(report.conditions[0].name)}", _pictures(report)),
+        (f"Best and worst images of {text(report.conditions[0].name)}", _images(report)),
         ("Where boxes are followed", _slices(report)),
         ("Settings", _settings(report, about)),
     ]
@@ -75,7 +75,7 @@ def _unread(report: Report) -> str:
     if not (lines := words.unread(report)):
         return ""
     items = "".join(f"<li>{text(line)}</li>" for line in lines)
-    return f"<div class=warning><b>Pictures that could not be read are in no figure.</b><ul>{items}</ul></div>\n"
+    return f"<div class=warning><b>Images that could not be read are in no figure.</b><ul>{items}</ul></div>\n"
 
 
 def _headline(report: Report) -> str:
@@ -121,10 +121,10 @@ def _conditions(report: Report) -> str:
     for name in report.names:
         cells = "".join(_cell(name, report.metrics[condition.name].get(name)) for condition in report.conditions)
         rows.append(f"<tr><th scope=row>{_with_small(words.label(name), _direction(name))}</th>{cells}</tr>")
-    pictures = "".join(f"<td>{len(condition.pictures):,}</td>" for condition in report.conditions)
+    images = "".join(f"<td>{len(condition.images):,}</td>" for condition in report.conditions)
     return (
         f"<div class=wide tabindex=0><table class=figures><thead><tr><th scope=col></th>{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}<tr><th scope=row>pictures</th>{pictures}</tr></tbody></table></div>\n"
+        f"<tbody>{''.join(rows)}<tr><th scope=row>images</th>{images}</tr></tbody></table></div>\n"
     )
 
 
@@ -237,52 +237,52 @@ def _plain(name: str) -> str:
     return name.replace("_", " ")
 
 
-# Pictures -----------------------------------------------------------------------------------------------------------
+# Images -----------------------------------------------------------------------------------------------------------
 
 
-def ranked(pictures: Sequence[PictureScore]) -> list[PictureScore]:
+def ranked(images: Sequence[ImageScore]) -> list[ImageScore]:
     """Best first: by the share of objects that are a success, then by mean IoU."""
 
-    def goodness(picture: PictureScore) -> tuple[float, float]:
-        number = len(picture.objects)
+    def goodness(image: ImageScore) -> tuple[float, float]:
+        number = len(image.objects)
         return (
-            sum(score.success for score in picture.objects) / number,
-            sum(score.iou for score in picture.objects) / number,
+            sum(score.success for score in image.objects) / number,
+            sum(score.iou for score in image.objects) / number,
         )
 
-    return sorted(pictures, key=lambda picture: (*(-value for value in goodness(picture)), picture.key))
+    return sorted(images, key=lambda image: (*(-value for value in goodness(image)), image.key))
 
 
-def _pictures(report: Report) -> str:
+def _images(report: Report) -> str:
     condition = report.conditions[0]
-    order = ranked(condition.pictures)
+    order = ranked(condition.images)
     if not order:
         return ""
-    worst = order[max(len(order) - _PICTURES, _PICTURES) :][::-1]
+    worst = order[max(len(order) - _IMAGES, _IMAGES) :][::-1]
     parts = [
         "<p>Requested boxes are solid, detected ones dashed, in the colour of the object that they stand for; grey "
         "ones stand for none.</p>"
     ]
-    for title, chosen in (("Best", order[:_PICTURES]), ("Worst", worst)):
+    for title, chosen in (("Best", order[:_IMAGES]), ("Worst", worst)):
         if chosen:
-            shots = "".join(_shot(report, condition, picture) for picture in chosen)
+            shots = "".join(_shot(report, condition, image) for image in chosen)
             parts.append(f"<h3>{title}</h3><div class=shots>{shots}</div>\n")
     return "".join(parts)
 
 
-def _shot(report: Report, condition: Condition, picture: PictureScore) -> str:
-    layout, sure = picture.layout, report.sure(picture)
-    of = {score.assigned: k for k, score in enumerate(picture.objects) if score.assigned is not None}
-    right = sum(score.success for score in picture.objects)
+def _shot(report: Report, condition: Condition, image: ImageScore) -> str:
+    layout, sure = image.layout, report.sure(image)
+    of = {score.assigned: k for k, score in enumerate(image.objects) if score.assigned is not None}
+    right = sum(score.success for score in image.objects)
     alt = f"{layout.prompt or 'no prompt'}: {right} of {words.counted(len(layout.boxes), 'requested object')} a success"
     try:
-        data = embedded(condition.paths[picture.key])
+        data = embedded(condition.paths[image.key])
         shown = f'<img alt="{text(alt)}" src="data:image/jpeg;base64,{data}">'
-    except (KeyError, OSError, PictureError):
-        shown = "<p>The picture is no longer there.</p>"
-    over = boxes_over(layout.boxes, [(picture.found[number].box, of.get(number)) for number in sure])
+    except (KeyError, OSError, ImageError):
+        shown = "<p>The image is no longer there.</p>"
+    over = boxes_over(layout.boxes, [(image.found[number].box, of.get(number)) for number in sure])
     items = []
-    for k, (phrase, score) in enumerate(zip(layout.phrases, picture.objects, strict=True)):
+    for k, (phrase, score) in enumerate(zip(layout.phrases, image.objects, strict=True)):
         wrong = [f"{name} wrong" for name, right in score.attributes.items() if not right]
         said = "not found" if score.assigned is None else ", ".join([f"IoU {score.iou:.2f}", *wrong])
         key = f"<span class=dot-key style='background:var(--o{k % COLOURS})'></span>"
@@ -290,21 +290,21 @@ def _shot(report: Report, condition: Condition, picture: PictureScore) -> str:
     if more := len(sure) - len(of):
         items.append(f"<li>{words.counted(more, 'more detection')}</li>")
     return (
-        f"<figure><div class=shot>{shown}{over}</div><figcaption><b>{text(picture.key)}</b> {text(layout.prompt)}"
+        f"<figure><div class=shot>{shown}{over}</div><figcaption><b>{text(image.key)}</b> {text(layout.prompt)}"
         f"</figcaption><ul>{''.join(items)}</ul></figure>"
     )
 
 
 def embedded(path: Path) -> str:
-    """A picture as JPEG in base64, of at most 256 pixels a side; small ones are enlarged, or their colours would smear.
+    """An image as JPEG in base64, of at most 256 pixels a side; small ones are enlarged, or their colours would smear.
 
     Raises:
-        OSError, PictureError: the file is gone, or is no picture.
+        OSError, ImageError: the file is gone, or is no image.
     """
-    picture = enlarged(decode(path), _PICTURE_SIDE)
-    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
+    image = enlarged(decode(path), _IMAGE_SIDE)
+    image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="JPEG", quality=82, optimize=True)
+    image.convert("RGB").save(buffer, format="JPEG", quality=82, optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -341,7 +341,7 @@ def _position_map(parts: Sequence[Slice]) -> str:
     for name in POSITIONS:
         part = by_name.get(name)
         cells.append(part and (part.metrics[_SLICED].value, *_written(part), words.counted(part.objects, "object")))
-    return heat_map(cells, 3, "<b>By position</b> the ninth of the picture that the box's centre is in")
+    return heat_map(cells, 3, "<b>By position</b> the ninth of the image that the box's centre is in")
 
 
 def _parts_table(title: str, what: str, parts: Sequence[Slice], beside: Mapping[str, Mapping[str, Slice]]) -> str:

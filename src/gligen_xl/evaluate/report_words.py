@@ -20,7 +20,7 @@ _NAMES = {
     "recall_50": "recall@0.5",
     "recall_75": "recall@0.75",
     "success": "success",
-    "picture_success": "whole pictures",
+    "picture_success": "whole images",
     "wrong_count": "wrong count",
     "extra_objects": "extra objects",
     "ap": "AP",
@@ -46,19 +46,19 @@ _FACTORS_AND_DIGITS = {
     "kid": (1, 4),
 }
 LESS_IS_BETTER = frozenset({"wrong_count", "extra_objects", "fid", "kid"})
-_UNREAD = 5  # pictures that are named of each condition
+_UNREAD = 5  # images that are named of each condition
 _DIFFERENCES = "Differences from the other evaluation; shares in points of percent."
 _WIDTH = 120  # of a terminal
 _HEADING_WIDTH = 24  # of a column of the terminal's tables; longer names go on in the next line
 
 DEFINITIONS = (
     "Success: the share of objects that are found (a detection of the right label, IoU at least 0.5) and right in "
-    "every attribute; whole pictures: the share of pictures of which all objects are. Mean IoU counts 0 for an object "
+    "every attribute; whole images: the share of images of which all objects are. Mean IoU counts 0 for an object "
     "to which no detection belongs; with attributes right it counts 0 for one that is found and wrong in one. Colour "
     "and other attributes are shares of all objects, those of found of the found alone. Wrong count: the share of "
-    "pictures with more or fewer objects of a requested label than "
-    "requested; extra objects: how many too many a picture has. AP and AR are times 100. In brackets: 95 % intervals "
-    "of the bootstrap over pictures. They hold the chance of layouts and noise, not that of another training."
+    "images with more or fewer objects of a requested label than "
+    "requested; extra objects: how many too many an image has. AP and AR are times 100. In brackets: 95 % intervals "
+    "of the bootstrap over images. They hold the chance of layouts and noise, not that of another training."
 )
 
 
@@ -97,45 +97,45 @@ def counted(number: int, noun: str) -> str:
 
 
 def bounds(report: Report) -> str:
-    """What the detector makes of real pictures and of such that hold nothing: its own mistakes."""
+    """What the detector makes of real images and of such that hold nothing: its own mistakes."""
     metrics = {condition.kind: report.metrics[condition.name] for condition in report.conditions}
     sentences = []
     if "success" in metrics.get("real", {}):
         of_real, ap = metrics["real"]["success"], metrics["real"].get("ap")
         precision = f" (AP {value('ap', ap.value)})" if ap and "ap" in report.names else ""
         sentences.append(
-            f"Of real pictures with their true boxes the detector {report.detector.name} counts "
+            f"Of real images with their true boxes the detector {report.detector.name} counts "
             f"{value('success', of_real.value)} {interval('success', of_real)} of the objects as a success{precision}. "
             "That is about the most a model can reach here (upper bound): what lacks to 100 % are its mistakes, and "
             "those of the boxes."
         )
     elif "real" not in metrics:
         sentences.append(
-            f"No real pictures were scored (upper bound), so how much the detector {report.detector.name} misses "
+            f"No real images were scored (upper bound), so how much the detector {report.detector.name} misses "
             "itself is not known."
         )
     if "success" in metrics.get("empty", {}):
         of_empty = metrics["empty"]["success"]
         (empty,) = (condition for condition in report.conditions if condition.kind == "empty")
         sentences.append(
-            f"Of pictures that hold none of the objects it counts {value('success', of_empty.value)} "
-            f"{interval('success', of_empty)} (lower bound), and sees {report.seen(empty):.2f} objects a picture."
+            f"Of images that hold none of the objects it counts {value('success', of_empty.value)} "
+            f"{interval('success', of_empty)} (lower bound), and sees {report.seen(empty):.2f} objects an image."
         )
     elif "empty" not in metrics:
-        sentences.append("No empty pictures were scored (lower bound), so what it invents is not known.")
+        sentences.append("No empty images were scored (lower bound), so what it invents is not known.")
     return " ".join(sentences)
 
 
 def unread(report: Report) -> list[str]:
-    """A line for each condition that lacks pictures; empty where none does."""
+    """A line for each condition that lacks images; empty where none does."""
     lines = []
     for condition in report.conditions:
         if condition.unread:
             named = [f"{key} ({public_text(why)})" for key, why in list(condition.unread.items())[:_UNREAD]]
             more = len(condition.unread) - len(named)
-            whole = len(condition.unread) + len(condition.pictures)
+            whole = len(condition.unread) + len(condition.images)
             rest = f"; and {more} more" if more else ""
-            lines.append(f"{condition.name}: {len(condition.unread)} of {whole} pictures: {'; '.join(named)}{rest}")
+            lines.append(f"{condition.name}: {len(condition.unread)} of {whole} images: {'; '.join(named)}{rest}")
     return lines
 
 
@@ -156,13 +156,13 @@ def notes(report: Report) -> list[str]:
     """What else the reader should know."""
     lacking = [name for name in report.protocol.metrics if name not in report.names]
     lines = []
-    if "ap" in lacking and any(condition.pictures for condition in report.conditions):
+    if "ap" in lacking and any(condition.images for condition in report.conditions):
         lines.append("AP was not measured: it needs pip install 'gligen-xl[evaluation]'.")
     if others := [label(name) for name in lacking if name in ("clip", "fid")]:
         lines.append(f"Not measured, as it was not asked for: {', '.join(others)}.")
-    few = min((len(condition.pictures) for condition in report.conditions if condition.pictures), default=0)
+    few = min((len(condition.images) for condition in report.conditions if condition.images), default=0)
     if few and few < 30:
-        lines.append(f"{counted(few, 'picture')} a condition are few: intervals are too narrow.")
+        lines.append(f"{counted(few, 'image')} a condition are few: intervals are too narrow.")
     return lines
 
 
@@ -171,7 +171,7 @@ def table(report: Report) -> str:
     rows = [["", *(condition.name for condition in report.conditions)]]
     every = [report.metrics[condition.name] for condition in report.conditions]
     rows += [[_heading(name), *(_cell(name, metrics.get(name)) for metrics in every)] for name in report.names]
-    return markdown_table([*rows, ["pictures", *(f"{len(condition.pictures):,}" for condition in report.conditions)]])
+    return markdown_table([*rows, ["pictures", *(f"{len(condition.images):,}" for condition in report.conditions)]])
 
 
 def differences(report: Report) -> str:
@@ -187,7 +187,7 @@ def differences(report: Report) -> str:
 
 
 def compared_heads(report: Report) -> list[tuple[str, int]]:
-    """Of each comparison what it is of, and the number of pictures."""
+    """Of each comparison what it is of, and the number of images."""
     return [
         (f"{one.condition} less the other {one.other}", int(one.difference["pictures"].value))
         for one in report.compared or ()
@@ -214,7 +214,7 @@ def _cell(name: str, estimate: Estimate | None, *, sign: bool = False) -> str:
 
 def terminal_table(report: Report) -> str:
     """Metrics as rows with their intervals under them, conditions as columns."""
-    heads = [(condition.name, len(condition.pictures)) for condition in report.conditions]
+    heads = [(condition.name, len(condition.images)) for condition in report.conditions]
     columns = [report.metrics[condition.name] for condition in report.conditions]
     return _stacked_rows(report.names, heads, columns)
 
@@ -235,9 +235,9 @@ def _stacked_rows(
     *,
     sign: bool = False,
 ) -> str:
-    """Args: heads: of each column its name, and number of pictures."""
+    """Args: heads: of each column its name, and number of images."""
     rows: list[list[Lines]] = [
-        [(), *((*textwrap.wrap(printable(name), _HEADING_WIDTH), counted(n, "picture")) for name, n in heads)]
+        [(), *((*textwrap.wrap(printable(name), _HEADING_WIDTH), counted(n, "image")) for name, n in heads)]
     ]
     for name in names:
         below = ("less is better",) if name in LESS_IS_BETTER else ()

@@ -1,9 +1,9 @@
-"""Evaluation: the same layouts and noise with grounding on, partly on and off, beside pictures that bound the figures.
+"""Evaluation: the same layouts and noise with grounding on, partly on and off, beside images that bound the figures.
 
     conditions = evaluate_layouts(pipeline, find_protocol("shapes"), find_detector("shapes"), "out")
 
 Generating (`generate_all`) and scoring (`score_all`) are apart: each goes on where it was stopped, and the second takes
-pictures of any program (`find_pictures`).
+images of any program (`find_images`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from PIL import Image
 from ..detect.cache import Kept, Seen
 from ..detect.detection import Found
 from ..detect.detectors import Detector
-from ..images.decode import PictureError, decode
+from ..images.decode import ImageError, decode
 from ..layout import Box, Layout
 from ..pipelines.grounding import GroundingMixin
 from .binding import bind, check_slots, generation_settings, only_one_at, write_keyed
 from .clip import ClipScorer
-from .matching import PictureScore, score_picture
+from .matching import ImageScore, score_image
 from .protocols import Protocol
 from .real_images import Photographs
 from .sampling import (
@@ -34,10 +34,10 @@ from .sampling import (
     Kind,
     Progress,
     Way,
-    copy_pictures,
+    copy_images,
     find_files,
     find_ways,
-    generate_pictures,
+    generate_images,
     keyed,
     read_about,
     unwatched,
@@ -45,24 +45,24 @@ from .sampling import (
 
 Beside = Callable[[Layout], Sequence[tuple[str, Box]]]
 MISSING = "missing"
-_AT_ONCE = 16  # pictures in memory
+_AT_ONCE = 16  # images in memory
 
 
 @dataclass(frozen=True)
 class Condition:
-    """The pictures of one way of making them, scored.
+    """The images of one way of making them, scored.
 
     Args:
         settings: beta and guidance_scale, where they are known.
-        pictures: scores of those that could be read.
-        paths: picture files by key.
+        images: scores of those that could be read.
+        paths: image files by key.
         unread: why not, of those that are missing or damaged; they are in no metric.
     """
 
     name: str
     kind: Kind
     settings: Mapping[str, Any]
-    pictures: tuple[PictureScore, ...]
+    images: tuple[ImageScore, ...]
     paths: Mapping[str, Path]
     unread: Mapping[str, str]
 
@@ -85,7 +85,7 @@ def evaluate_layouts(
 
     Args:
         out: the folder; what stands there already is not made again.
-        controls: with grounding off, shuffled layouts, real and empty pictures; see `score_all`.
+        controls: with grounding off, shuffled layouts, real and empty images; see `score_all`.
     """
     layouts = keyed(protocol.layouts)
     check_phrases(layouts, detector)
@@ -94,8 +94,8 @@ def evaluate_layouts(
         pipeline, layouts, out, ways, steps=steps, seed=seed, batch_size=batch_size,
         about={"guidance_scale": guidance_scale}, progress=progress,
     )  # fmt: skip
-    pictures = {way: picture_folder(out, way.name) for way in ways}
-    return score_all(protocol, pictures, out, detector, controls=controls, progress=progress)
+    images = {way: image_folder(out, way.name) for way in ways}
+    return score_all(protocol, images, out, detector, controls=controls, progress=progress)
 
 
 def check_phrases(layouts: Mapping[str, Layout], detector: Detector) -> None:
@@ -111,7 +111,7 @@ def check_phrases(layouts: Mapping[str, Layout], detector: Detector) -> None:
             detector.wanted(phrase)
 
 
-def picture_folder(out: str | Path, name: str) -> Path:
+def image_folder(out: str | Path, name: str) -> Path:
     return Path(out) / "pictures" / name
 
 
@@ -131,11 +131,11 @@ def generate_all(
     about: Mapping[str, Any] | None = None,
     progress: Progress = unwatched,
 ) -> int:
-    """Make the pictures that `out` lacks, of every way, or a part of them.
+    """Make the images that `out` lacks, of every way, or a part of them.
 
     Args:
-        part: see `generate_pictures`.
-        about: what else the pictures depend on, as the names of model and adapter; another in the same folder is
+        part: see `generate_images`.
+        about: what else the images depend on, as the names of model and adapter; another in the same folder is
             refused.
 
     Returns:
@@ -145,28 +145,28 @@ def generate_all(
     bind(out, layouts, generation_settings(pipeline, **(about or {}), steps=steps, seed=seed))
     with only_one_at(out, part):
         return sum(
-            generate_pictures(
-                pipeline, layouts, picture_folder(out, way.name), way,
+            generate_images(
+                pipeline, layouts, image_folder(out, way.name), way,
                 steps=steps, seed=seed, batch_size=batch_size, part=part, progress=progress,
             )
             for way in ways
         )  # fmt: skip
 
 
-# Pictures of other programs -----------------------------------------------------------------------------------------
+# Images of other programs -----------------------------------------------------------------------------------------
 
 
-def find_pictures(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way, Path]:
-    """The folders that hold pictures of the layouts, FOLDER/WAY/KEY.png, or FOLDER/KEY.png; any format will do.
+def find_images(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way, Path]:
+    """The folders that hold images of the layouts, FOLDER/WAY/KEY.png, or FOLDER/KEY.png; any format will do.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no picture in it is called by a key, or a folder in it has the name of a condition that is not
+        ValueError: no image in it is called by a key, or a folder in it has the name of a condition that is not
             generated.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder} of pictures")
+        raise FileNotFoundError(f"no folder {folder} of images")
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if any(path.name == "shuffled" for path in inner):
         raise ValueError(f"{folder}/shuffled has the name of a control that is made here; call it something else")
@@ -177,14 +177,14 @@ def find_pictures(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way
     }
     if not found:
         raise ValueError(
-            f"{folder} has no picture of these {len(layouts)} layouts; expected {next(iter(layouts))}.png and so on, "
+            f"{folder} has no image of these {len(layouts)} layouts; expected {next(iter(layouts))}.png and so on, "
             "there or in folders of it"
         )
     return dict(sorted(found.items(), key=lambda item: rank(item[0])))
 
 
 def way_called(name: str, about: Mapping[str, Any] | None = None) -> Way:
-    """As far as a folder's name tells, and the text of a picture in it."""
+    """As far as a folder's name tells, and the text of an image in it."""
     settings = {
         swept: value
         for swept in SWEPT
@@ -211,7 +211,7 @@ def rank(way: Way) -> tuple[Any, ...]:
 
 def score_all(
     protocol: Protocol,
-    pictures: Mapping[Way, Path],
+    images: Mapping[Way, Path],
     out: str | Path,
     detector: Detector,
     *,
@@ -219,17 +219,17 @@ def score_all(
     controls: bool = True,
     progress: Progress = unwatched,
 ) -> list[Condition]:
-    """Score pictures against their layouts; what is found in them is kept in `out`.
+    """Score images against their layouts; what is found in them is kept in `out`.
 
     Args:
-        pictures: their folders.
-        controls: also score the first folder's pictures against layouts of other pictures ("shuffled": what chance
-            gives), real pictures where the protocol has them ("real": about the most that can be reached), and such
+        images: their folders.
+        controls: also score the first folder's images against layouts of other images ("shuffled": what chance
+            gives), real images where the protocol has them ("real": about the most that can be reached), and such
             that hold nothing ("empty": the detector's own inventions).
 
     Raises:
-        ValueError: a phrase that the detector cannot look for, a picture whose text says that it is of another layout,
-            or no picture at all that can be read.
+        ValueError: a phrase that the detector cannot look for, an image whose text says that it is of another layout,
+            or no image at all that can be read.
     """
     layouts = keyed(protocol.layouts)
     check_phrases(layouts, detector)
@@ -239,27 +239,27 @@ def score_all(
         bounds = {"real": protocol.real, "empty": protocol.empty}
     conditions = [
         scorer(way, layouts, _of_these(find_files(folder, layouts), layouts))
-        for way, folder in pictures.items()
+        for way, folder in images.items()
         if (bounds.get(way.kind) is None if controls else way.kind == "grounded")
     ]
     write_keyed(out, layouts)
     if not conditions:
-        raise ValueError(f"only pictures of controls: {', '.join(map(str, pictures.values()))}")
-    if not any(condition.pictures for condition in conditions):
+        raise ValueError(f"only images of controls: {', '.join(map(str, images.values()))}")
+    if not any(condition.images for condition in conditions):
         key, why = next(iter(conditions[0].unread.items()))
         raise ValueError(
-            f"none of {len(layouts)} pictures of {', '.join(condition.name for condition in conditions)} can be read; "
+            f"none of {len(layouts)} images of {', '.join(condition.name for condition in conditions)} can be read; "
             f"the first one, {key}: {why}"
         )
     if controls and len(layouts) > 1:
         first = conditions[0]
         conditions.append(scorer(Way("shuffled", "shuffled", {}), shuffled(layouts), first.paths, of=first.name))
-    for kind, picture_of in bounds.items():
-        if picture_of is not None:
-            folder = picture_folder(out, kind)
-            photographs = picture_of if isinstance(picture_of, Photographs) else None
+    for kind, image_of in bounds.items():
+        if image_of is not None:
+            folder = image_folder(out, kind)
+            photographs = image_of if isinstance(image_of, Photographs) else None
             version_of = photographs and photographs.version
-            failed = copy_pictures(layouts, folder, picture_of, kind, version_of=version_of, progress=progress)
+            failed = copy_images(layouts, folder, image_of, kind, version_of=version_of, progress=progress)
             files = {key: path for key, path in find_files(folder, layouts).items() if key not in failed}
             beside = photographs and photographs.beside
             conditions.append(scorer(Way(kind, kind, {}), layouts, files, failed, beside))
@@ -282,13 +282,13 @@ def _of_these(files: dict[str, Path], layouts: Mapping[str, Layout]) -> dict[str
             if said.get(name) != (now := layouts[key].to_dict()[name]):
                 raise ValueError(
                     f"{path} is of a layout with other {name} ({said.get(name)!r:.200}, now {now!r:.200}); "
-                    "the names of pictures and the ids of layouts do not belong together"
+                    "the names of images and the ids of layouts do not belong together"
                 )
     return files
 
 
 class _Scorer:
-    """Looks at pictures a few at a time."""
+    """Looks at images a few at a time."""
 
     def __init__(self, out: Path, detector: Detector, clip: ClipScorer | None, progress: Progress):
         self.out, self.detector, self.clip, self.progress = out, detector, clip, progress
@@ -304,14 +304,14 @@ class _Scorer:
     ) -> Condition:
         """
         Args:
-            of: the condition whose pictures they are; its own by default.
-            layouts: that the picture of each key is scored against.
+            of: the condition whose images they are; its own by default.
+            layouts: that the image of each key is scored against.
             failed: why some are missing.
-            beside: see `score_picture`.
+            beside: see `score_image`.
         """
         kept = all_kept(self.out, of or way.name, self.detector, self.clip)
         unread = {key: MISSING for key in layouts if key not in paths} | dict(failed or {})
-        scores: list[PictureScore] = []
+        scores: list[ImageScore] = []
         for seen in self.progress(self._look(layouts, paths, kept, unread), f"score {way.name}", len(paths)):
             others = beside(seen.layout) if beside else ()
             scores.append(score_kept(seen.layout, seen.key, [one.find(seen) for one in kept], self.detector, others))
@@ -321,30 +321,30 @@ class _Scorer:
     def _look(
         self, layouts: Mapping[str, Layout], paths: Mapping[str, Path], kept: Sequence[Kept], unread: dict[str, str]
     ) -> Iterator[Seen]:
-        """Those pictures that can be read, after what is in them is kept."""
+        """Those images that can be read, after what is in them is kept."""
         keys = [key for key in layouts if key in paths]
         for first in range(0, len(keys), _AT_ONCE):
             every: list[Seen] = []
-            pictures: dict[Seen, Image.Image] = {}
+            images: dict[Seen, Image.Image] = {}
             for key in keys[first : first + _AT_ONCE]:
                 try:
                     encoded = paths[key].read_bytes()
                     seen = Seen(key, layouts[key], hashlib.sha256(encoded).hexdigest())
                     if any(one.find(seen) is None for one in kept):
-                        pictures[seen] = decode(encoded)
+                        images[seen] = decode(encoded)
                     every.append(seen)
-                except (PictureError, OSError) as error:
+                except (ImageError, OSError) as error:
                     unread[key] = str(error)
             for one in kept:
-                one.add(every, pictures)
+                one.add(every, images)
             yield from every
 
 
 def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) -> list[Kept]:
-    """What the detector found in the pictures of that folder, and what CLIP says of them."""
+    """What the detector found in the images of that folder, and what CLIP says of them."""
 
-    def detect(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
-        return [[item.to_dict() for item in found] for found in detector.detect(pictures, layouts)]
+    def detect(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
+        return [[item.to_dict() for item in found] for found in detector.detect(images, layouts)]
 
     def detections(found: Any) -> list[Found]:
         return [Found.from_dict(item) for item in found]
@@ -354,8 +354,8 @@ def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) 
     kept = [Kept(folder / f"{detector.name}.jsonl", settings, detect, detections, reads_layouts=asks)]
     if clip is not None:
 
-        def compare(pictures: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
-            return [[score.clip, score.clip_objects] for score in clip.score(pictures, layouts)]
+        def compare(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
+            return [[score.clip, score.clip_objects] for score in clip.score(images, layouts)]
 
         def similarities(found: Any) -> tuple[float | None, list[float]]:
             whole, objects = found
@@ -367,9 +367,9 @@ def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) 
 
 def score_kept(
     layout: Layout, key: str, found: Sequence[Any], detector: Detector, beside: Sequence[tuple[str, Box]] = ()
-) -> PictureScore:
-    """Args: found: as `all_kept` has it, the detector's alone or with CLIP's. beside: see `score_picture`."""
-    score = score_picture(layout, key, [Found.from_dict(item) for item in found[0]], detector, beside)
+) -> ImageScore:
+    """Args: found: as `all_kept` has it, the detector's alone or with CLIP's. beside: see `score_image`."""
+    score = score_image(layout, key, [Found.from_dict(item) for item in found[0]], detector, beside)
     if len(found) == 1:
         return score
     whole, objects = found[1]

@@ -1,10 +1,10 @@
-"""Pictures of layouts as files, OUT/pictures/WAY/KEY.png: their names, their seeds, and making those that are lacking.
+"""Images of layouts as files, OUT/pictures/WAY/KEY.png: their names, their seeds, and making those that are lacking.
 
     layouts = keyed(protocol.layouts)
     way = Way.grounded(beta=1.0, guidance_scale=5.0)
-    generate_pictures(pipeline, layouts, "out/pictures/beta-1", way, steps=30)
+    generate_images(pipeline, layouts, "out/pictures/beta-1", way, steps=30)
 
-A picture that is there is never made again: the same call goes on after a kill, and several processes share a folder.
+An image that is there is never made again: the same call goes on after a kill, and several processes share a folder.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def unwatched(items: Iterable[Any], name: str, total: int) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of generating pictures.
+    """A way of generating images.
 
     Args:
         name: of its folder and in reports.
-        settings: beta and guidance_scale; of pictures without grounding only the second, of other programs' none.
+        settings: beta and guidance_scale; of images without grounding only the second, of other programs' none.
     """
 
     name: str
@@ -69,7 +69,7 @@ def find_ways(
 
     Args:
         sweep: further values of beta, or of guidance_scale at the first beta.
-        off: a beta of 0 asks for the same pictures, and is left out then.
+        off: a beta of 0 asks for the same images, and is left out then.
 
     Raises:
         ValueError: no beta, or a value that is none.
@@ -98,7 +98,7 @@ def find_ways(
 
 
 def keyed(layouts: Sequence[Layout]) -> dict[str, Layout]:
-    """Layouts by the names of their pictures: the id as far as a file may be called so, else the number.
+    """Layouts by the names of their images: the id as far as a file may be called so, else the number.
 
     Raises:
         ValueError: two would have the same name.
@@ -109,7 +109,7 @@ def keyed(layouts: Sequence[Layout]) -> dict[str, Layout]:
         key = _key(number, layout)
         if (other := numbers.setdefault(key.lower(), number)) != number:
             raise ValueError(
-                f"the pictures of layouts {other} and {number} would both be called {key}.png; "
+                f"the images of layouts {other} and {number} would both be called {key}.png; "
                 "give each layout an id of its own"
             )
         by_key[key] = layout
@@ -126,8 +126,8 @@ def _key(number: int, layout: Layout) -> str:
 
 
 def seeded(layout: Layout, seed: int) -> Layout:
-    """With the seed of its picture: its own, else one that follows from `seed` and what the layout says. So the noise
-    is the same in whatever order, part or process the picture is made. Layouts that say the same have the same."""
+    """With the seed of its image: its own, else one that follows from `seed` and what the layout says. So the noise
+    is the same in whatever order, part or process the image is made. Layouts that say the same have the same."""
     if layout.seed is not None:
         return layout
     said = [seed, layout.id, layout.prompt, layout.phrases, layout.boxes]
@@ -136,7 +136,7 @@ def seeded(layout: Layout, seed: int) -> Layout:
 
 
 def find_files(folder: Path, keys: Iterable[str]) -> dict[str, Path]:
-    """The picture of each key that has one, whatever its format.
+    """The image of each key that has one, whatever its format.
 
     Raises:
         ValueError: a key has two.
@@ -153,7 +153,7 @@ def find_files(folder: Path, keys: Iterable[str]) -> dict[str, Path]:
 # Generating ---------------------------------------------------------------------------------------------------------
 
 
-def generate_pictures(
+def generate_images(
     pipeline: GroundingMixin,
     layouts: Mapping[str, Layout],
     folder: str | Path,
@@ -165,9 +165,9 @@ def generate_pictures(
     part: tuple[int, int] = (1, 1),
     progress: Progress = unwatched,
 ) -> int:
-    """Write the pictures that `folder` lacks, as KEY.png; how they were made is in the text of each.
+    """Write the images that `folder` lacks, as KEY.png; how they were made is in the text of each.
 
-    A picture is the same, to rounding, whatever is there already and whatever is made beside it.
+    An image is the same, to rounding, whatever is there already and whatever is made beside it.
 
     Args:
         layouts: all of them, by key.
@@ -177,7 +177,7 @@ def generate_pictures(
         How many were made.
 
     Raises:
-        ValueError: a picture that is there is of another layout, or was made in another way.
+        ValueError: an image that is there is of another layout, or was made in another way.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
@@ -197,7 +197,7 @@ def generate_pictures(
         for first in range(0, len(mine), batch_size):
             # Another process may have been faster.
             batch = [key for key in mine[first : first + batch_size] if not (folder / f"{key}.png").exists()]
-            pictures = generate(
+            images = generate(
                 pipeline,
                 [requests[key] for key in batch],
                 beta=way.settings.get("beta", 0.0),
@@ -206,26 +206,26 @@ def generate_pictures(
                 num_inference_steps=steps,
                 guidance_scale=way.settings["guidance_scale"],
             )
-            for key, picture in zip(batch, pictures, strict=True):
-                _write(folder, key, picture, abouts[key])
+            for key, image in zip(batch, images, strict=True):
+                _write(folder, key, image, abouts[key])
                 yield key
 
     return sum(1 for _ in progress(made(), way.name, len(mine)))
 
 
-def copy_pictures(
+def copy_images(
     layouts: Mapping[str, Layout],
     folder: str | Path,
-    picture_of: Callable[[Layout], Image.Image],
+    image_of: Callable[[Layout], Image.Image],
     kind: Kind,
     *,
     version_of: Callable[[Layout], str] | None = None,
     progress: Progress = unwatched,
 ) -> dict[str, str]:
-    """Write those pictures that `folder` lacks, as KEY.png, where they are not generated: real ones, and empty ones.
+    """Write those images that `folder` lacks, as KEY.png, where they are not generated: real ones, and empty ones.
 
     Args:
-        version_of: of what a picture is a copy; those of another version are copied anew.
+        version_of: of what an image is a copy; those of another version are copied anew.
 
     Returns:
         Why there is none, of each layout that has none.
@@ -244,11 +244,11 @@ def copy_pictures(
     failed = {}
     for key in progress(lacking, kind, len(lacking)) if lacking else ():
         try:
-            picture = picture_of(layouts[key])
+            image = image_of(layouts[key])
         except (OSError, ValueError) as error:
             failed[key] = str(error)
         else:
-            _write(folder, key, picture, abouts[key])
+            _write(folder, key, image, abouts[key])
     return failed
 
 
@@ -256,13 +256,13 @@ def _form(layout: Layout) -> tuple[int, int, bool]:
     return layout.width or 0, layout.height or 0, layout.negative_prompt is None
 
 
-def _write(folder: Path, key: str, picture: Image.Image, about: Mapping[str, Any]) -> None:
+def _write(folder: Path, key: str, image: Image.Image, about: Mapping[str, Any]) -> None:
     with whole_file(folder / f"{key}.png") as partial:
-        picture.save(partial, format="PNG", pnginfo=png_metadata(about))
+        image.save(partial, format="PNG", pnginfo=png_metadata(about))
 
 
 def _check_there(folder: Path, abouts: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The keys of the pictures that are there; their texts say what `abouts` say."""
+    """The keys of the images that are there; their texts say what `abouts` say."""
     files = {key: path for key in abouts if (path := folder / f"{key}.png").exists()}
     for key, path in files.items():
         about = read_about(path)
@@ -274,17 +274,16 @@ def _check_there(folder: Path, abouts: Mapping[str, Mapping[str, Any]]) -> set[s
                 field = next(field for field in (*now, *was) if was.get(field) != now.get(field))
                 of, was, now = f"{of}: with other {field}", was.get(field), now.get(field)
             raise ValueError(
-                f"{path} is a picture of {of} ({was!r:.200}, now {now!r:.200}); "
-                "choose another folder for other pictures"
+                f"{path} is an image of {of} ({was!r:.200}, now {now!r:.200}); choose another folder for other images"
             )
     return set(files)
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a picture's text says of how it was made; of another program's, or a damaged one, nothing."""
+    """What an image's text says of how it was made; of another program's, or a damaged one, nothing."""
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            about = json.loads(picture.info.get(METADATA_KEY, "{}"))
+        with Image.open(path, formats=["PNG"]) as image:
+            about = json.loads(image.info.get(METADATA_KEY, "{}"))
     except (OSError, ValueError, SyntaxError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}

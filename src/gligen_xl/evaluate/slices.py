@@ -1,8 +1,8 @@
 """Where boxes are followed and where they are not: metrics of parts of the objects.
 
-    slices(condition.pictures, protocol.layouts, detector.wanted)["size"]
+    slices(condition.images, protocol.layouts, detector.wanted)["size"]
 
-A grouping puts each requested object into one part. Intervals are over pictures, as those of the whole.
+A grouping puts each requested object into one part. Intervals are over images, as those of the whole.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..layout import Layout
-from .matching import PictureScore
+from .matching import ImageScore
 from .metrics import Estimate, Ratio, of_objects, ratios_of
 
 if TYPE_CHECKING:
     from ..detect.detectors import Wanted
 
-# Shares of the picture's area. 2 % is what layout-to-image's filter leaves out; from there on the sides of a square box
-# grow by about half each time: 14, 22, 32 and 50 % of the picture's.
+# Shares of the image's area. 2 % is what layout-to-image's filter leaves out; from there on the sides of a square box
+# grow by about half each time: 14, 22, 32 and 50 % of the image's.
 SIZE_EDGES = (0.02, 0.05, 0.1, 0.25)
 # Number of the objects of all layouts that have the phrase. Phrases follow Zipf's law: a factor of ten each time.
 FREQUENCY_EDGES = (2, 10, 100)
@@ -40,18 +40,18 @@ class Slice:
     """A part of the objects.
 
     Args:
-        objects, pictures: how many, and in how many pictures.
+        objects, images: how many, and in how many images.
         metrics: those of METRICS; `mean_iou_right` where attributes are judged.
     """
 
     name: str
     objects: int
-    pictures: int
+    images: int
     metrics: Mapping[str, Estimate]
 
 
 def slices(
-    pictures: Sequence[PictureScore], layouts: Sequence[Layout], wanted: Callable[[str], Wanted]
+    images: Sequence[ImageScore], layouts: Sequence[Layout], wanted: Callable[[str], Wanted]
 ) -> dict[str, list[Slice]]:
     """The parts that have objects, in their order, by grouping.
 
@@ -60,41 +60,39 @@ def slices(
         wanted: a detector's; it tells the attributes that a phrase asks for.
 
     Returns:
-        size: share of the picture's area.
-        position: which ninth of the picture the centre of the box is in, "top left" to "bottom right".
-        objects: number of objects in the picture.
+        size: share of the image's area.
+        position: which ninth of the image the centre of the box is in, "top left" to "bottom right".
+        objects: number of objects in the image.
         frequency: number of the objects of all layouts with this phrase (not of the data that a model was trained on).
         ATTRIBUTE: the value that is asked for, as "red", most frequent first; where phrases ask for one.
     """
     wanted = cache(wanted)
     counts = Counter(plain_phrase(phrase) for layout in layouts for phrase in layout.phrases)
-    attributes = {
-        name for picture in pictures for phrase in picture.layout.phrases for name in wanted(phrase).attributes
-    }
+    attributes = {name for image in images for phrase in image.layout.phrases for name in wanted(phrase).attributes}
 
-    def size(picture: PictureScore, k: int) -> str:
-        return size_name(picture.layout.boxes[k])
+    def size(image: ImageScore, k: int) -> str:
+        return size_name(image.layout.boxes[k])
 
-    def position(picture: PictureScore, k: int) -> str:
-        return position_name(picture.layout.boxes[k])
+    def position(image: ImageScore, k: int) -> str:
+        return position_name(image.layout.boxes[k])
 
-    def objects(picture: PictureScore, k: int) -> str:
-        return objects_name(len(picture.objects))
+    def objects(image: ImageScore, k: int) -> str:
+        return objects_name(len(image.objects))
 
-    def frequency(picture: PictureScore, k: int) -> str:
-        return frequency_name(counts[plain_phrase(picture.layout.phrases[k])])
+    def frequency(image: ImageScore, k: int) -> str:
+        return frequency_name(counts[plain_phrase(image.layout.phrases[k])])
 
     def asked(attribute: str) -> _Part:
-        return lambda picture, k: wanted(picture.layout.phrases[k]).attributes.get(attribute, "")
+        return lambda image, k: wanted(image.layout.phrases[k]).attributes.get(attribute, "")
 
     groupings = {"size": size, "position": position, "objects": objects, "frequency": frequency}
     groupings |= {attribute: asked(attribute) for attribute in sorted(attributes)}
-    scores = [score for picture in pictures for score in picture.objects]
+    scores = [score for image in images for score in image.objects]
     if not scores:
         return {}
-    of_picture = np.repeat(np.arange(len(pictures)), [len(picture.objects) for picture in pictures])
+    of_image = np.repeat(np.arange(len(images)), [len(image.objects) for image in images])
     ratios = {name: ratio for name, ratio in of_objects(scores).items() if name in METRICS}
-    found = {name: _parts(pictures, of_picture, ratios, part, _ORDERS.get(name)) for name, part in groupings.items()}
+    found = {name: _parts(images, of_image, ratios, part, _ORDERS.get(name)) for name, part in groupings.items()}
     return {name: parts for name, parts in found.items() if parts}
 
 
@@ -102,7 +100,7 @@ def slices(
 
 
 def size_name(box: Sequence[float]) -> str:
-    """By the share of the picture's area."""
+    """By the share of the image's area."""
     area = (box[2] - box[0]) * (box[3] - box[1])
     return _SIZES[sum(area >= edge for edge in SIZE_EDGES)]
 
@@ -153,40 +151,40 @@ _ORDERS = {"size": _SIZES, "position": POSITIONS, "objects": _OBJECTS, "frequenc
 
 # Parts --------------------------------------------------------------------------------------------------------------
 
-_Part = Callable[[PictureScore, int], str]  # of the k-th object; empty: in none
+_Part = Callable[[ImageScore, int], str]  # of the k-th object; empty: in none
 
 
 def _parts(
-    pictures: Sequence[PictureScore],
-    of_picture: np.ndarray,
+    images: Sequence[ImageScore],
+    of_image: np.ndarray,
     ratios: Mapping[str, Ratio],
     part: _Part,
     order: Sequence[str] | None,
 ) -> list[Slice]:
     """
     Args:
-        of_picture: which picture each object is in.
+        of_image: which image each object is in.
         ratios: see `of_objects`.
         order: of the parts; None: most objects first, then by name.
     """
-    of_object = [part(picture, k) for picture in pictures for k in range(len(picture.objects))]
+    of_object = [part(image, k) for image in images for k in range(len(image.objects))]
     sizes = Counter(of_object)
     names = [name for name in order or sorted(sizes, key=lambda name: (-sizes[name], name)) if name and sizes[name]]
     if not names:
         return []
     numbers = {name: number for number, name in enumerate(names)}
     columns = np.array([numbers.get(name, len(names)) for name in of_object])  # the last one: those in no part
-    cells, shape = of_picture * (len(names) + 1) + columns, (len(pictures), len(names) + 1)
+    cells, shape = of_image * (len(names) + 1) + columns, (len(images), len(names) + 1)
 
     def summed(values: np.ndarray) -> np.ndarray:
-        """Of each picture and part: (pictures, parts)."""
+        """Of each image and part: (images, parts)."""
         return np.bincount(cells, values, shape[0] * shape[1]).reshape(shape)[:, : len(names)]
 
     sums = [(summed(values), summed(counted)) for values, counted in ratios.values()]
     estimates = iter(ratios_of(*(np.hstack(columns) for columns in zip(*sums, strict=True))))
     of_parts = {metric: [next(estimates) for _ in names] for metric in ratios}
-    in_pictures = np.count_nonzero(summed(np.ones(len(cells))), axis=0)
+    in_images = np.count_nonzero(summed(np.ones(len(cells))), axis=0)
     return [
-        Slice(name, sizes[name], int(in_pictures[k]), {metric: of_parts[metric][k] for metric in ratios})
+        Slice(name, sizes[name], int(in_images[k]), {metric: of_parts[metric][k] for metric in ratios})
         for k, name in enumerate(names)
     ]

@@ -1,4 +1,4 @@
-"""Where a picture goes in the square or the bucket that the model sees, and its boxes with it."""
+"""Where an image goes in the square or the bucket that the model sees, and its boxes with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUCKETS = (*_TALL, (1024, 1024), *((width, height) for height, width in reversed
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of `original` size is resized, and of that `size` is cut out at (top, left). All (height, width)."""
+    """An image of `original` size is resized, and of that `size` is cut out at (top, left). All (height, width)."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -36,13 +36,13 @@ class Frame:
         return self.left / width, self.top / height, (self.left + w) / width, (self.top + h) / height
 
     def move(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes (n, 4) xyxy 0-1 of the original picture, in this frame: 0-1 where they lie within."""
+        """Boxes (n, 4) xyxy 0-1 of the original image, in this frame: 0-1 where they lie within."""
         x0, y0, x1, y1 = self.region
         low, span = np.array([x0, y0, x0, y0]), np.array([x1 - x0, y1 - y0] * 2)
         return (np.asarray(boxes, np.float64).reshape(-1, 4) - low) / span
 
     def back(self, boxes: np.ndarray) -> np.ndarray:
-        """The inverse: boxes of this frame, in the original picture."""
+        """The inverse: boxes of this frame, in the original image."""
         x0, y0, x1, y1 = self.region
         low, span = np.array([x0, y0, x0, y0]), np.array([x1 - x0, y1 - y0] * 2)
         return np.asarray(boxes, np.float64).reshape(-1, 4) * span + low
@@ -74,7 +74,7 @@ def _centred(original: tuple[int, int], resized: tuple[int, int], size: tuple[in
 
 # Why a box is dropped.
 REVERSED, EMPTY = "reversed, its second corner comes before its first", "without width or height"
-TINY, OUTSIDE, CUT_AWAY = "smaller than a pixel of the frame", "outside the picture", "cut away by the crop"
+TINY, OUTSIDE, CUT_AWAY = "smaller than a pixel of the frame", "outside the image", "cut away by the crop"
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ class MovedBoxes:
 
 
 def move_boxes(frame: Frame, boxes: Sequence[Sequence[float]], min_share: float) -> MovedBoxes:
-    """Boxes of the original picture, as training wants them: within the frame.
+    """Boxes of the original image, as training wants them: within the frame.
 
     Args:
         min_share: a box of which less than this share of its area is seen is dropped: it is OUTSIDE where so much of
-            it is not even in the picture, else CUT_AWAY.
+            it is not even in the image, else CUT_AWAY.
     """
     given = np.asarray(boxes, np.float64).reshape(-1, 4)
     moved = frame.move(given)

@@ -1,9 +1,9 @@
-"""Pictures of any kind: their size without decoding, and their pixels, upright and in RGB.
+"""Images of any kind: their size without decoding, and their pixels, upright and in RGB.
 
-    height, width = picture_size(path)
+    height, width = image_size(path)
     pixels = framed(decode(path), square_frame(height, width, 512))
 
-Nothing of a picture is trusted: what cannot be decoded whole is a `PictureError` with one of four reasons.
+Nothing of an image is trusted: what cannot be decoded whole is a `ImageError` with one of four reasons.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ assert {TiffImagePlugin.TiffImageFile.format, WebPImagePlugin.WebPImageFile.form
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses: 512 MiB of RGB
 MAX_BYTES = 512 * 2**20  # encoded
 
-EMPTY, NO_PICTURE, TOO_LARGE, DAMAGED = "empty file", "not a picture", "too large", "truncated or damaged"
+EMPTY, NO_IMAGE, TOO_LARGE, DAMAGED = "empty file", "not an image", "too large", "truncated or damaged"
 
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|II\*\x00|MM\x00\*|GIF8[79]a|P[1-6]\s|....ftypavi[fs]", re.DOTALL
 )
 
 
-class PictureError(ValueError):
-    """A picture that cannot be used.
+class ImageError(ValueError):
+    """An image that cannot be used.
 
     Args:
-        reason: EMPTY, NO_PICTURE, TOO_LARGE or DAMAGED: the same words for all of their kind.
+        reason: EMPTY, NO_IMAGE, TOO_LARGE or DAMAGED: the same words for all of their kind.
         detail: what is the matter with this one.
     """
 
@@ -58,11 +58,11 @@ class PictureError(ValueError):
         self.reason = reason
 
 
-def picture_size(source: bytes | Path) -> tuple[int, int]:
-    """(height, width) of the upright picture, from its header; no pixel is decoded.
+def image_size(source: bytes | Path) -> tuple[int, int]:
+    """(height, width) of the upright image, from its header; no pixel is decoded.
 
     Raises:
-        PictureError: no picture, or one above the limits. A damaged one is noticed only where its header is.
+        ImageError: no image, or one above the limits. A damaged one is noticed only where its header is.
         OSError: the file cannot be read.
     """
     with _contents(source) as file, _strict():
@@ -72,14 +72,14 @@ def picture_size(source: bytes | Path) -> tuple[int, int]:
 
 
 def decode(source: bytes | Path, *, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """The upright picture in RGB: the first frame of several, on white where it is transparent.
+    """The upright image in RGB: the first frame of several, on white where it is transparent.
 
     Args:
         at_least: (height, width). A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is no smaller than
             this, both numbers positive. It is faster, and the pixels differ a little.
 
     Raises:
-        PictureError: see its reasons.
+        ImageError: see its reasons.
         OSError: the file cannot be read.
     """
     with _contents(source) as file, _strict():
@@ -87,13 +87,13 @@ def decode(source: bytes | Path, *, at_least: tuple[int, int] | None = None) -> 
         height, width = at_least or image.size[::-1]
         smallest = (height, width) if at_least and orientation >= 5 else (width, height)
         if _load(image, file, smallest):
-            raise PictureError(DAMAGED, f"it ends before its {image.height} rows are filled")
+            raise ImageError(DAMAGED, f"it ends before its {image.height} rows are filled")
         upright = _rgb(image)
     return upright.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else upright
 
 
 def framed(image: Image.Image, frame: Frame) -> np.ndarray:
-    """The picture resized whole, by Pillow's bilinear filter, and cut out: (h, w, 3) uint8 of `frame.size`.
+    """The image resized whole, by Pillow's bilinear filter, and cut out: (h, w, 3) uint8 of `frame.size`.
 
     The published latents were made so: torchvision resizes a PIL image with this very filter.
     """
@@ -112,33 +112,33 @@ def _contents(source: bytes | Path) -> Iterator[IO[bytes]]:
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         if size == 0:
-            raise PictureError(EMPTY)
+            raise ImageError(EMPTY)
         if size > MAX_BYTES:
-            raise PictureError(TOO_LARGE, f"{size} bytes; at most {MAX_BYTES} are read")
+            raise ImageError(TOO_LARGE, f"{size} bytes; at most {MAX_BYTES} are read")
         yield file
 
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    """Whatever Pillow raises means a damaged picture; what it only warns of is checked here, or does not matter."""
+    """Whatever Pillow raises means a damaged image; what it only warns of is checked here, or does not matter."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it: half a picture would pass for whole
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it: half an image would pass for whole
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(TOO_LARGE, str(error)) from error
+        raise ImageError(TOO_LARGE, str(error)) from error
     except Exception as error:  # decoders of hostile bytes raise anything: SyntaxError, KeyError, struct.error ...
-        raise PictureError(DAMAGED, str(error)) from error
+        raise ImageError(DAMAGED, str(error)) from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _open(file: IO[bytes], *, pixels: bool = True) -> tuple[ImageFile.ImageFile, int]:
-    """The picture, not decoded yet, and its EXIF orientation; 1 where Pillow turns it itself.
+    """The image, not decoded yet, and its EXIF orientation; 1 where Pillow turns it itself.
 
     Args:
         pixels: False where it will not be decoded.
@@ -149,7 +149,7 @@ def _open(file: IO[bytes], *, pixels: bool = True) -> tuple[ImageFile.ImageFile,
     image: ImageFile.ImageFile
     orientation = None
     try:
-        if begin[:3] == b"\xff\xd8\xff":  # not by `Image.open`, which would look for further pictures in it
+        if begin[:3] == b"\xff\xd8\xff":  # not by `Image.open`, which would look for further images in it
             image, orientation = _open_jpeg(file)
         elif begin.startswith(SIGNATURE):
             essential, exif, xmp = essential_png(file, pixels=pixels)
@@ -160,12 +160,12 @@ def _open(file: IO[bytes], *, pixels: bool = True) -> tuple[ImageFile.ImageFile,
             image = Image.open(file, formats=FORMATS)
     except (Image.UnidentifiedImageError, SyntaxError) as error:
         if _SIGNATURE.match(begin):
-            raise PictureError(DAMAGED, "its header cannot be read") from error
-        raise PictureError(NO_PICTURE, f"none of {', '.join(FORMATS)}") from error
+            raise ImageError(DAMAGED, "its header cannot be read") from error
+        raise ImageError(NO_IMAGE, f"none of {', '.join(FORMATS)}") from error
     if min(image.size) < 1:
-        raise PictureError(DAMAGED, f"it is {image.width} x {image.height}")
+        raise ImageError(DAMAGED, f"it is {image.width} x {image.height}")
     if image.width * image.height > MAX_PIXELS:
-        raise PictureError(TOO_LARGE, f"{image.width} x {image.height}; at most {MAX_PIXELS} pixels are decoded")
+        raise ImageError(TOO_LARGE, f"{image.width} x {image.height}; at most {MAX_PIXELS} pixels are decoded")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         image.load_end = lambda: ImageOps.exif_transpose(image, in_place=True)  # nor the directories of its EXIF
         return image, UPRIGHT
@@ -193,7 +193,7 @@ def _open_avif(file: IO[bytes]) -> ImageFile.ImageFile:
 
 
 def _load(image: ImageFile.ImageFile, file: IO[bytes], smallest: tuple[int, int]) -> bool:
-    """Decode; whether the data end before the picture does."""
+    """Decode; whether the data end before the image does."""
     if image.format != "JPEG":
         if truncation.load(image, lambda: _open(file)[0]):
             return True

@@ -1,4 +1,4 @@
-"""Pictures for people: boxes over pictures, and grids of them."""
+"""Images for people: boxes over images, and grids of them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ..versions import versions
 METADATA_KEY = "gligen-xl"
 
 _PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
-_LETTERS = 1000  # of a label, which no picture is wide enough for
-_SMALLEST_SIDE = 256  # smaller pictures are enlarged before lines and letters go on them
+_LETTERS = 1000  # of a label, which no image is wide enough for
+_SMALLEST_SIDE = 256  # smaller images are enlarged before lines and letters go on them
 
 
-def enlarged(picture: Image.Image, smallest_side: int = _SMALLEST_SIDE) -> Image.Image:
-    """The picture, a whole number of times larger if its shorter side is below `smallest_side` pixels."""
-    factor = -(-smallest_side // min(picture.size))
+def enlarged(image: Image.Image, smallest_side: int = _SMALLEST_SIDE) -> Image.Image:
+    """The image, a whole number of times larger if its shorter side is below `smallest_side` pixels."""
+    factor = -(-smallest_side // min(image.size))
     if factor <= 1:
-        return picture.copy()
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+        return image.copy()
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
 
 
-def draw_boxes(picture: Image.Image, layout: Layout) -> Image.Image:
-    """A copy of the picture with the layout's boxes and phrases on it; small pictures are enlarged first."""
-    canvas = enlarged(picture.convert("RGB"))
+def draw_boxes(image: Image.Image, layout: Layout) -> Image.Image:
+    """A copy of the image with the layout's boxes and phrases on it; small images are enlarged first."""
+    canvas = enlarged(image.convert("RGB"))
     pen = ImageDraw.Draw(canvas)
     width = max(2, min(canvas.size) // 160)
     font = ImageFont.load_default(max(11, min(canvas.size) // 28))
@@ -66,15 +66,15 @@ def _label(
 def grid(
     rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str] = (), captions: Sequence[str] = (), gap: int = 8
 ) -> Image.Image:
-    """Pictures in rows, each cell as large as the largest picture.
+    """Images in rows, each cell as large as the largest image.
 
     Args:
         columns: a heading for each column. captions: a line of text above each row. gap: pixels between cells.
     """
     if not rows or not any(rows):
-        raise ValueError("a grid needs at least one picture")
-    cell_width = max(picture.width for row in rows for picture in row)
-    cell_height = max(picture.height for row in rows for picture in row)
+        raise ValueError("a grid needs at least one image")
+    cell_width = max(image.width for row in rows for image in row)
+    cell_height = max(image.height for row in rows for image in row)
     count = max(len(row) for row in rows)
     letters = max(12, cell_height // 18)  # pixels
     font, line = ImageFont.load_default(letters), int(letters * 1.7)
@@ -89,8 +89,8 @@ def grid(
     for k, row in enumerate(rows):
         if captions:
             pen.text((gap, y), _shortened(captions[k], font, width - 2 * gap), fill="#444444", font=font)
-        for j, picture in enumerate(row):
-            canvas.paste(picture.convert("RGB"), (gap + j * (cell_width + gap), y + caption))
+        for j, image in enumerate(row):
+            canvas.paste(image.convert("RGB"), (gap + j * (cell_width + gap), y + caption))
         y += caption + cell_height + gap
     return canvas
 
@@ -109,9 +109,9 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wi
 
 
 def png_metadata(about: Mapping[str, Any]) -> PngInfo:
-    """How a picture was made, with library versions, as JSON in the PNG's text entry "gligen-xl".
+    """How an image was made, with library versions, as JSON in the PNG's text entry "gligen-xl".
 
-    Pictures are shared: paths of this machine are left out of it, and of each its last name stays.
+    Images are shared: paths of this machine are left out of it, and of each its last name stays.
     """
     info = PngInfo()
     text = json.dumps({**public(about), "versions": versions()}, ensure_ascii=False)

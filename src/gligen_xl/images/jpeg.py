@@ -1,4 +1,4 @@
-"""JPEG files: what in them is the picture, and whether its data end early.
+"""JPEG files: what in them is the image, and whether its data end early.
 
 libjpeg makes grey what it is given no data for, or leaves it coarse, and Pillow does not pass on its warnings.
 """
@@ -24,7 +24,7 @@ _SCAN, _END, _APP0, _APP1, _APP14, _COMMENT = 0xDA, 0xD9, 0xE0, 0xE1, 0xEE, 0xFE
 
 @dataclass
 class _Scans:
-    """The scans of the first picture of a JPEG file.
+    """The scans of the first image of a JPEG file.
 
     Args:
         ends: where the entropy-coded data of each ends.
@@ -44,7 +44,7 @@ class _Scans:
 def ends_early(image: Image.Image, encoded: bytes, draft: tuple[int, int] | None = None) -> bool:
     """Whether parts of a JPEG that was decoded are missing although the end-of-image marker is there.
 
-    Scans that never came are known by the headers of those that did. Where a scan could be cut, the picture is decoded
+    Scans that never came are known by the headers of those that did. Where a scan could be cut, the image is decoded
     again with noise behind every scan: one that is complete does not get to read it.
 
     Args:
@@ -77,7 +77,7 @@ def _ends_grey(image: Image.Image) -> bool:
 
 
 def _scans(encoded: bytes) -> _Scans:
-    """Read the headers of all scans, up to the end of the first picture."""
+    """Read the headers of all scans, up to the end of the first image."""
     scans = _Scans()
     for marker, begin, end in _segments(encoded):
         segment = encoded[begin + 4 : end]
@@ -97,7 +97,7 @@ def _scans(encoded: bytes) -> _Scans:
 
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, begin and end of each segment that has a length, up to the end of the first picture."""
+    """Marker, begin and end of each segment that has a length, up to the end of the first image."""
     place = 2
     while (place := encoded.find(b"\xff", place)) >= 0 and place + 4 <= len(encoded):
         marker = encoded[place + 1]

@@ -1,7 +1,7 @@
-"""How a picture lies: its EXIF orientation, read also from blocks that are damaged elsewhere.
+"""How an image lies: its EXIF orientation, read also from blocks that are damaged elsewhere.
 
-Pillow reads a whole EXIF block, or raises; a picture is whole whatever its EXIF is. Only the one entry of the first
-directory that says how the picture lies is looked for here, so no other offset, loop or maker's note can matter.
+Pillow reads a whole EXIF block, or raises; an image is whole whatever its EXIF is. Only the one entry of the first
+directory that says how the image lies is looked for here, so no other offset, loop or maker's note can matter.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _XMP = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])\b")
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation of a picture that Pillow opened, 1 to 8; 1 where nothing readable says otherwise."""
+    """EXIF orientation of an image that Pillow opened, 1 to 8; 1 where nothing readable says otherwise."""
     exif, xmp = image.info.get("exif"), image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
     return stated_orientation(exif, xmp)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says; its EXIF may be unreadable."""
+    """The image turned as its EXIF says; its EXIF may be unreadable."""
     try:
         orientation = image.getexif().get(_TAG)  # also what was set on it since it was opened
     except Exception:  # Pillow's readers of hostile bytes raise anything

@@ -1,7 +1,7 @@
-"""PNG files without what is no picture in them: profiles, texts, animations.
+"""PNG files without what is no image in them: profiles, texts, animations.
 
 Pillow unpacks all profiles and texts of a PNG and refuses the whole file where one has more than a megabyte. No pixel
-depends on them, so Pillow is given the file without them; how the picture lies is looked for here.
+depends on them, so Pillow is given the file without them; how the image lies is looked for here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Pictures whose data end early, but so neatly that their decoders say nothing.
+"""Images whose data end early, but so neatly that their decoders say nothing.
 
 A decoder leaves the pixels that it is given no data for as they were. What was there before is chosen here: where
-another choice makes another picture, data are missing. A whole picture depends on no choice. JPEG is in `jpeg`.
+another choice makes another image, data are missing. A whole image depends on no choice. JPEG is in `jpeg`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import GifImagePlugin, Image, ImageFile
 
-# What stands in the memory of a picture before it is decoded. Few pictures have such a colour; none depends on it.
+# What stands in the memory of an image before it is decoded. Few images have such a colour; none depends on it.
 _BEFORE, _OTHERWISE = (253, 2, 251, 6), (0, 253, 6, 251)
 _DECODED_WHOLE = ("WEBP", "AVIF")  # by decoders that refuse data that end early
 
@@ -20,7 +20,7 @@ def load(image: ImageFile.ImageFile, reopen: Callable[[], ImageFile.ImageFile]) 
     """Decode all formats but JPEG; whether pixels are missing.
 
     Args:
-        reopen: opens the same picture once more; called where its pixels could be missing.
+        reopen: opens the same image once more; called where its pixels could be missing.
     """
     if image.format in _DECODED_WHOLE:
         image.load()
@@ -37,13 +37,13 @@ def load(image: ImageFile.ImageFile, reopen: Callable[[], ImageFile.ImageFile]) 
 
 
 def _fill_before(image: ImageFile.ImageFile, colour: tuple[int, ...]) -> None:
-    """Let the picture's memory hold this colour where it is decoded to."""
+    """Let the image's memory hold this colour where it is decoded to."""
     prepare, tiles = image.load_prepare, list(image.tile)
 
     def filled() -> None:
         prepare()
         box = (0, 0, *image.im.size)
-        if isinstance(image, GifImagePlugin.GifImageFile):  # a frame need not fill the picture
+        if isinstance(image, GifImagePlugin.GifImageFile):  # a frame need not fill the image
             x0, y0, x1, y1 = tiles[0][1] or box
             box = (x0, y0, min(x1, box[2]), min(y1, box[3]))
         image.im.paste(_ink(colour, image.im.mode), box)

@@ -1,4 +1,4 @@
-"""Which of the pipelines fits: Stable Diffusion or SDXL, from noise or a picture, with a ControlNet or without."""
+"""Which of the pipelines fits: Stable Diffusion or SDXL, from noise or an image, with a ControlNet or without."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ from ..adapter import AdapterConfig, adapter_config, fade_adapter, inpaint_conv,
 from ..layout import Layout, validate_phrases
 from ..text_embeddings import phrase_width
 from .encoders import absent_encoders, check_prompt_encoders, encode_phrases
-from .inpaint import KeptPicture, encode_pictures, fit_pictures, mask_as_trained, mask_outside
+from .inpaint import KeptImage, encode_images, fit_images, mask_as_trained, mask_outside
 from .layouts import (
-    PictureLayout,
-    embeds_a_picture,
+    ImageLayout,
+    embeds_a_image,
     nested_phrases,
-    numbers_of_pictures,
-    one_a_picture,
+    numbers_of_images,
+    one_a_image,
     taken_apart,
     warn_of_unused_settings,
 )
@@ -47,7 +47,7 @@ class _Grounding:
 
     tokens: dict[str, Tensor]
     schedule: GroundingSchedule
-    kept: KeptPicture | None = None
+    kept: KeptImage | None = None
     evaluation: int = 0  # of the U-Net; some schedulers ask it several times a step
 
 
@@ -69,26 +69,26 @@ class GroundingMixin(AdapterLoaderMixin):
         strict: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Generate pictures, each phrase in its box.
+        """Generate images, each phrase in its box.
 
         Args:
             prompt: as for diffusers, whose every other argument is accepted too.
-            gligen_phrases: what stands in each box. One list serves all pictures; a list of lists gives one to each
-                prompt, or to each picture (prompts x num_images_per_prompt).
-                Beside pictures with boxes, one with none is given null tokens: it is not the plain pipeline's.
+            gligen_phrases: what stands in each box. One list serves all images; a list of lists gives one to each
+                prompt, or to each image (prompts x num_images_per_prompt).
+                Beside images with boxes, one with none is given null tokens: it is not the plain pipeline's.
             gligen_boxes: nested like the phrases; a box is (x0, y0, x1, y1), 0-1, (0, 0) at the top left. It means the
                 same place at any width and height.
             gligen_layouts: in place of both, a `Layout` for all, or a list of them. Their prompts serve where no prompt
                 is given; sizes, seeds and negative prompts are the call's.
             gligen_phrase_embeds: in place of phrases, or of those of the layouts, what `encode_gligen_phrases` gave for
-                them: (n, phrase_dim) for n boxes of all pictures, or a list of such, one a prompt or one a picture.
+                them: (n, phrase_dim) for n boxes of all images, or a list of such, one a prompt or one an image.
                 No text encoder is asked then.
             gligen_scheduled_sampling_beta: share of the steps that are grounded, from the first on, and at least that
                 one unless it is 0; or the shares
                 (on, decay, off), the gates fading linearly in the second. Of the steps that run: with a strength or
                 `denoising_end`, of those.
-            gligen_inpaint_image: a PIL picture, or one for each; cropped at the centre to the shape of the result. What
-                lies outside the boxes stays as in it. For text-to-image; pipelines that start from a picture have
+            gligen_inpaint_image: a PIL image, or one for each; cropped at the centre to the shape of the result. What
+                lies outside the boxes stays as in it. For text-to-image; pipelines that start from an image have
                 their own ways.
             strict: more boxes than the adapter has slots are an error; otherwise the first are kept, with a warning.
 
@@ -112,18 +112,16 @@ class GroundingMixin(AdapterLoaderMixin):
         layouts = self._layouts(call, gligen_phrases, gligen_boxes, gligen_phrase_embeds, strict)
         grounded = any(len(layout) for layout in layouts)
         if grounded and call.get("padding_mask_crop") is not None:
-            raise ValueError(
-                "padding_mask_crop shows the model another picture than the boxes are of; crop it yourself"
-            )
-        pictures = None
+            raise ValueError("padding_mask_crop shows the model another image than the boxes are of; crop it yourself")
+        images = None
         if gligen_inpaint_image is not None:
-            pictures = self._pictures_to_keep(call, layouts, gligen_inpaint_image)
+            images = self._images_to_keep(call, layouts, gligen_inpaint_image)
         _check_limits(self, call, layouts)
         if not grounded:
             return super().__call__(**call)  # type: ignore[misc]
         grounding = _Grounding(self._grounding_tokens(call, layouts), schedule)
-        if pictures is not None:
-            grounding.kept = self._kept_picture(call, layouts, pictures)
+        if images is not None:
+            grounding.kept = self._kept_image(call, layouts, images)
             call["latents"] = grounding.kept.noise
         with self._grounded(grounding):
             return super().__call__(**self._counting(call))  # type: ignore[misc]
@@ -166,11 +164,11 @@ class GroundingMixin(AdapterLoaderMixin):
             _, phrases, _ = taken_apart(phrases)  # type: ignore[arg-type]
         if not nested_phrases(phrases):
             return encode_phrases(self, list(validate_phrases(phrases)), lora_scale)
-        each = [validate_phrases(of_picture) for of_picture in list(phrases)]  # type: ignore[arg-type]
-        wanted = [phrase for of_picture in each for phrase in of_picture]
+        each = [validate_phrases(of_image) for of_image in list(phrases)]  # type: ignore[arg-type]
+        wanted = [phrase for of_image in each for phrase in of_image]
         if not wanted:
             raise ValueError("no phrases to embed")
-        return list(encode_phrases(self, wanted, lora_scale).split([len(of_picture) for of_picture in each]))
+        return list(encode_phrases(self, wanted, lora_scale).split([len(of_image) for of_image in each]))
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
@@ -214,7 +212,7 @@ class GroundingMixin(AdapterLoaderMixin):
         """Whether the parts that this call needs are there, before any of them runs."""
         for name in ("unet", "scheduler"):
             if getattr(self, name) is None:
-                raise ValueError(f"this pipeline is without its {name}; load it before pictures are drawn")
+                raise ValueError(f"this pipeline is without its {name}; load it before images are drawn")
         if self.vae is None and call.get("output_type", "pil") != "latent":
             raise ValueError("this pipeline is without its vae; load it, or ask for output_type='latent'")
         self._check_channels()
@@ -226,10 +224,8 @@ class GroundingMixin(AdapterLoaderMixin):
 
     # Layouts ----------------------------------------------------------------------------------------------------
 
-    def _layouts(
-        self, call: dict[str, Any], phrases: Any, boxes: Any, embeds: Any, strict: bool
-    ) -> list[PictureLayout]:
-        """Checked phrases (or their embeddings) and boxes of every picture of the call, in diffusers' order."""
+    def _layouts(self, call: dict[str, Any], phrases: Any, boxes: Any, embeds: Any, strict: bool) -> list[ImageLayout]:
+        """Checked phrases (or their embeddings) and boxes of every image of the call, in diffusers' order."""
         if phrases is not None and embeds is not None:
             raise ValueError("gligen_phrase_embeds stand in place of gligen_phrases; give one of the two")
         if phrases is None and embeds is None and boxes is not None:
@@ -241,7 +237,7 @@ class GroundingMixin(AdapterLoaderMixin):
             return []
         layouts = []
         if embeds is None:
-            layouts = one_a_picture(phrases, boxes, *numbers_of_pictures(call))
+            layouts = one_a_image(phrases, boxes, *numbers_of_images(call))
             if not any(len(layout) for layout in layouts):
                 return layouts
         if not is_attached(self.unet):
@@ -258,7 +254,7 @@ class GroundingMixin(AdapterLoaderMixin):
                 )
             self._check_phrase_width(config, "the adapter")
         else:
-            layouts = embeds_a_picture(embeds, boxes, *numbers_of_pictures(call), config.phrase_dim)
+            layouts = embeds_a_image(embeds, boxes, *numbers_of_images(call), config.phrase_dim)
         slots = config.slots
         longest = max(layouts, key=len)
         if len(longest) > slots:
@@ -277,8 +273,8 @@ class GroundingMixin(AdapterLoaderMixin):
         return absent if absent and phrase_width(encoders) != config.phrase_dim else []
 
     @torch.no_grad()
-    def _grounding_tokens(self, call: dict[str, Any], layouts: list[PictureLayout]) -> dict[str, Tensor]:
-        """The position net's inputs for B pictures with N slots each.
+    def _grounding_tokens(self, call: dict[str, Any], layouts: list[ImageLayout]) -> dict[str, Tensor]:
+        """The position net's inputs for B images with N slots each.
 
         Returns:
             boxes (B, N, 4) float32, masks (B, N), positive_embeddings (B, N, phrase_dim).
@@ -308,7 +304,7 @@ class GroundingMixin(AdapterLoaderMixin):
 
     # Inpainting -------------------------------------------------------------------------------------------------
 
-    def _pictures_to_keep(self, call: dict[str, Any], layouts: list[PictureLayout], image: Any) -> list[Image.Image]:
+    def _images_to_keep(self, call: dict[str, Any], layouts: list[ImageLayout], image: Any) -> list[Image.Image]:
         """Of the size of the result, one for all or one for each; nothing has run yet."""
         arguments = inspect.signature(super().__call__).parameters  # type: ignore[misc]
         if "strength" in arguments:
@@ -318,29 +314,27 @@ class GroundingMixin(AdapterLoaderMixin):
         if "image" in arguments and not (call.get("height") and call.get("width")):
             raise ValueError("gligen_inpaint_image beside a control image needs height and width")
         if not all(len(layout) for layout in layouts) or not layouts:
-            raise ValueError("gligen_inpaint_image keeps what lies outside the boxes; every picture needs one or more")
+            raise ValueError("gligen_inpaint_image keeps what lies outside the boxes; every image needs one or more")
         generators = call.get("generator")
         if isinstance(generators, list) and len(generators) != len(layouts):
-            raise ValueError(f"{len(generators)} generators for {len(layouts)} pictures; expected one for each")
+            raise ValueError(f"{len(generators)} generators for {len(layouts)} images; expected one for each")
         usual = self.unet.config.sample_size
         usual = (usual, usual) if isinstance(usual, int) else usual
         sizes = zip((call.get("height"), call.get("width")), usual, strict=True)
         height, width = (given or cells * self.vae_scale_factor for given, cells in sizes)
         if height % 8 or width % 8:
             raise ValueError(f"height and width are {height} and {width}; expected multiples of 8")
-        return fit_pictures(image, len(layouts), height, width)
+        return fit_images(image, len(layouts), height, width)
 
-    def _kept_picture(
-        self, call: dict[str, Any], layouts: list[PictureLayout], pictures: list[Image.Image]
-    ) -> KeptPicture:
+    def _kept_image(self, call: dict[str, Any], layouts: list[ImageLayout], images: list[Image.Image]) -> KeptImage:
         device = self._execution_device
-        latents = encode_pictures(self, pictures, device).to(self.unet.dtype)
+        latents = encode_images(self, images, device).to(self.unet.dtype)
         if (noise := call.get("latents")) is None:
             shape = (len(layouts), *latents.shape[1:])
             noise = randn_tensor(shape, generator=call.get("generator"), device=device, dtype=self.unet.dtype)
         boxes = [layout.boxes for layout in layouts]
         mask, seen = (make(boxes, *latents.shape[2:]).to(latents) for make in (mask_outside, mask_as_trained))
-        return KeptPicture(latents, noise.to(device), mask, seen)
+        return KeptImage(latents, noise.to(device), mask, seen)
 
     # The schedule -----------------------------------------------------------------------------------------------
 
@@ -384,7 +378,7 @@ class GroundingMixin(AdapterLoaderMixin):
         return {**call, "callback_on_step_end": count, "callback_on_step_end_tensor_inputs": inputs}
 
 
-def _check_limits(pipeline: Any, call: dict[str, Any], layouts: list[PictureLayout]) -> None:
+def _check_limits(pipeline: Any, call: dict[str, Any], layouts: list[ImageLayout]) -> None:
     from ..toyworld.limits import check_limits  # which is above pipelines
 
     check_limits(pipeline, call, layouts)

@@ -1,4 +1,4 @@
-"""Inpainting in boxes (GLIGEN, section 4.3): what lies outside of them stays that of a given picture."""
+"""Inpainting in boxes (GLIGEN, section 4.3): what lies outside of them stays that of a given image."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .schedule import step_of
 
 
 @dataclass
-class KeptPicture:
-    """A picture of which the outside of the boxes is kept.
+class KeptImage:
+    """An image of which the outside of the boxes is kept.
 
     Args:
-        latents: of the picture, (1 or B, 4, h, w), scaled. noise: what the sampling starts from, (B, 4, h, w).
-        mask: (B, 1, h, w), 1 where the picture is kept, 0 in the boxes and in cells that they reach into.
+        latents: of the image, (1 or B, 4, h, w), scaled. noise: what the sampling starts from, (B, 4, h, w).
+        mask: (B, 1, h, w), 1 where the image is kept, 0 in the boxes and in cells that they reach into.
         model_mask: the same for the eyes of a nine-channel model, by the rule that it was trained with.
     """
 
@@ -48,21 +48,21 @@ class KeptPicture:
 
 
 def mask_outside(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Tensor:
-    """Boxes of B pictures -> (B, 1, height, width): 0 wherever a box reaches into a cell of the grid, elsewhere 1."""
+    """Boxes of B images -> (B, 1, height, width): 0 wherever a box reaches into a cell of the grid, elsewhere 1."""
     mask = torch.ones(len(boxes), 1, height, width)
-    for k, of_picture in enumerate(boxes):
-        for x0, y0, x1, y1 in of_picture:
+    for k, of_image in enumerate(boxes):
+        for x0, y0, x1, y1 in of_image:
             rows = slice(_floor(y0 * height), _ceil(y1 * height))
             mask[k, 0, rows, _floor(x0 * width) : _ceil(x1 * width)] = 0
     return mask
 
 
 def mask_as_trained(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Tensor:
-    """Boxes of B pictures -> (B, 1, height, width), with both ends of a box rounded down, as GLIGEN trained its
+    """Boxes of B images -> (B, 1, height, width), with both ends of a box rounded down, as GLIGEN trained its
     inpainting models: 0 in the box, elsewhere 1. A box within one cell leaves no 0."""
     mask = torch.ones(len(boxes), 1, height, width)
-    for k, of_picture in enumerate(boxes):
-        for x0, y0, x1, y1 in of_picture:
+    for k, of_image in enumerate(boxes):
+        for x0, y0, x1, y1 in of_image:
             mask[k, 0, int(y0 * height) : int(y1 * height), int(x0 * width) : int(x1 * width)] = 0
     return mask
 
@@ -75,30 +75,30 @@ def _ceil(value: float) -> int:
     return int(np.ceil(value - 1e-6))
 
 
-def fit_pictures(image: Any, number: int, height: int, width: int) -> list[Image.Image]:
-    """One picture for all, or `number` of them, cropped at the centre to the wanted shape and resized.
+def fit_images(image: Any, number: int, height: int, width: int) -> list[Image.Image]:
+    """One image for all, or `number` of them, cropped at the centre to the wanted shape and resized.
 
     Raises:
-        ValueError: not a picture, or another number of them.
+        ValueError: not an image, or another number of them.
     """
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    if len(images) not in (1, number):
-        raise ValueError(f"gligen_inpaint_image holds {len(images)} pictures; expected one for all, or {number}")
+    given = list(image) if isinstance(image, list | tuple) else [image]
+    if len(given) not in (1, number):
+        raise ValueError(f"gligen_inpaint_image holds {len(given)} images; expected one for all, or {number}")
     fitted = []
-    for picture in images:
-        if not isinstance(picture, Image.Image):
+    for image in given:
+        if not isinstance(image, Image.Image):
             raise ValueError(
-                f"gligen_inpaint_image is a {type(picture).__name__}; expected a PIL picture, or a list of them"
+                f"gligen_inpaint_image is a {type(image).__name__}; expected a PIL image, or a list of them"
             )
-        fitted.append(ImageOps.fit(upright(picture).convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+        fitted.append(ImageOps.fit(upright(image).convert("RGB"), (width, height), Image.Resampling.LANCZOS))
     return fitted
 
 
 @torch.no_grad()
-def encode_pictures(pipeline: Any, pictures: list[Image.Image], device: torch.device) -> Tensor:
+def encode_images(pipeline: Any, images: list[Image.Image], device: torch.device) -> Tensor:
     """Scaled latents, (B, 4, h, w), the mean of the posterior; in float32 where the VAE overflows in float16."""
     vae = pipeline.vae
-    pixels = pipeline.image_processor.preprocess(pictures)
+    pixels = pipeline.image_processor.preprocess(images)
     dtype = vae.dtype
     upcast = dtype == torch.float16 and vae.config.force_upcast
     if upcast:

@@ -1,4 +1,4 @@
-"""The layouts of one call: given for all pictures, for each prompt or for each picture; one for each picture after."""
+"""The layouts of one call: given for all images, for each prompt or for each image; one for each image after."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SETTINGS = {"width": "width", "height": "height", "negative_prompt": "negative_p
 
 
 @dataclass(frozen=True)
-class PictureLayout:
-    """Of one picture: boxes, and for each its phrase, or the phrase's embedding (n, phrase_dim)."""
+class ImageLayout:
+    """Of one image: boxes, and for each its phrase, or the phrase's embedding (n, phrase_dim)."""
 
     boxes: tuple[Box, ...]
     phrases: tuple[str, ...] = ()
@@ -26,9 +26,9 @@ class PictureLayout:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def first(self, number: int) -> PictureLayout:
+    def first(self, number: int) -> ImageLayout:
         embeds = None if self.embeds is None else self.embeds[:number]
-        return PictureLayout(self.boxes[:number], self.phrases[:number], embeds)
+        return ImageLayout(self.boxes[:number], self.phrases[:number], embeds)
 
 
 def taken_apart(layouts: Layout | Sequence[Layout]) -> tuple[Any, Any, Any]:
@@ -56,42 +56,40 @@ def warn_of_unused_settings(layouts: Layout | Sequence[Layout], call: dict[str, 
         warnings.warn(f"gligen_layouts hold settings that a call does not read: {', '.join(unused)}", stacklevel=4)
 
 
-def numbers_of_pictures(call: dict[str, Any]) -> tuple[int, int]:
-    """Prompts of the call, and pictures for each."""
+def numbers_of_images(call: dict[str, Any]) -> tuple[int, int]:
+    """Prompts of the call, and images for each."""
     prompt, embeds = call.get("prompt"), call.get("prompt_embeds")
     number = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, list | tuple) else 1
     return number, call.get("num_images_per_prompt") or 1
 
 
-def one_a_picture(phrases: Any, boxes: Any, num_prompts: int, per_prompt: int) -> list[PictureLayout]:
-    """Checked layouts for every picture, of one for all, one a prompt, or one a picture.
+def one_a_image(phrases: Any, boxes: Any, num_prompts: int, per_prompt: int) -> list[ImageLayout]:
+    """Checked layouts for every image, of one for all, one a prompt, or one an image.
 
     Raises:
         ValueError: a layout that cannot be drawn, another number of them, or other nesting.
     """
 
-    def checked(of_picture: Any, its_boxes: Any) -> PictureLayout:
-        valid_phrases, valid_boxes = validate(of_picture, its_boxes)
-        return PictureLayout(valid_boxes, valid_phrases)
+    def checked(of_image: Any, its_boxes: Any) -> ImageLayout:
+        valid_phrases, valid_boxes = validate(of_image, its_boxes)
+        return ImageLayout(valid_boxes, valid_phrases)
 
     phrases = _plain(phrases)
     return _for_each(phrases, _is_nested(phrases), boxes, num_prompts, per_prompt, checked, "gligen_phrases")
 
 
-def embeds_a_picture(
-    embeds: Any, boxes: Any, num_prompts: int, per_prompt: int, phrase_dim: int
-) -> list[PictureLayout]:
-    """As `one_a_picture`, for embeddings of phrases: (n, phrase_dim) for all pictures, or a list of such.
+def embeds_a_image(embeds: Any, boxes: Any, num_prompts: int, per_prompt: int, phrase_dim: int) -> list[ImageLayout]:
+    """As `one_a_image`, for embeddings of phrases: (n, phrase_dim) for all images, or a list of such.
 
     Raises:
         ValueError: as there; or embeddings that are no finite numbers, or of another width.
     """
 
-    def checked(of_picture: Any, its_boxes: Any) -> PictureLayout:
+    def checked(of_image: Any, its_boxes: Any) -> ImageLayout:
         valid_boxes = validate_boxes(its_boxes)
-        rows = _tensor(of_picture)
+        rows = _tensor(of_image)
         if not valid_boxes and not rows.numel():
-            return PictureLayout(())
+            return ImageLayout(())
         if rows.ndim != 2 or len(rows) != len(valid_boxes):
             raise ValueError(
                 f"gligen_phrase_embeds of shape {tuple(rows.shape)} for {len(valid_boxes)} boxes; expected "
@@ -104,7 +102,7 @@ def embeds_a_picture(
             )
         if not rows.isfinite().all():
             raise ValueError("gligen_phrase_embeds hold values that are no finite numbers")
-        return PictureLayout(valid_boxes, embeds=rows)
+        return ImageLayout(valid_boxes, embeds=rows)
 
     nested = len(embeds) > 0 if isinstance(embeds, list | tuple) else _tensor(embeds).ndim == 3
     return _for_each(embeds, nested, boxes, num_prompts, per_prompt, checked, "gligen_phrase_embeds")
@@ -116,29 +114,29 @@ def _for_each(
     boxes: Any,
     num_prompts: int,
     per_prompt: int,
-    checked: Callable[[Any, Any], PictureLayout],
+    checked: Callable[[Any, Any], ImageLayout],
     name: str,
-) -> list[PictureLayout]:
+) -> list[ImageLayout]:
     boxes = _plain(boxes)
-    num_pictures = num_prompts * per_prompt
+    num_images = num_prompts * per_prompt
     if not nested:
-        return [_named(checked, objects, boxes, "")] * num_pictures
+        return [_named(checked, objects, boxes, "")] * num_images
     if not _is_nested(boxes, depth=3):
         raise ValueError(f"{name} is a list of lists; gligen_boxes must nest alike, a list of boxes each")
     if len(objects) != len(boxes):
-        raise ValueError(f"{name} are for {len(objects)} pictures, gligen_boxes for {len(boxes)}")
-    if len(objects) not in (num_prompts, num_pictures):
+        raise ValueError(f"{name} are for {len(objects)} images, gligen_boxes for {len(boxes)}")
+    if len(objects) not in (num_prompts, num_images):
         raise ValueError(
-            f"{len(objects)} layouts for {num_prompts} prompts x {per_prompt} pictures; expected one layout "
-            f"for all, {num_prompts} (one a prompt) or {num_pictures} (one a picture)"
+            f"{len(objects)} layouts for {num_prompts} prompts x {per_prompt} images; expected one layout "
+            f"for all, {num_prompts} (one a prompt) or {num_images} (one an image)"
         )
     pairs = zip(objects, boxes, strict=True)
-    layouts = [_named(checked, of_picture, its, f"layout {k}: ") for k, (of_picture, its) in enumerate(pairs)]
-    repeats = num_pictures // len(layouts)
+    layouts = [_named(checked, of_image, its, f"layout {k}: ") for k, (of_image, its) in enumerate(pairs)]
+    repeats = num_images // len(layouts)
     return [layout for layout in layouts for _ in range(repeats)]
 
 
-def _named(checked: Callable[[Any, Any], PictureLayout], objects: Any, boxes: Any, where: str) -> PictureLayout:
+def _named(checked: Callable[[Any, Any], ImageLayout], objects: Any, boxes: Any, where: str) -> ImageLayout:
     try:
         return checked(objects, boxes)
     except ValueError as error:
@@ -181,5 +179,5 @@ def _is_nested(value: Any, depth: int = 2) -> bool:
 
 
 def nested_phrases(phrases: Any) -> bool:
-    """Whether phrases are given for each prompt or picture, and not once for all."""
+    """Whether phrases are given for each prompt or image, and not once for all."""
     return _is_nested(_plain(phrases))

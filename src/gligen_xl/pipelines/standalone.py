@@ -49,10 +49,10 @@ class GroundingMixin:
         gligen_scheduled_sampling_beta=0.3,
         **kwargs,
     ):
-        """Generate pictures, each phrase in its box.
+        """Generate images, each phrase in its box.
 
         Args:
-            gligen_phrases: a list of strings for all pictures, or a list of them for each prompt or picture.
+            gligen_phrases: a list of strings for all images, or a list of them for each prompt or image.
             gligen_boxes: nested alike; a box is (x0, y0, x1, y1), 0-1, from the top left.
             gligen_phrase_embeds: in place of phrases, what `encode_gligen_phrases` gave for them: (n, phrase_dim), or a
                 list of such. The text encoders may be freed by then.
@@ -138,7 +138,7 @@ class GroundingMixin:
         return evaluation // self.scheduler.order
 
     def _layouts(self, call, phrases, boxes):
-        """Checked (phrases, boxes) for every picture of the call."""
+        """Checked (phrases, boxes) for every image of the call."""
         if (phrases is None) != (boxes is None):
             raise ValueError("give gligen_phrases and gligen_boxes together, one box a phrase")
         if phrases is None or not len(phrases):
@@ -147,23 +147,23 @@ class GroundingMixin:
             raise ValueError(f"gligen_phrases is the string {phrases!r}; expected a list of strings")
         prompt, embeds = call.get("prompt"), call.get("prompt_embeds")
         number = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, (list, tuple)) else 1
-        pictures = number * (call.get("num_images_per_prompt") or 1)
+        images = number * (call.get("num_images_per_prompt") or 1)
         if isinstance(phrases[0], str) or getattr(phrases, "ndim", 0) == 2:
-            layouts = [(phrases, boxes)] * pictures
+            layouts = [(phrases, boxes)] * images
         else:
-            if len(phrases) != len(boxes) or len(phrases) not in (number, pictures):
+            if len(phrases) != len(boxes) or len(phrases) not in (number, images):
                 raise ValueError(
-                    f"{len(phrases)} lists of phrases and {len(boxes)} of boxes for {number} prompts, {pictures} "
-                    "pictures; expected one list for all, one a prompt, or one a picture"
+                    f"{len(phrases)} lists of phrases and {len(boxes)} of boxes for {number} prompts, {images} "
+                    "images; expected one list for all, one a prompt, or one an image"
                 )
-            repeats = pictures // len(phrases)
+            repeats = images // len(phrases)
             layouts = [layout for layout in zip(phrases, boxes) for _ in range(repeats)]  # noqa: B905
         slots = self.config.gligen_slots
-        for of_picture, its_boxes in layouts:
-            if len(of_picture) != len(its_boxes):
-                raise ValueError(f"{len(of_picture)} phrases but {len(its_boxes)} boxes; give one box a phrase")
-            if len(of_picture) > slots:
-                raise ValueError(f"a layout has {len(of_picture)} objects, the model {slots} slots")
+        for of_image, its_boxes in layouts:
+            if len(of_image) != len(its_boxes):
+                raise ValueError(f"{len(of_image)} phrases but {len(its_boxes)} boxes; give one box a phrase")
+            if len(of_image) > slots:
+                raise ValueError(f"a layout has {len(of_image)} objects, the model {slots} slots")
             for box in its_boxes:
                 x0, y0, x1, y1 = (float(value) for value in box)
                 if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):  # NaN fails too

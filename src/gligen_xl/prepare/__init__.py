@@ -1,1 +1,1 @@
-"""From pictures to shards: sources, captions, boxes, frames, latents."""
+"""From images to shards: sources, captions, boxes, frames, latents."""

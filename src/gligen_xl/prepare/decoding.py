@@ -1,4 +1,4 @@
-"""Pictures read and decoded ahead of the device: a thread reads, processes decode, and their order stays."""
+"""Images read and decoded ahead of the device: a thread reads, processes decode, and their order stays."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from .framing import Framed, Framing, Reason, begin_process, frame_picture
+from .framing import Framed, Framing, Reason, begin_process, frame_image
 from .item import Item, Skipped
 from .report import UnitReport
 
-Taken = tuple[Item | Skipped, Framed | Reason | None]  # a picture, and itself in its frames, or why not
+Taken = tuple[Item | Skipped, Framed | Reason | None]  # an image, and itself in its frames, or why not
 
 
-LONGEST = 600.0  # seconds for a picture, after which its process is taken to be stuck
+LONGEST = 600.0  # seconds for an image, after which its process is taken to be stuck
 LONGEST_READ = 10.0  # seconds that an end waits for the reading thread
 
 
@@ -27,7 +27,7 @@ class Decoders:
     """Decoding processes, started once; none of them (0) decodes here.
 
     Args:
-        ahead: pictures that may be decoded before they are asked for.
+        ahead: images that may be decoded before they are asked for.
     """
 
     def __init__(self, workers: int, framing: Framing, ahead: int):
@@ -35,7 +35,7 @@ class Decoders:
         self._pool: ProcessPoolExecutor | None = None
 
     def decode(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
-        """Pictures and their frames, in order.
+        """Images and their frames, in order.
 
         Args:
             report: its seconds `wait` grow while there is nothing to hand out.
@@ -46,7 +46,7 @@ class Decoders:
         return self._there(items, report) if self.workers else self._here(items, report)
 
     def close(self) -> None:
-        """End the processes, also one that is stuck in a picture: the program would wait for it when it ends."""
+        """End the processes, also one that is stuck in an image: the program would wait for it when it ends."""
         if self._pool is not None:
             processes = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -60,7 +60,7 @@ class Decoders:
                 yield item, None
             else:
                 with report.timed("wait"):
-                    framed = frame_picture(item.picture, item.size, self.framing)
+                    framed = frame_image(item.image, item.size, self.framing)
                 yield item, framed
 
     def _there(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
@@ -83,8 +83,8 @@ class Decoders:
                     if isinstance(item, Skipped):
                         put((item, None))
                     else:
-                        future = pool.submit(frame_picture, item.picture, item.size, self.framing)
-                        put((replace(item, picture=b""), future))
+                        future = pool.submit(frame_image, item.image, item.size, self.framing)
+                        put((replace(item, image=b""), future))
                 put(None)
             except BaseException as error:  # the other thread can do something about it
                 put(error)
@@ -105,14 +105,14 @@ class Decoders:
                 yield entry[0], framed
         except BrokenProcessPool as error:
             self.close()
-            raise RuntimeError("a decoding process died: too little memory, or a picture that breaks it") from error
+            raise RuntimeError("a decoding process died: too little memory, or an image that breaks it") from error
         finally:
             stop.set()
             if thread.is_alive():
                 thread.join(LONGEST_READ)  # from a disk that hangs it may never come
 
     def _result(self, item: Item, future: Future[Framed | Reason]) -> Framed | Reason:
-        """The frames of a picture, or why there are none.
+        """The frames of an image, or why there are none.
 
         Raises:
             RuntimeError: a process is stuck in it.
@@ -120,7 +120,7 @@ class Decoders:
         try:
             return future.result(LONGEST)
         except TimeoutError as error:
-            if future.done():  # it is of the picture's file
+            if future.done():  # it is of the image's file
                 raise
             self.close()
             raise RuntimeError(f"a decoding process was stuck in {item.image_id} for {LONGEST:.0f} seconds") from error

@@ -1,7 +1,7 @@
-"""Pictures to latents, with any `AutoencoderKL`.
+"""Images to latents, with any `AutoencoderKL`.
 
-The same picture gives the same bits, whoever it shares a batch with: noise follows from (seed, name of the picture),
-and pictures pass the VAE one by one unless more are asked for, as the last bit of a convolution depends on how many
+The same image gives the same bits, whoever it shares a batch with: noise follows from (seed, name of the image),
+and images pass the VAE one by one unless more are asked for, as the last bit of a convolution depends on how many
 there are.
 """
 
@@ -94,7 +94,7 @@ class Encoder:
     Args:
         dtype: to compute in; the weights stay in float32. Where half precision overflows, float32 takes over.
         seed: of the samples of the posterior; None takes its mean.
-        at_once: pictures in one pass. More than one may be faster on a GPU; the last bit then depends on their number.
+        at_once: images in one pass. More than one may be faster on a GPU; the last bit then depends on their number.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Encoder:
         self.shift = float(vae.config.get("shift_factor") or 0)
         self.downsampling = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.channels = int(vae.config["latent_channels"])
-        self.repeated = 0  # pictures that overflowed and were encoded again in float32
+        self.repeated = 0  # images that overflowed and were encoded again in float32
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -123,24 +123,24 @@ class Encoder:
         return values | ({"downsampling": str(self.downsampling)} if self.downsampling != DOWNSAMPLING else {})
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[np.ndarray], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Latents of pictures of one size, and which of them can be trained on.
+    def __call__(self, images: Sequence[np.ndarray], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Latents of images of one size, and which of them can be trained on.
 
         Args:
-            pictures: (h, w, 3) uint8 each. names: their noise follows from it.
+            images: (h, w, 3) uint8 each. names: their noise follows from it.
 
         Returns:
             (B, C, h / 8, w / 8) float16, scaled; (B,) bool, False where they are not finite, in float32 either.
         """
         latents = []
-        for first in range(0, len(pictures), self.at_once):
+        for first in range(0, len(images), self.at_once):
             part = slice(first, first + self.at_once)
-            latents.append(self._encode(np.stack(pictures[part]), names[part]))
+            latents.append(self._encode(np.stack(images[part]), names[part]))
         made = torch.cat(latents).half().cpu().numpy()
         return made, np.asarray(np.isfinite(made).all(axis=(1, 2, 3)))
 
-    def _encode(self, pictures: np.ndarray, names: Sequence[str]) -> Tensor:
-        pixels = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def _encode(self, images: np.ndarray, names: Sequence[str]) -> Tensor:
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         latents = self._posterior(pixels, names, self.dtype)
         if self.dtype != torch.float32:
@@ -163,7 +163,7 @@ class Encoder:
 
 
 def posterior_noise(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise of a picture, float32: the same on every device."""
+    """Standard normal noise of an image, float32: the same on every device."""
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()[:16]
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     return rng.standard_normal(shape, np.float32)

@@ -1,4 +1,4 @@
-"""Encoded pictures to what the VAE sees: decoded once, framed for every resolution. Runs in processes of its own.
+"""Encoded images to what the VAE sees: decoded once, framed for every resolution. Runs in processes of its own.
 
 Nothing here needs torch: a decoding process starts in a fraction of a second.
 """
@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 
 from ..images.crop import Frame, bucket_frame, square_frame
-from ..images.decode import MAX_PIXELS, PictureError, decode, framed, picture_size
+from ..images.decode import MAX_PIXELS, ImageError, decode, framed, image_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """How pictures are framed.
+    """How images are framed.
 
     Args:
         resolutions: one frame for each, pixels.
         buckets: SDXL's aspect-ratio buckets in place of squares.
         fast_jpeg: JPEGs are decoded at a half, a quarter or an eighth of their size where that is enough.
-        min_side: pictures whose short side has fewer pixels are left out.
+        min_side: images whose short side has fewer pixels are left out.
     """
 
     resolutions: tuple[int, ...]
@@ -43,7 +43,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class Framed:
-    """A picture in each of its frames: (h, w, 3) uint8 each; and the seconds it took."""
+    """An image in each of its frames: (h, w, 3) uint8 each; and the seconds it took."""
 
     frames: list[Frame]
     pixels: list[np.ndarray]
@@ -51,7 +51,7 @@ class Framed:
 
 
 class Reason(str):
-    """Why a picture cannot be framed, in words that are the same for all of its kind.
+    """Why an image cannot be framed, in words that are the same for all of its kind.
 
     Attributes:
         detail: what was got of this one, and what was expected.
@@ -68,15 +68,15 @@ class Reason(str):
         return Reason, (str(self), self.detail)
 
 
-def frame_picture(source: bytes | Path, stated: tuple[int, int] | None, framing: Framing) -> Framed | Reason:
-    """Decode a picture and frame it; or why that cannot be.
+def frame_image(source: bytes | Path, stated: tuple[int, int] | None, framing: Framing) -> Framed | Reason:
+    """Decode an image and frame it; or why that cannot be.
 
     Args:
         stated: (height, width) that its annotations are made for, None for any.
     """
     begin = time.perf_counter()
     try:
-        size = picture_size(source)
+        size = image_size(source)
         if stated is not None and size != stated:
             told = f"it is {size[1]} x {size[0]} (width x height), its annotation states {stated[1]} x {stated[0]}"
             return Reason("its size is not what its annotation states", told)
@@ -92,7 +92,7 @@ def frame_picture(source: bytes | Path, stated: tuple[int, int] | None, framing:
         least = tuple(max(frame.resized[axis] for frame in frames) for axis in range(2))
         image = decode(source, at_least=least if framing.fast_jpeg else None)  # type: ignore[arg-type]
         pixels = [framed(image, frame) for frame in frames]
-    except PictureError as error:
+    except ImageError as error:
         return Reason(error.reason, str(error).removeprefix(error.reason).removeprefix(": "))
     except FileNotFoundError:
         return Reason("file is missing", f"there is no such file {source if isinstance(source, Path) else ''}")

@@ -1,4 +1,4 @@
-"""What a source hands over: pictures as they stand there, with what is known of them, in units of work."""
+"""What a source hands over: images as they stand there, with what is known of them, in units of work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ..layout import Box
 
-BAD_TEXT = "a text of its holds control characters or halves of surrogate pairs"  # why a picture is left out
+BAD_TEXT = "a text of its holds control characters or halves of surrogate pairs"  # why an image is left out
 
 # All of C0 and C1 but tab, line feed, vertical tab, form feed and carriage return; and what UTF-8 cannot hold.
 _BAD = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -18,11 +18,11 @@ _BAD = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What a source says of a picture.
+    """What a source says of an image.
 
     Args:
         caption: empty where there is none.
-        boxes: xyxy, 0-1, of the whole picture as it is seen (upright, after EXIF orientation). They may overstep it.
+        boxes: xyxy, 0-1, of the whole image as it is seen (upright, after EXIF orientation). They may overstep it.
         phrases, scores: one a box.
         size: (height, width) in pixels that the source states, upright; None where it states none.
         dropped: boxes that the source left out, by reason. dropped_examples: one of each reason, as it stands there.
@@ -39,18 +39,18 @@ class Annotation:
 
 @dataclass(frozen=True, kw_only=True)
 class Item(Annotation):
-    """One picture, not decoded yet, and what its source says of it.
+    """One image, not decoded yet, and what its source says of it.
 
     Args:
         image_id: unique within the source.
-        picture: its encoded bytes, or the file that holds them.
-        done: how much of the unit's `weight` is behind once this picture is.
-        where: it is described: a file and its row, as a person would look it up. Empty: the picture's own file.
+        image: its encoded bytes, or the file that holds them.
+        done: how much of the unit's `weight` is behind once this image is.
+        where: it is described: a file and its row, as a person would look it up. Empty: the image's own file.
         unread: files beside it, in an archive, that are of no use here: by ending.
     """
 
     image_id: str
-    picture: bytes | Path
+    image: bytes | Path
     done: int = 0
     where: str = ""
     unread: Mapping[str, int] = field(default_factory=dict)
@@ -58,12 +58,12 @@ class Item(Annotation):
     @property
     def place(self) -> str:
         """What a person looks up."""
-        return self.where or (str(self.picture) if isinstance(self.picture, Path) else self.image_id)
+        return self.where or (str(self.image) if isinstance(self.image, Path) else self.image_id)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A picture that cannot be used, and why.
+    """An image that cannot be used, and why.
 
     Args:
         reason: in words that are the same for all of its kind.
@@ -93,7 +93,7 @@ class Unit(Protocol):
 
     @property
     def weight(self) -> int:
-        """How much work it is, beside other units of the source: bytes of an archive, or pictures."""
+        """How much work it is, beside other units of the source: bytes of an archive, or images."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Unit(Protocol):
         ...
 
     def items(self) -> Iterator[Item | Skipped]:
-        """Its pictures, in an order that is the same every time.
+        """Its images, in an order that is the same every time.
 
         Raises:
             ValueError, OSError: the unit as a whole cannot be read on, as an archive that is cut short.

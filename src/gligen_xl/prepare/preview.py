@@ -1,4 +1,4 @@
-"""Samples of shards as pictures: latents decoded, with what their table says drawn over them."""
+"""Samples of shards as images: latents decoded, with what their table says drawn over them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .unit import WORK_FOLDER
 def show_samples(
     folder: str | Path, *, index: int | None = None, count: int = 16, vae: str | None = None, min_score: float = 0.0
 ) -> tuple[Image.Image, list[str]]:
-    """A picture of one sample, or of `count` spread evenly over all; and a line about each.
+    """An image of one sample, or of `count` spread evenly over all; and a line about each.
 
     Args:
         index: number of the sample, counted through the shards by name.
@@ -44,7 +44,7 @@ def show_samples(
     if not name:
         raise ValueError("these shards do not name their VAE; say which by vae (--vae)")
     decoder = load_vae(name)
-    pictures, lines = [], []
+    images, lines = [], []
     for number in numbers:
         shard, place = _find(shards, number)
         row = shard.row(place)
@@ -52,9 +52,9 @@ def show_samples(
         layout = Layout(phrases=[row.phrases[k] for k in keep], boxes=[row.boxes[k] for k in keep])
         lines.append(_line(number, shard, row, layout))
         drawn = draw_boxes(enlarged(_decode(decoder, shard, place)), layout)
-        pictures.append(grid([[drawn]], captions=[f"{number}: {row.caption}"], gap=2))
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    rows = [pictures[first : first + columns] for first in range(0, len(pictures), columns)]
+        images.append(grid([[drawn]], captions=[f"{number}: {row.caption}"], gap=2))
+    columns = int(np.ceil(np.sqrt(len(images))))
+    rows = [images[first : first + columns] for first in range(0, len(images), columns)]
     return grid(rows), lines
 
 

@@ -60,13 +60,13 @@ class Cluster(Local):
             (ready,), _ = self.ray.wait(list(running), num_returns=1)
             runner, unit = running.pop(ready)
             try:
-                what, pictures = self.ray.get(ready)
+                what, images = self.ray.get(ready)
                 self.idle.append(runner)
             except RayTaskError as error:
                 raise error.cause from None  # of the settings or the disk: nobody else would do better
             except RayError as error:
-                what, pictures = f"the runner was lost ({type(error).__name__})", 0
-            self.progress(unit.weight if what in ENDS else 0, pictures)
+                what, images = f"the runner was lost ({type(error).__name__})", 0
+            self.progress(unit.weight if what in ENDS else 0, images)
             yield unit, what
 
     def _new_runner(self) -> Any:
@@ -78,16 +78,16 @@ class _Runner:
 
     def __init__(self, done: Done, machine: Machine, folder: Path):
         self.local, self.folder = Local(done, machine, self._count), folder
-        self.begun, self.pictures = False, 0
+        self.begun, self.images = False, 0
 
     def run(self, unit: Unit) -> tuple[str, int]:
-        """What became of a unit, and how many of its pictures were seen."""
+        """What became of a unit, and how many of its images were seen."""
         if not self.begun:  # here, since an error of an actor's beginning does not reach the one who began it
             self._begin()
         self.begun = True
-        self.pictures = 0
+        self.images = 0
         ((_, what),) = self.local.execute([unit])
-        return what, self.pictures
+        return what, self.images
 
     def _begin(self) -> None:
         try:
@@ -99,5 +99,5 @@ class _Runner:
             ) from error
         self.local.__enter__()
 
-    def _count(self, weight: int, pictures: int) -> None:
-        self.pictures += pictures
+    def _count(self, weight: int, images: int) -> None:
+        self.images += images

@@ -1,4 +1,4 @@
-"""What became of the pictures: of one unit, and of all."""
+"""What became of the images: of one unit, and of all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = 5  # of each reason
 _COUNTS = ("seen", "used", "written", "boxes", "rows_without_boxes", "repeated_in_float32", "bytes", "cut_texts")
 _COUNTERS = ("incomplete", "dropped_boxes", "unread")
 _LEFT_OUT = {  # counts of a caption source, in words
-    "duplicates": "of a picture that had one already",
+    "duplicates": "of an image that had one already",
     "empty": "empty",
     "refused": "too long, rows of YOLO labels, with control characters, or no file of the archive",
 }
@@ -27,18 +27,18 @@ class UnitReport:
     """Of one unit, or of several put together.
 
     Args:
-        seen: pictures in the source. written: rows in shards (a mirrored picture, or another resolution, is a row too).
-        used, skipped: pictures that became rows, and those that did not: reason -> number, ids of some, and what
+        seen: images in the source. written: rows in shards (a mirrored image, or another resolution, is a row too).
+        used, skipped: images that became rows, and those that did not: reason -> number, ids of some, and what
             was got of one of them and where.
         incomplete: used ones that lack a row, in one resolution or mirrored: reason -> number.
         dropped_boxes: reason -> number, in every resolution anew. dropped_examples: reason -> one of them whole.
         unread: files in archives that are of no use: ending -> number.
         boxes: in the rows. rows_without_boxes: rows that have none.
         seconds: by stage. `decode` is the sum over processes; `wait` is how long the device had nothing to do for want
-            of pictures.
+            of images.
         bytes: of latents.
         cut_texts: that were too long for the detector.
-        captions: of the whole source that is joined: how many pictures have one, and how many texts were left out by
+        captions: of the whole source that is joined: how many images have one, and how many texts were left out by
             reason, as `gligen_xl.prepare.captions.Counts`.
     """
 
@@ -59,7 +59,7 @@ class UnitReport:
     captions: dict[str, Any] = field(default_factory=dict)
 
     def skip(self, image_id: str, reason: str, example: str = "") -> None:
-        """A picture is left out.
+        """An image is left out.
 
         Args:
             example: where it is described, what was got and what was expected; the first of a reason is told whole.
@@ -212,7 +212,7 @@ class PrepareReport:
     def warnings(self) -> list[str]:
         """What is hardly meant so."""
         if self.total.dropped_boxes and not self.total.boxes:
-            return ["no picture has a box left: look at the reasons, and whether box_format is that of the source"]
+            return ["no image has a box left: look at the reasons, and whether box_format is that of the source"]
         return []
 
     def __str__(self) -> str:
@@ -236,16 +236,16 @@ class PrepareReport:
         if self.stay:
             what = "left, of archives that the source has no more (were they renamed, remove these)"
             lines.append(f"  {what}: {_first(self.stay)}")
-        lines += self._pictures()
+        lines += self._images()
         lines += [f"failed: {name}: {what}" for name, what in self.failed.items()]
         lines += [f"warning: {text}" for text in self.warnings]
         if len(self.folders) > 1:
             lines.append("each resolution is a folder of its own, to train on, check and show:")
         return "\n".join([*lines, *(f"in {folder}" for folder in self.folders)])
 
-    def _pictures(self) -> Iterator[str]:
+    def _images(self) -> Iterator[str]:
         total = self.total
-        yield (f"pictures: {total.seen} seen, {total.used} used, {total.written} rows of {_size(total.bytes)} written")
+        yield (f"images: {total.seen} seen, {total.used} used, {total.written} rows of {_size(total.bytes)} written")
         if total.written:
             yield f"boxes: {total.statistics}"
         for reason, entry in sorted(total.skipped.items(), key=lambda item: -item[1]["count"]):

@@ -22,7 +22,7 @@ from .file_stats import weights_of
 from .item import Unit
 from .report import ALREADY, ELSEWHERE, HELD, WAITING, WRITTEN, PrepareReport
 from .settings import Settings
-from .trial import check_first_pictures
+from .trial import check_first_images
 from .unit import Progress, UnitMaker
 from .unit_folder import Done
 
@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 REPORT_NAME = "prepare"  # .json and .txt, beside the shards
 
 _CHANGES = {  # parts of an identity, in words
-    "images": "its pictures' files",
+    "images": "its images' files",
     "mtime_ns": "the archive",
     "bytes": "the source's size",
     "sha256": "rows, paths or captions",
@@ -51,7 +51,7 @@ class Machine:
     Args:
         workers: decoding processes of each runner; 0 decodes in the runner itself.
         device: of the VAE and the detector.
-        batch_size: pictures that are detected and encoded together.
+        batch_size: images that are detected and encoded together.
         runner: "local" does units one after another here; "ray" on a Ray cluster (that of RAY_ADDRESS, or one of this
             machine), which has to see the same files.
         runners: on Ray, units at a time; by default one for each GPU, or for each `workers` + 1 CPUs.
@@ -79,7 +79,7 @@ def prepare(
     *,
     source: str = "",
     part: tuple[int, int] = (1, 1),
-    progress: Progress = lambda weight, pictures: None,
+    progress: Progress = lambda weight, images: None,
 ) -> PrepareReport:
     """Write the shards of all units, or of a part of them, under `out`; those that stand there are kept.
 
@@ -89,7 +89,7 @@ def prepare(
             is cut otherwise now, is removed; units of another source that are called the same are refused. Empty:
             nothing is known of it, and nothing removed.
         part: (k, n): every n-th unit from the k-th, 1 to n; n such calls do all.
-        progress: told (weight, pictures) that came to an end; a unit that fails takes its weight back.
+        progress: told (weight, images) that came to an end; a unit that fails takes its weight back.
 
     Returns:
         The report, of all that is done in `out`; also written there, as `prepare.json` and `prepare.txt`.
@@ -109,7 +109,7 @@ def prepare(
     waiting = [unit for unit in mine if _waits(unit, done, report)]
     report.older = [name for name in older if name not in {unit.name for unit in waiting}]
     if len(waiting) == len(units):  # nothing stands there yet
-        check_first_pictures(units, settings, done.out)
+        check_first_images(units, settings, done.out)
     report.units |= {unit.name: ALREADY for unit in mine} | {unit.name: WAITING for unit in waiting}
     progress(sum(unit.weight for unit in mine) - sum(unit.weight for unit in waiting), 0)
     with _executor(done, machine, progress) if waiting else nullcontext(_nothing) as execute:
@@ -202,7 +202,7 @@ class Local:
             yield unit, run_unit(self.maker, self.done, unit, self.progress)
 
 
-def run_unit(maker: UnitMaker, done: Done, unit: Unit, progress: Progress = lambda weight, pictures: None) -> str:
+def run_unit(maker: UnitMaker, done: Done, unit: Unit, progress: Progress = lambda weight, images: None) -> str:
     """Do one unit, unless it is done or another process is at it; what became of it.
 
     Raises:
@@ -210,10 +210,10 @@ def run_unit(maker: UnitMaker, done: Done, unit: Unit, progress: Progress = lamb
     """
     told = 0
 
-    def tell(weight: int, pictures: int) -> None:
+    def tell(weight: int, images: int) -> None:
         nonlocal told
         told += weight
-        progress(weight, pictures)
+        progress(weight, images)
 
     with done.hold(unit.name) as free:
         if not free or done.is_done(unit):  # by another process, since this one looked

@@ -23,10 +23,10 @@ class Settings:
 
     Args:
         framing: resolutions, squares or buckets.
-        flip: "both" adds the mirrored picture, "random" mirrors half of them. A picture whose caption or phrases speak
+        flip: "both" adds the mirrored image, "random" mirrors half of them. An image whose caption or phrases speak
             of left or right is never mirrored.
         min_share: a box of which less than this share of its area is in the frame is dropped.
-        min_boxes: pictures with fewer boxes are left out.
+        min_boxes: images with fewer boxes are left out.
         captions: joined by image id, in place of those of the source; see `gligen_xl.prepare.captions`.
         detector: finds the boxes, in place of those of the source; see `gligen_xl.detect.captions`.
         box_threshold, text_threshold: of the detector; None becomes `THRESHOLD`, where it has any.
@@ -35,7 +35,7 @@ class Settings:
         latents: a sample of the posterior, or its mean.
         seed: of samples and of random flips.
         dtype: that the VAE and the detector compute in.
-        at_once: pictures in one pass of the VAE or the detector. More than one may be faster on a GPU; the last bit
+        at_once: images in one pass of the VAE or the detector. More than one may be faster on a GPU; the last bit
             then depends on their number.
     """
 
@@ -61,7 +61,7 @@ class Settings:
         if max(resolutions) > MAX_SIDE or self.at_once > MAX_BATCH:
             raise ValueError(
                 f"resolutions are {list(resolutions)}, at_once is {self.at_once}; expected at most {MAX_SIDE} pixels "
-                f"and {MAX_BATCH} pictures"
+                f"and {MAX_BATCH} images"
             )
         for name in ("min_share", "box_threshold", "text_threshold"):
             value = getattr(self, name)

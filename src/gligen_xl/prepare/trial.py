@@ -1,4 +1,4 @@
-"""The first pictures of a source, tried before anything is begun: a fault of all of them is told in a second."""
+"""The first images of a source, tried before anything is begun: a fault of all of them is told in a second."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from .captions.table import CaptionTable
-from .framing import Reason, frame_picture
+from .framing import Reason, frame_image
 from .item import Item, Skipped, Unit
 from .report import UnitReport
 from .settings import Settings
@@ -16,8 +16,8 @@ from .unit import TOO_FEW, WORK_FOLDER, captioned, open_captions
 from .views import views
 
 
-def check_first_pictures(units: Iterable[Unit], settings: Settings, out: Path) -> None:
-    """Read, caption and decode the pictures of a source up to the first that can be used; most often that is one.
+def check_first_images(units: Iterable[Unit], settings: Settings, out: Path) -> None:
+    """Read, caption and decode the images of a source up to the first that can be used; most often that is one.
 
     Raises:
         ValueError: none of the first hundred can be, all for the same reason.
@@ -36,7 +36,7 @@ def _tried(units: Iterable[Unit], settings: Settings, captions: CaptionTable | N
         if isinstance(item, Skipped):
             yield item
             continue
-        framed = frame_picture(item.picture, item.size, settings.framing)
+        framed = frame_image(item.image, item.size, settings.framing)
         if isinstance(framed, Reason):
             yield Skipped(image_id=item.image_id, reason=framed, detail=framed.detail, where=item.place)
             continue

@@ -3,7 +3,7 @@
     source -> [read, caption]  -> [decode, frame]  -> [detect] -> [encode] -> [write]
               a thread            processes           this thread, on the device
 
-Pictures stay in their order throughout, so the shards do not depend on how many processes there are.
+Images stay in their order throughout, so the shards do not depend on how many processes there are.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from .views import views
 
 NO_CAPTION, TOO_FEW, NOT_FINITE = "no caption", "too few boxes", "its latents are not finite"
 
-_Entry = tuple[int, np.ndarray, Row]  # place in the batch, picture (h, w, 3) uint8, row
-Progress = Callable[[int, int], None]  # (weight, pictures) that came to an end since the last call
+_Entry = tuple[int, np.ndarray, Row]  # place in the batch, image (h, w, 3) uint8, row
+Progress = Callable[[int, int], None]  # (weight, images) that came to an end since the last call
 
 
 class UnitMaker:
@@ -48,7 +48,7 @@ class UnitMaker:
         out: with several resolutions, each has a folder of its own in it.
         workers: decoding processes; 0 decodes in this one.
         device: of the VAE and the detector.
-        batch_size: pictures that are detected and encoded together.
+        batch_size: images that are detected and encoded together.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class UnitMaker:
             self.captions = open_captions(settings.captions, self.out / WORK_FOLDER)
         self.decoders = Decoders(workers, settings.framing, batch_size)
 
-    def make(self, unit: Unit, progress: Progress = lambda weight, pictures: None) -> tuple[UnitReport, list[str]]:
+    def make(self, unit: Unit, progress: Progress = lambda weight, images: None) -> tuple[UnitReport, list[str]]:
         """Write the shards of a unit, all of them when it is through, or none.
 
         Returns:
-            what became of its pictures, and the shards, as paths under `out`.
+            what became of its images, and the shards, as paths under `out`.
 
         Raises:
             ValueError, OSError, RuntimeError: the unit cannot be read to its end, or its shards not be written.
@@ -129,7 +129,7 @@ class UnitMaker:
     # Read, caption, decode --------------------------------------------------------------------------------------
 
     def _framed(self, unit: Unit, report: UnitReport, progress: Progress) -> Iterator[tuple[Item, Framed]]:
-        """The pictures that can be used, in their order; the others are counted."""
+        """The images that can be used, in their order; the others are counted."""
         behind = 0
         for item, framed in self.decoders.decode(self._read(unit, report), report):
             report.seen += 1
@@ -150,7 +150,7 @@ class UnitMaker:
         progress(unit.weight - behind, 0)
 
     def _read(self, unit: Unit, report: UnitReport) -> Iterator[Item | Skipped]:
-        """The pictures of the source, with their captions."""
+        """The images of the source, with their captions."""
         items = unit.items()
         while True:
             with report.timed("read"):
@@ -203,7 +203,7 @@ class UnitMaker:
     def _write(
         self, group: list[_Entry], place: int, size: tuple[int, int], writers: _Writers, report: UnitReport
     ) -> np.ndarray:
-        """Encode pictures of one size and write those whose latents are finite: (n,) bool."""
+        """Encode images of one size and write those whose latents are finite: (n,) bool."""
         with report.timed("encode"):
             latents, finite = self.encoder([pixels for _, pixels, _ in group], [row.image_id for _, _, row in group])
         rows = [row for (_, _, row), good in zip(group, finite, strict=True) if good]
@@ -216,7 +216,7 @@ class UnitMaker:
         return finite
 
     def _detect(self, detector: Detector, batch: Sequence[tuple[Item, Framed]]) -> list[tuple[Item, Framed]]:
-        """The same pictures with the boxes that are found in their first frame."""
+        """The same images with the boxes that are found in their first frame."""
         found = detector.detect([framed.pixels[0] for _, framed in batch], [item.caption for item, _ in batch])
         result = []
         for (item, framed), boxes in zip(batch, found, strict=True):
@@ -226,7 +226,7 @@ class UnitMaker:
 
 
 class _Writers:
-    """The shards of a unit: one for each resolution and latent shape, begun when their first picture comes."""
+    """The shards of a unit: one for each resolution and latent shape, begun when their first image comes."""
 
     def __init__(self, out: Path, name: str, settings: Settings, encoder: Encoder):
         self.out, self.name, self.settings, self.encoder = out, name, settings, encoder
@@ -275,10 +275,10 @@ class _Writers:
 
 
 def captioned(item: Item | Skipped, captions: CaptionTable | None, *, needed: bool) -> Item | Skipped:
-    """The picture with the caption that is joined; or why it is left out.
+    """The image with the caption that is joined; or why it is left out.
 
     Args:
-        needed: a picture without a caption is left out.
+        needed: an image without a caption is left out.
     """
     if isinstance(item, Skipped):
         return item

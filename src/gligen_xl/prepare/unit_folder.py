@@ -34,7 +34,7 @@ class Done:
 
     .prepared/settings.json      what all of its shards have in common
     .prepared/units/UNIT.json    the mark of a unit that is done: source and settings, what the unit is made of, its
-                                 shards, what became of its pictures
+                                 shards, what became of its images
     .prepared/units/UNIT.lock    held by the process that is at it
 
     Args:
@@ -207,7 +207,7 @@ class Done:
         write_json(self._mark_file(unit.name), values | {"report": report.to_dict()})
 
     def remove_orphans(self, units: Sequence[Unit]) -> tuple[list[str], list[str]]:
-        """Remove what is done of units that this source has no more, as it is cut otherwise now: their pictures stand
+        """Remove what is done of units that this source has no more, as it is cut otherwise now: their images stand
         in the others. Those that another process is at are left.
 
         An archive that is gone is another matter: it may have been deleted to make room. Its shards stay.

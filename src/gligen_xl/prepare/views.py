@@ -1,4 +1,4 @@
-"""A framed picture to the rows that training reads: boxes moved into the frame, the mirror image beside it."""
+"""A framed image to the rows that training reads: boxes moved into the frame, the mirror image beside it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards|side)?\b", re.IGNORECA
 def views(
     item: Item, frame: Frame, pixels: np.ndarray, settings: Settings, report: UnitReport
 ) -> Iterator[tuple[np.ndarray, Row]]:
-    """What of a picture goes into one resolution: it, or its mirror image, or both; nothing if it has too few boxes.
+    """What of an image goes into one resolution: it, or its mirror image, or both; nothing if it has too few boxes.
 
     Args:
-        pixels: the picture in the frame, (h, w, 3) uint8.
+        pixels: the image in the frame, (h, w, 3) uint8.
     """
     moved = move_boxes(frame, item.boxes, settings.min_share)
     named = [k for k, which in enumerate(moved.kept) if item.phrases[which].strip()]
@@ -64,7 +64,7 @@ def _described(item: Item, which: int, frame: Frame) -> str:
 
 
 def mirror(row: Row, frame: Frame) -> Row:
-    """The row of the mirrored picture."""
+    """The row of the mirrored image."""
     return replace(
         row,
         image_id=row.image_id + MIRRORED,
@@ -74,7 +74,7 @@ def mirror(row: Row, frame: Frame) -> Row:
 
 
 def _sides(item: Item, settings: Settings) -> tuple[bool, ...]:
-    """Which of (as it is, mirrored) are wanted of a picture."""
+    """Which of (as it is, mirrored) are wanted of an image."""
     if settings.flip == "no" or any(_SIDES.search(text) for text in (item.caption, *item.phrases)):
         return (False,)
     if settings.flip == "both":

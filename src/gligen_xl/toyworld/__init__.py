@@ -1,6 +1,6 @@
-"""The embedded tiny world: pictures of coloured shapes, an exact detector, and a small SDXL-form model of them.
+"""The embedded tiny world: images of coloured shapes, an exact detector, and a small SDXL-form model of them.
 
-`world` draws pictures from a seed, `detect` finds the objects again, `model` holds the shipped weights, and
+`world` draws images from a seed, `detect` finds the objects again, `model` holds the shipped weights, and
 `build` trains them from scratch. Everything here runs offline on a CPU.
 """
 

@@ -3,7 +3,7 @@
     gligen-xl shapes build --out runs/shapes
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 --no-python gligen-xl shapes build     # faster: docs/LOG.md
 
-Each stage resumes from its last checkpoint: pictures, captions and noise follow from the seed, the number of samples
+Each stage resumes from its last checkpoint: images, captions and noise follow from the seed, the number of samples
 seen and, where there are several processes, their number. The adapter comes afterwards, from the ordinary trainer, and
 both then go into one folder, that of the shipped weights:
 
@@ -33,7 +33,7 @@ from ..pipelines import StableDiffusionXLGLIGENPipeline
 from ..pipelines.loading import ADAPTER_SUBFOLDER
 from ..text_embeddings import embed_phrases
 from ..train.objective import denoising_loss
-from .data import pictures, write_shards
+from .data import images, write_shards
 from .model import TEXT_WIDTH, new_scheduler, new_text_encoders, new_tokenizer, new_unet, new_vae
 from .stage import StageConfig, run_stage
 from .text import Attributes, TextTower, attributes
@@ -53,10 +53,10 @@ def train_vae(out: Path, seed: int = 1, config: StageConfig = VAE) -> Autoencode
     vae.to(memory_format=torch.channels_last)
 
     def loss(first: int, count: int) -> dict[str, Tensor]:
-        x = pictures(seed, first, count).contiguous(memory_format=torch.channels_last)
+        x = images(seed, first, count).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        # Squared error, not absolute: the median of a picture is its background, and objects are the minority.
+        # Squared error, not absolute: the median of an image is its background, and objects are the minority.
         error = F.mse_loss(decoded, x)
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return {"loss": error + 1e-4 * divergence, "mse": error, "kl": divergence}
@@ -68,13 +68,13 @@ def train_vae(out: Path, seed: int = 1, config: StageConfig = VAE) -> Autoencode
 def train_decoder(out: Path, vae: Any, seed: int = 1, config: StageConfig = DECODER) -> None:
     """The decoder alone, on latents with a little noise, as a U-Net will leave some: edges that survive it.
 
-    The encoder stays, so latents of pictures stay what they are.
+    The encoder stays, so latents of images stay what they are.
     """
     vae.requires_grad_(False)
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
     def loss(first: int, count: int) -> dict[str, Tensor]:
-        x = pictures(seed, VAE.samples + first, count).contiguous(memory_format=torch.channels_last)
+        x = images(seed, VAE.samples + first, count).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = vae.encode(x).latent_dist.mean
         latents = latents + DECODER_NOISE * torch.randn_like(latents)
@@ -169,20 +169,20 @@ class _Denoising:
         return denoising_loss(unet, self._scheduler, batch, conditioning).mean()
 
 
-def build(out: Path, *, shard_pictures: int = 60_000) -> Path:
+def build(out: Path, *, shard_images: int = 60_000) -> Path:
     """Every stage, one after another; those that are done are passed over. Returns the model's folder.
 
     Args:
-        shard_pictures: drawn and encoded once, for text encoders and U-Net.
+        shard_images: drawn and encoded once, for text encoders and U-Net.
     """
     process = PartialState(cpu=True)
     vae: Any = train_vae(out)
     train_decoder(out, vae)
     shards = out / "shards"
-    latents = vae.encode(pictures(9, 0, 200).contiguous(memory_format=torch.channels_last)).latent_dist.mean
+    latents = vae.encode(images(9, 0, 200).contiguous(memory_format=torch.channels_last)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     with process.main_process_first():  # the others find them there
-        write_shards(vae, shards, shard_pictures, seed=TRAINING_SEED, captions="places")
+        write_shards(vae, shards, shard_images, seed=TRAINING_SEED, captions="places")
         tokenizer = new_tokenizer(out / "tokenizer")
     torch.manual_seed(2)
     base = Base(tokenizer)

@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from ..data.shard_writer import write_shard
 from ..data.shards import Row
-from .world import PICTURE_SIZE, draw, generator, ground_caption, sample_scene, scene_layout
+from .world import IMAGE_SIZE, draw, generator, ground_caption, sample_scene, scene_layout
 
-SHARD_PICTURES, ENCODED_AT_ONCE = 10_000, 100
+SHARD_IMAGES, ENCODED_AT_ONCE = 10_000, 100
 
 Captions = Literal["places", "ground", "plain"]
 
 
-def pictures(seed: int, first: int, count: int) -> Tensor:
+def images(seed: int, first: int, count: int) -> Tensor:
     """Drawn scenes (count, 3, 64, 64), -1..1."""
     drawn = np.stack([np.asarray(draw(sample_scene(seed, index))) for index in range(first, first + count)])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -34,20 +34,20 @@ def write_shards(vae: AutoencoderKL, out: Path, count: int, *, seed: int, captio
             half name the background alone, so that an adapter has to take objects from its boxes; "plain", all name
             the objects and none says where they are.
     """
-    for first in range(0, count, SHARD_PICTURES):
-        size = min(SHARD_PICTURES, count - first)
+    for first in range(0, count, SHARD_IMAGES):
+        size = min(SHARD_IMAGES, count - first)
         stem = out / f"shapes-{seed}-{first:07d}-{size}"
         if stem.with_name(stem.name + ".parquet").exists():
             continue
-        with tqdm(total=size, desc=stem.name, unit="picture", disable=None) as bar:
+        with tqdm(total=size, desc=stem.name, unit="image", disable=None) as bar:
             latents = []
             for start in range(first, first + size, ENCODED_AT_ONCE):
                 part = min(ENCODED_AT_ONCE, first + size - start)
-                latents.append(encode(vae, pictures(seed, start, part)))
+                latents.append(encode(vae, images(seed, start, part)))
                 bar.update(part)
         scale = vae.config["scaling_factor"]
-        downsampling = str(PICTURE_SIZE // latents[0].shape[-1])
-        metadata = {"resolution": str(PICTURE_SIZE), "downsampling": downsampling}
+        downsampling = str(IMAGE_SIZE // latents[0].shape[-1])
+        metadata = {"resolution": str(IMAGE_SIZE), "downsampling": downsampling}
         metadata |= {"vae": "shapes", "scaling_factor": str(scale)}
         rows = [_row(seed, index, captions) for index in range(first, first + size)]
         write_shard(stem, np.concatenate(latents), rows, metadata)
@@ -71,6 +71,6 @@ def _row(seed: int, index: int, captions: Captions) -> Row:
         boxes=[item.box for item in scene.objects],
         scores=[1.0] * len(scene.objects),
         phrases=list(layout.phrases),
-        original_height=PICTURE_SIZE,
-        original_width=PICTURE_SIZE,
+        original_height=IMAGE_SIZE,
+        original_width=IMAGE_SIZE,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..evaluate import find_detector, point_metrics, score_picture
+from ..evaluate import find_detector, point_metrics, score_image
 from ..generate import generate
 from ..images.draw import draw_boxes, grid
 from ..io import whole_file
@@ -56,7 +56,7 @@ LAYOUTS = [
 
 
 def demo(out: str | Path, *, steps: int = 30, seed: int = 0) -> str:
-    """Generate the layouts, write pictures, `grid.png`, `table.md` and `layouts.jsonl` into `out`.
+    """Generate the layouts, write images, `grid.png`, `table.md` and `layouts.jsonl` into `out`.
 
     Returns:
         The table, and the mean IoU of requested and drawn boxes with grounding on and off.
@@ -68,7 +68,7 @@ def demo(out: str | Path, *, steps: int = 30, seed: int = 0) -> str:
     drawn: dict[str, list[Image.Image]] = {}
     metrics: dict[str, dict[str, float]] = {}
     for name, suffix in (("with grounding", ""), ("without", "-off")):
-        pictures = generate(
+        images = generate(
             pipeline,
             LAYOUTS,
             beta=1.0,
@@ -78,15 +78,15 @@ def demo(out: str | Path, *, steps: int = 30, seed: int = 0) -> str:
             num_inference_steps=steps,
             guidance_scale=2.0,
         )
-        drawn[name] = list(tqdm(pictures, desc=name, total=len(LAYOUTS), unit="picture", disable=None))
+        drawn[name] = list(tqdm(images, desc=name, total=len(LAYOUTS), unit="image", disable=None))
         found = detector.detect(drawn[name], LAYOUTS)
-        scores = [score_picture(layout, "", here, detector) for layout, here in zip(LAYOUTS, found, strict=True)]
-        metrics[name] = point_metrics([score for of_picture in scores for score in of_picture.objects])
-        for layout, picture in zip(LAYOUTS, drawn[name], strict=True):
+        scores = [score_image(layout, "", here, detector) for layout, here in zip(LAYOUTS, found, strict=True)]
+        metrics[name] = point_metrics([score for of_image in scores for score in of_image.objects])
+        for layout, image in zip(LAYOUTS, drawn[name], strict=True):
             with whole_file(out / f"{layout.id}{suffix}.png") as partial:
-                picture.save(partial, format="PNG")
+                image.save(partial, format="PNG")
     with whole_file(out / "grid.png") as partial:
-        rows = [list(map(draw_boxes, pictures, LAYOUTS)) for pictures in drawn.values()]
+        rows = [list(map(draw_boxes, images, LAYOUTS)) for images in drawn.values()]
         captions = ["with grounding", "without: the same prompts and noise"]
         grid(rows, captions=captions).save(partial, format="PNG")
     table = _table(metrics)
@@ -96,7 +96,7 @@ def demo(out: str | Path, *, steps: int = 30, seed: int = 0) -> str:
     on, off = (of_way["mean_iou"] for of_way in metrics.values())
     return (
         f"{table}\nmean IoU of requested and drawn boxes: {on:.2f} with grounding, {off:.2f} without\n"
-        f"pictures in {out}, all of them in {out / 'grid.png'}"
+        f"images in {out}, all of them in {out / 'grid.png'}"
     )
 
 

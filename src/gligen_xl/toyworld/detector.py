@@ -1,6 +1,6 @@
-"""Find the objects of a shapes picture: nearest colour, connected component, best-fitting shape.
+"""Find the objects of a shapes image: nearest colour, connected component, best-fitting shape.
 
-No network is involved. Its own error on drawn pictures is measured in tests/test_shapes_detect.py.
+No network is involved. Its own error on drawn images is measured in tests/test_shapes_detect.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .world import COLOURS, SHAPES, shape_mask
 _NAMES = tuple(COLOURS)
 _PALETTE = np.array([COLOURS[name] for name in _NAMES], np.float32)
 _FAR = 62.0  # RGB distance beyond which a pixel belongs to no object colour
-_SMALLEST = 0.01  # share of the picture; smaller components are specks
+_SMALLEST = 0.01  # share of the image; smaller components are specks
 _GRID = 24  # shapes are compared on a grid of this many cells a side
 
 
@@ -31,11 +31,11 @@ class Detection:
     area: float
 
 
-def detect(picture: Image.Image | np.ndarray) -> list[Detection]:
-    """All objects of a picture (PIL, or (H, W, 3) uint8), largest first."""
-    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture, np.float32)
+def detect(image: Image.Image | np.ndarray) -> list[Detection]:
+    """All objects of an image (PIL, or (H, W, 3) uint8), largest first."""
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, np.float32)
     if pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"expected a picture of shape (H, W, 3), got {pixels.shape}")
+        raise ValueError(f"expected an image of shape (H, W, 3), got {pixels.shape}")
     height, width = pixels.shape[:2]
     distance = np.linalg.norm(pixels[:, :, None] - _PALETTE, axis=-1)  # (H, W, colours)
     colour = np.where(distance.min(-1) < _FAR, distance.argmin(-1), -1)

@@ -1,4 +1,4 @@
-"""Layouts of the shapes world, and their pictures: drawn from the scenes that the layouts are of."""
+"""Layouts of the shapes world, and their images: drawn from the scenes that the layouts are of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def held_out_layouts(count: int, seed: int = HELD_OUT_SEED) -> list[Layout]:
     return [scene_layout(sample_scene(seed, k), seed=seed, index=k, places=False) for k in range(count)]
 
 
-def scene_picture(layout: Layout) -> Image.Image:
+def scene_image(layout: Layout) -> Image.Image:
     """The scene that a layout of `held_out_layouts` is of."""
     return draw(_scene(layout))
 

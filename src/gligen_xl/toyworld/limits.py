@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .model import LATENT_SIZE, MAX_TOKENS, TEXT_WIDTH
-from .world import BACKGROUNDS, COLOURS, PICTURE_SIZE, PLACES, SHAPES, vocabulary
+from .world import BACKGROUNDS, COLOURS, IMAGE_SIZE, PLACES, SHAPES, vocabulary
 
 if TYPE_CHECKING:
-    from ..pipelines.layouts import PictureLayout
+    from ..pipelines.layouts import ImageLayout
 
 LARGEST_SIDE = 96  # pixels; at 96 x 96 one object in thirty still stands in its box (LOG.md)
-SMALLEST_BOX = 0.26  # of the picture's side: 0.30 in training, times the strongest stretch
+SMALLEST_BOX = 0.26  # of the image's side: 0.30 in training, times the strongest stretch
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
@@ -26,7 +26,7 @@ def is_shapes_model(pipeline: Any) -> bool:
     return form == (LATENT_SIZE, 2 * TEXT_WIDTH, 16) and getattr(tokenizer, "model_max_length", 0) == MAX_TOKENS
 
 
-def check_limits(pipeline: Any, call: dict[str, Any], layouts: Sequence[PictureLayout]) -> None:
+def check_limits(pipeline: Any, call: dict[str, Any], layouts: Sequence[ImageLayout]) -> None:
     """Refuse sizes that the embedded model cannot draw; warn of words that it does not know, and of boxes that are
     smaller than any object that it has seen. Of other models nothing is said.
 
@@ -50,15 +50,15 @@ def check_limits(pipeline: Any, call: dict[str, Any], layouts: Sequence[PictureL
     if small:
         box = ", ".join(f"{value:g}" for value in min(small))
         _warn(
-            f"the embedded model draws no object smaller than about 0.3 of the picture's side; the box ({box})"
+            f"the embedded model draws no object smaller than about 0.3 of the image's side; the box ({box})"
             f"{f' and {len(small) - 1} more are' if len(small) > 1 else ' is'} smaller"
         )
 
 
 def _check_size(call: dict[str, Any]) -> None:
-    picture = next((call[name] for name in ("image", "control_image") if hasattr(call.get(name), "width")), None)
-    width, height = (call.get(name) or getattr(picture, name, None) or PICTURE_SIZE for name in ("width", "height"))
-    own, asked = f"{PICTURE_SIZE} x {PICTURE_SIZE}", f"{width} x {height}"
+    image = next((call[name] for name in ("image", "control_image") if hasattr(call.get(name), "width")), None)
+    width, height = (call.get(name) or getattr(image, name, None) or IMAGE_SIZE for name in ("width", "height"))
+    own, asked = f"{IMAGE_SIZE} x {IMAGE_SIZE}", f"{width} x {height}"
     if max(width, height) > LARGEST_SIDE:
         raise ValueError(
             f"the embedded model cannot draw {asked}: it was trained at {own}, and beyond {LARGEST_SIDE} pixels "

@@ -14,9 +14,9 @@ from typing import Any
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .world import PICTURE_SIZE, vocabulary
+from .world import IMAGE_SIZE, vocabulary
 
-LATENT_SIZE = PICTURE_SIZE // 4
+LATENT_SIZE = IMAGE_SIZE // 4
 TEXT_WIDTH = 64
 MAX_TOKENS = 48  # of the captions with size and place of four objects, one in 250 is cut
 
@@ -33,7 +33,7 @@ def model_folder() -> Path:
 
 
 def new_vae() -> AutoencoderKL:
-    """Pictures (3, 64, 64) in -1..1 to latents (4, 16, 16); without attention, as every cell is decided locally."""
+    """Images (3, 64, 64) in -1..1 to latents (4, 16, 16); without attention, as every cell is decided locally."""
     channels = (16, 32, 64)
     settings: dict[str, Any] = {
         "block_out_channels": channels,
@@ -43,7 +43,7 @@ def new_vae() -> AutoencoderKL:
         "latent_channels": 4,
         "norm_num_groups": 2,
         "mid_block_add_attention": False,
-        "sample_size": PICTURE_SIZE,
+        "sample_size": IMAGE_SIZE,
         "force_upcast": False,
     }
     return AutoencoderKL(**settings)
@@ -52,7 +52,7 @@ def new_vae() -> AutoencoderKL:
 def new_unet() -> UNet2DConditionModel:
     """SDXL's form in small: size conditioning, linear projections, more transformer layers in the deeper level.
 
-    Unlike SDXL's, its last level has attention, and so fusers: a latent pixel is a sixteenth of this picture, and a
+    Unlike SDXL's, its last level has attention, and so fusers: a latent pixel is a sixteenth of this image, and a
     box that only half of them resolve has no corners.
     """
     settings: dict[str, Any] = {
@@ -92,7 +92,7 @@ def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPText
 
 
 def new_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's schedule, ended nearer to pure noise: small flat pictures survive a signal of 7 %."""
+    """SDXL's schedule, ended nearer to pure noise: small flat images survive a signal of 7 %."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.02,

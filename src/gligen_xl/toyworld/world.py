@@ -1,7 +1,7 @@
 """The shapes world: a scene is a background and one to four coloured shapes, drawn and described from a seed.
 
     scene = sample_scene(seed=7, index=0)
-    picture = draw(scene)                    # PIL, 64 x 64
+    image = draw(scene)                    # PIL, 64 x 64
     layout = scene_layout(scene)             # caption, phrases and boxes
 
 Every scene is a function of (seed, index) alone. Within one scene no two objects share a colour, so a colour names
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from ..layout import Layout
 
-PICTURE_SIZE = 64  # pixels, both ways
+IMAGE_SIZE = 64  # pixels, both ways
 
 # Scenes are numbered within a seed. What is trained on, looked at while training, and evaluated never meet.
 TRAINING_SEED, VALIDATION_SEED, HELD_OUT_SEED = 4, 5, 1_000_003
@@ -83,7 +83,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole picture: background, horizon (0-1 from the top, or None) and objects, back to front."""
+    """A whole image: background, horizon (0-1 from the top, or None) and objects, back to front."""
 
     background: str
     horizon: float | None
@@ -144,7 +144,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def shape_mask(shape: str, size: tuple[int, int]) -> Image.Image:
-    """The shape, filling an "L" picture of `size` (width, height) edge to edge; 255 inside."""
+    """The shape, filling an "L" image of `size` (width, height) edge to edge; 255 inside."""
     width, height = size
     mask = Image.new("L", size, 0)
     pen = ImageDraw.Draw(mask)
@@ -162,8 +162,8 @@ def shape_mask(shape: str, size: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def draw(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
-    """The scene as an RGB picture of `size` x `size` pixels, antialiased."""
+def draw(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
+    """The scene as an RGB image of `size` x `size` pixels, antialiased."""
     canvas = Image.fromarray(_background(scene, size)).resize(
         (size * _SUPERSAMPLE, size * _SUPERSAMPLE), Image.Resampling.NEAREST
     )
@@ -176,14 +176,14 @@ def draw(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
 def _background(scene: Scene, size: int) -> np.ndarray:
     """(size, size, 3) uint8: ground, sky above the horizon if there is one, and a faint texture."""
     rng = generator("texture", scene.texture_seed)
-    picture = np.empty((size, size, 3), np.float32)
-    picture[:] = BACKGROUNDS[scene.background]
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = BACKGROUNDS[scene.background]
     if scene.horizon is not None:
-        picture[: round(scene.horizon * size)] = SKIES[scene.background]
+        image[: round(scene.horizon * size)] = SKIES[scene.background]
     coarse = Image.fromarray(rng.normal(0, 5, (9, 9)).astype(np.float32))
-    picture += np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))[..., None]
-    picture += rng.normal(0, 1.5, (size, size, 1))
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    image += np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+    image += rng.normal(0, 1.5, (size, size, 1))
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 # Words --------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ _TEMPLATES = (
 
 
 def place(box: tuple[float, float, float, float]) -> str:
-    """Where the centre of a box lies, in words, by thirds of the picture."""
+    """Where the centre of a box lies, in words, by thirds of the image."""
     column, row = (min(int((box[k] + box[k + 2]) / 2 * 3), 2) for k in (0, 1))
     return PLACES[column, row]
 

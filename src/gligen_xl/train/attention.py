@@ -60,7 +60,7 @@ def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: Se
     """
     attention = logits.float().softmax(-1).mean(1)  # (B, L, N)
     targets = attention_targets(boxes.to(logits.device), masks.to(logits.device), latent_size, logits.shape[2])
-    rows = targets.sum(-1) > 0  # a picture that fills every slot has no target outside its boxes
+    rows = targets.sum(-1) > 0  # an image that fills every slot has no target outside its boxes
     cross_entropy = -(targets * attention.clamp_min(1e-6).log()).sum(-1)  # 0 where there is no target
     return cross_entropy.sum(1) / rows.sum(1).clamp_min(1)
 

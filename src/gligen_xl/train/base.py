@@ -24,7 +24,7 @@ def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) 
     """The frozen base, SDXL or Stable Diffusion 1.x / 2.x, without the adapter it may have come with.
 
     Args:
-        draws: whether it is this process that makes pictures; only then has the VAE to be on the device.
+        draws: whether it is this process that makes images; only then has the VAE to be on the device.
 
     Raises:
         ValueError: a part that training needs is not there.
@@ -37,7 +37,7 @@ def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) 
         if getattr(pipeline, name) is None:
             raise ValueError(f"{config.model} has no {name}, which training needs; expected a whole pipeline")
     if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None  # of SD 1.x: it would black out pictures of the validation
+        pipeline.safety_checker = None  # of SD 1.x: it would black out images of the validation
     if is_attached(pipeline.unet):
         detach(pipeline.unet)
     uses_vae = draws and needs_vae(config)
@@ -67,9 +67,9 @@ def check_base_files(config: TrainConfig) -> None:
 
 
 def needs_vae(config: TrainConfig) -> bool:
-    """Whether the VAE has work to do: pictures of the validation, or those of the shapes world."""
-    pictures = config.validation.wanted and config.validation.pictures > 0
-    return pictures or any(
+    """Whether the VAE has work to do: images of the validation, or those of the shapes world."""
+    images = config.validation.wanted and config.validation.pictures > 0
+    return images or any(
         source.partition(":")[0] == "shapes" for source in [*config.sources, config.validation.data or ""]
     )
 
@@ -116,5 +116,5 @@ def check_fit(dataset: ShardDataset, pipeline: GroundingMixin, resolution: int |
         if abs(float(shard.metadata.get("scaling_factor") or scale) / scale - 1) > 1e-3:
             raise ValueError(
                 f"{shard.stem} holds latents scaled by {shard.metadata['scaling_factor']}, the base's VAE by {scale}: "
-                "they come from another VAE; prepare the pictures again with that of the base"
+                "they come from another VAE; prepare the images again with that of the base"
             )

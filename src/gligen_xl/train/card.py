@@ -52,7 +52,7 @@ class CardFacts:
         base_model: a repository of the Hub, "shapes", or the bare name of what lay on a disk.
         gate: mean |tanh| of its gates; None where it has none.
         run: its training; an adapter by itself has none.
-        pictures: file in the repository -> samples seen.
+        images: file in the repository -> samples seen.
     """
 
     repository: str
@@ -63,7 +63,7 @@ class CardFacts:
     base_model: str | None = None
     gate: float | None = None
     run: RunRecord | None = None
-    pictures: Mapping[str, int]
+    images: Mapping[str, int]
 
 
 def model_card(facts: CardFacts) -> str:
@@ -74,11 +74,11 @@ def model_card(facts: CardFacts) -> str:
         f"# {markdown(facts.repository.split('/')[-1])}",
         _what(facts),
         _measured(facts),
-        _last_picture(facts),
+        _last_image(facts),
         f"## Use\n\nWith the library `gligen-xl` installed:\n\n```python\n{_code(facts)}\n```",
         _training(facts),
         _results(facts),
-        _earlier_pictures(facts),
+        _earlier_images(facts),
         _credit(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -113,8 +113,8 @@ def _what(facts: CardFacts) -> str:
     fusers = blocks_in_words(facts.form.blocks, facts.form.every, "transformer block")
     return (
         f"A GLIGEN adapter for {_base_in_words(facts)}. It gives the model a phrase and a box for each object of a "
-        f"picture. It has {facts.parameters:,} parameters, a fuser on {markdown(fusers)} of the U-Net, and "
-        f"{facts.form.slots} grounding tokens a picture. Nothing of the base model is in it."
+        f"image. It has {facts.parameters:,} parameters, a fuser on {markdown(fusers)} of the U-Net, and "
+        f"{facts.form.slots} grounding tokens an image. Nothing of the base model is in it."
     )
 
 
@@ -145,7 +145,7 @@ def _measured(facts: CardFacts) -> str:
         lines.append("How many samples it has seen in training is not recorded.")
     if facts.gate == 0:
         lines.append(
-            "Its gates are closed (mean \\|tanh α\\| is 0): it changes nothing of the base model's pictures, and has "
+            "Its gates are closed (mean \\|tanh α\\| is 0): it changes nothing of the base model's images, and has "
             "learned nothing yet."
         )
     elif facts.gate is not None:
@@ -251,21 +251,21 @@ def _on_and_off(last: Row, layouts: str, detector: str) -> str:
         label = METRICS.get(name) or markdown(name.replace("_", " ").capitalize())
         cells = [write(last[f"{side}_{name}"]) if f"{side}_{name}" in last else "" for side in ("on", "off")]
         rows.append((label, *cells))
-    return f"Pictures of {layouts}, looked at by {detector}:\n\n{table(('', 'grounding on', 'off'), rows)}"
+    return f"Images of {layouts}, looked at by {detector}:\n\n{table(('', 'grounding on', 'off'), rows)}"
 
 
-def _last_picture(facts: CardFacts) -> str:
-    if not facts.pictures:
+def _last_image(facts: CardFacts) -> str:
+    if not facts.images:
         return ""
-    file, samples = list(facts.pictures.items())[-1]
+    file, samples = list(facts.images.items())[-1]
     caption = (
         f"*Held-out layouts after {samples:,} samples, grounding on and off from the same noise; boxes are drawn.*"
     )
     return f"![Layouts with grounding on and off]({file})\n\n{caption}"
 
 
-def _earlier_pictures(facts: CardFacts) -> str:
-    earlier = list(facts.pictures.items())[:-1]
+def _earlier_images(facts: CardFacts) -> str:
+    earlier = list(facts.images.items())[:-1]
     shown = "\n\n".join(
         f"After {samples:,} samples:\n\n![After {samples:,} samples]({file})" for file, samples in earlier
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from ..data.dataset import Augmentation
 from ..data.mixture import turns_of
 from ..dtypes import dtype_name
-from ..limits import MAX_BATCH, MAX_PICTURES, MAX_SIDE, MAX_STEPS, MAX_WORKERS
+from ..limits import MAX_BATCH, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_WORKERS
 from ..redact import redacted_values
 
 
@@ -58,7 +58,7 @@ class AdapterOptions:
         grounding_logit_bias: added to the logits of the grounding tokens; 0 is the published form.
         bias_share: over this first share of the run the bias falls linearly to 0, so that the finished adapter has the
             published form; by default it stays.
-        gate_init: tanh of every gate at the start; 0 changes nothing of the base's pictures until it is trained.
+        gate_init: tanh of every gate at the start; 0 changes nothing of the base's images until it is trained.
         fuser_init: "fresh" weights, or those of the block's own "self_attention" (see `gligen_xl.train.init`).
         grounding_share: of the fusers' attention that goes to the grounding tokens at the start, through the weights
             alone (see `gligen_xl.train.init`); by default what fresh weights give, about a hundredth.
@@ -195,7 +195,7 @@ class Optimization:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What is looked at while training; all counts in samples of the run or pictures.
+    """What is looked at while training; all counts in samples of the run or images.
 
     Args:
         data: folder of held-out shards, or "shapes:COUNT"; by default images of the training's own data, see held_out.
@@ -206,13 +206,13 @@ class Validation:
         every: samples between validations.
         gain_every: samples between looks at the grounding gain alone, which costs little; by default only with all.
         loss_samples: held-out samples for the grounding gain.
-        pictures: held-out layouts to generate, with grounding on and off.
-        steps: denoising steps of those pictures.
-        guidance_scale: of those pictures.
+        images: held-out layouts to generate, with grounding on and off.
+        steps: denoising steps of those images.
+        guidance_scale: of those images.
         detector: finds the objects again, for box metrics: a folder or repository of one (see
             `gligen_xl.evaluate.find_detector`), or "shapes" for the shapes world. It stands on the device beside the
             model. By default that of the shapes world on the embedded model, where it knows all phrases; else, and with
-            "none", grounding gain and pictures are all.
+            "none", grounding gain and images are all.
     """
 
     data: str | None = None
@@ -232,8 +232,8 @@ class Validation:
             held_out=Expected("a share, 0 or more and at most 0.5", lambda value: 0 <= value <= 0.5),
             every=AT_LEAST_1,
             gain_every=AT_LEAST_1,
-            loss_samples=up_to(MAX_PICTURES),
-            pictures=up_to(MAX_PICTURES, least=0),
+            loss_samples=up_to(MAX_IMAGES),
+            pictures=up_to(MAX_IMAGES, least=0),
             steps=up_to(MAX_STEPS),
             guidance_scale=FINITE,
         )
@@ -260,7 +260,7 @@ class TrainConfig:
     Args:
         model: the base: a pipeline folder, a Hub repository, or "shapes".
         data: folder of shards, or a URL of one (hf://datasets/OWNER/NAME/FOLDER, s3://BUCKET/FOLDER); or
-            "shapes:COUNT", pictures of the shapes world, drawn and encoded into `out` first. Several with their
+            "shapes:COUNT", images of the shapes world, drawn and encoded into `out` first. Several with their
             weights, as {shards-a: 0.9, shards-b: 0.1}, are mixed in that proportion of samples.
         out: folder of the run; a run that stands there is continued.
         variant: of the base's files, as fp16; by default the plain ones.
@@ -373,7 +373,7 @@ class TrainConfig:
             raise ValueError(f"samples is {self.samples}, less than one batch of {self.batch_size}")
         for name, source in [*(("data", source) for source in self.sources), ("validation.data", self.validation.data)]:
             kind, _, count = (source or "").partition(":")
-            if kind == "shapes" and not (count.isdecimal() and len(count) < 9 and 0 < int(count) <= 100 * MAX_PICTURES):
+            if kind == "shapes" and not (count.isdecimal() and len(count) < 9 and 0 < int(count) <= 100 * MAX_IMAGES):
                 raise ValueError(f"{name} is {source!r}; expected a folder of shards, or shapes:COUNT as shapes:50000")
         if not self.sources:
             raise ValueError("data names no folder; expected one, or several as {FOLDER: WEIGHT}")

@@ -15,7 +15,7 @@ DRAWN_FOR_VALIDATION = "shapes:256"  # where the training's data is drawn
 
 
 def is_drawn(source: str) -> bool:
-    """Whether its pictures are drawn when the run begins."""
+    """Whether its images are drawn when the run begins."""
     return source.partition(":")[0] == "shapes"
 
 

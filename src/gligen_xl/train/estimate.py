@@ -46,7 +46,7 @@ class Estimate:
     config: TrainConfig
     processes: int
     micro_batch: int
-    resolution: tuple[int, int]  # (height, width) of the largest pictures
+    resolution: tuple[int, int]  # (height, width) of the largest images
     parameters: dict[str, int]
     memory: dict[str, int]
     main_memory: dict[str, int]
@@ -247,7 +247,7 @@ def describe(made: Estimate) -> str:
     head = f"memory of {each} in GiB, {made.micro_batch} samples at a time of {width} x {height} pixels"
     total = {"together": sum(made.memory.values())}
     lines += ["", *_table(head, _scaled(made.memory | total, 2**30), "{:.2f}")]
-    lines += ["and about 1 GiB for the device's own libraries; pictures of a validation are not in it"]
+    lines += ["and about 1 GiB for the device's own libraries; images of a validation are not in it"]
     if made.main_memory:
         total = {"together": sum(made.main_memory.values())}
         head = "main memory of each process in GiB, for what is offloaded"

@@ -37,7 +37,7 @@ class BaseParts:
 
     @property
     def resolution(self) -> int:
-        """Pixels of a picture's side that the base was made for."""
+        """Pixels of an image's side that the base was made for."""
         return int(self.unet.config["sample_size"]) * self.downsampling
 
 

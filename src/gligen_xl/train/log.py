@@ -1,4 +1,4 @@
-"""What a run says while it goes: progress bar, metrics.jsonl, trackers, validation pictures.
+"""What a run says while it goes: progress bar, metrics.jsonl, trackers, validation images.
 
     {"kind": "train", "samples": 3200, "loss": 0.31, "loss_q1": ..., "grad_norm": ..., "gates": {BLOCK: ...}, ...}
     {"kind": "validation", "samples": 320000, "grounding_gain": 0.02, ...}
@@ -195,16 +195,16 @@ class RunLog:
         loss = f"{means['loss']:.4f}" if means["loss"] else "none"
         self.bar.set_postfix(loss=loss, gate=f"{mean_gate:.3f}", refresh=False)
 
-    def validation(self, position: int, metrics: dict[str, float], picture: Image.Image | None) -> None:
+    def validation(self, position: int, metrics: dict[str, float], image: Image.Image | None) -> None:
         """What the validation at `position` gave; look first, so that lines stay in order."""
         self._record("validation", position, metrics)
         self.say(f"{position:>9} samples: {describe(metrics)}")
-        if self.main and picture is not None:
+        if self.main and image is not None:
             with whole_file(self.out / "validation" / f"{position:08d}.png") as partial:
-                picture.save(partial, format="PNG")
+                image.save(partial, format="PNG")
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
-                    values = {"validation": np.asarray(picture)[None]}
+                    values = {"validation": np.asarray(image)[None]}
                     tracker.log_images(values, step=position, dataformats="NHWC")  # type: ignore[attr-defined]
         if self.main:
             refresh_report(self.out)
@@ -213,7 +213,7 @@ class RunLog:
         if not self.main:
             return
         position = skipped.position + self.config.batch_size
-        scaler = self.config.precision == "fp16" and not skipped.samples  # at work, and no picture is the cause
+        scaler = self.config.precision == "fp16" and not skipped.samples  # at work, and no image is the cause
         images = [] if scaler else self.image_ids(skipped.position)
         named = [images[k] for k in skipped.samples] or images
         row = {"first": skipped.position, "of_batch": skipped.samples, "image_ids": named}

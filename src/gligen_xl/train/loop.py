@@ -9,7 +9,7 @@ stopped.
     runs/mine/config.json            the resolved configuration and library versions
     runs/mine/metrics.jsonl          one line every `log_every` steps, one every validation
     runs/mine/checkpoint-00064000/   the average so far, which loads as an adapter; weights, optimizer, state
-    runs/mine/validation/            pictures with grounding on and off, boxes drawn
+    runs/mine/validation/            images with grounding on and off, boxes drawn
     runs/mine/adapter/               the finished adapter: the average
     runs/mine/report.html            all of it on one page, after every validation and at the end
 """

@@ -68,7 +68,7 @@ def timesteps_of(scheduler: DDPMScheduler, batch: Batch, noisy_bias: float = 0.0
 def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
     """Min-SNR-gamma weights, (B,), of the loss as the scheduler has it (arXiv 2303.09556, section 3.4).
 
-    The paper weighs the error of the clean picture by min(SNR, gamma); that of the noise is SNR times as large, that
+    The paper weighs the error of the clean image by min(SNR, gamma); that of the noise is SNR times as large, that
     of the velocity SNR + 1 times.
     """
     kept = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
@@ -81,7 +81,7 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -
 def box_weights(boxes: Tensor, masks: Tensor, latent_size: torch.Size, weight: float) -> Tensor:
     """What each latent pixel counts, (B, 1, h, w): `weight` inside of boxes as much as outside, 1 on average.
 
-    A pixel is inside if its centre is in any box. A picture without boxes counts alike everywhere.
+    A pixel is inside if its centre is in any box. An image without boxes counts alike everywhere.
 
     Args:
         boxes: (B, N, 4) xyxy 0-1. masks: (B, N), 1 where a slot is used. latent_size: (h, w).

@@ -82,7 +82,7 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
             notes.append(boxes_in_words(source, scored, min_score))
     if held_out and not config.without_boxes and (shards := local_shards(held_out)):
         where = f"validation.data {held_out}"
-        of_shards(shards, config.augmentation.min_score).check(where, "grounding gain and pictures are taken of boxes")
+        of_shards(shards, config.augmentation.min_score).check(where, "grounding gain and images are taken of boxes")
     if base is not None:
         for source in config.sources:
             _check_data(source, config.model, base, config.resolution)

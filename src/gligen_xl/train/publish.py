@@ -1,4 +1,4 @@
-"""Adapters to the Hub: of a run, of one of its checkpoints, or of any folder; with a model card and pictures.
+"""Adapters to the Hub: of a run, of one of its checkpoints, or of any folder; with a model card and images.
 
 publish_adapter("runs/mine", "someone/mine", license="openrail++")
 stage_adapter("runs/mine", "to-look-at", repository="someone/mine", license="openrail++")     # the same, not sent
@@ -22,11 +22,11 @@ from ..io import read_json, whole_folder
 from ..redact import public, redacted
 from .card import CardFacts, is_repository, model_card
 from .checkpoint import last_whole_adapter, list_checkpoints
-from .record import RunRecord, is_run, picture_bytes, read_run
+from .record import RunRecord, image_bytes, is_run, read_run
 
 CARD_NAME = "README.md"
 _GATES = (".alpha_attn", ".alpha_dense")
-_PICTURE_SIZE = {"width": 1600, "height": 6400, "quality": 90}
+_IMAGE_SIZE = {"width": 1600, "height": 6400, "quality": 90}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def publish_adapter(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload an adapter with its card and pictures, as `stage_adapter` writes them.
+    """Upload an adapter with its card and images, as `stage_adapter` writes them.
 
     Args:
         private: of a repository that is made; the owner's default otherwise.
@@ -85,7 +85,7 @@ def stage_adapter(
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write the folder that is uploaded: the adapter, its card, pictures of its first and last validation.
+    """Write the folder that is uploaded: the adapter, its card, images of its first and last validation.
 
     Paths of this machine are left out of it: of each its last name stays.
 
@@ -121,7 +121,7 @@ def stage_adapter(
             base_model=base if isinstance(base := about.get("base_model"), str) else None,
             gate=_mean_gate(state),
             run=run,
-            pictures=_write_pictures(run, partial) if run else {},
+            images=_write_images(run, partial) if run else {},
         )
         (partial / CARD_NAME).write_text(model_card(facts), encoding="utf-8")
     return folder
@@ -153,18 +153,18 @@ def find_source(source: str | Path) -> Source:
     return Source(folder, run if not isinstance(samples, int) else run.until(samples))
 
 
-def _write_pictures(run: RunRecord, folder: Path) -> dict[str, int]:
-    """The pictures of the first and the last validation that can be read; file -> samples seen."""
+def _write_images(run: RunRecord, folder: Path) -> dict[str, int]:
+    """The images of the first and the last validation that can be read; file -> samples seen."""
     readable = {}
-    for order in (sorted(run.pictures), sorted(run.pictures, reverse=True)):
+    for order in (sorted(run.images), sorted(run.images, reverse=True)):
         for samples in order:
             with suppress(OSError):  # half of a file: the next one is taken
-                readable[samples] = readable.get(samples) or picture_bytes(run.pictures[samples], **_PICTURE_SIZE)
+                readable[samples] = readable.get(samples) or image_bytes(run.images[samples], **_IMAGE_SIZE)
                 break
     written = {}
-    for samples, picture in sorted(readable.items()):
+    for samples, image in sorted(readable.items()):
         file = f"images/validation-{samples:08d}.jpg"
         (folder / "images").mkdir(exist_ok=True)
-        (folder / file).write_bytes(picture)
+        (folder / file).write_bytes(image)
         written[file] = samples
     return written

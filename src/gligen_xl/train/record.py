@@ -1,4 +1,4 @@
-"""What stands in the folder of a run, read for people: settings, measurements, pictures.
+"""What stands in the folder of a run, read for people: settings, measurements, images.
 
     run = read_run("runs/mine")
     run.training[-1]["loss"]
@@ -35,7 +35,7 @@ class RunRecord:
         versions: of the libraries, by name.
         training, validations: lines of metrics.jsonl, by "samples"; what is no finite number is left out of them.
         skipped: steps left out as not finite, a line each.
-        pictures: validation pictures, by the samples seen.
+        images: validation images, by the samples seen.
         finished: whether the finished adapter stands there.
         unread: lines of metrics.jsonl that are broken.
     """
@@ -46,7 +46,7 @@ class RunRecord:
     training: list[Row]
     validations: list[Row]
     skipped: list[Row]
-    pictures: dict[int, Path]
+    images: dict[int, Path]
     finished: bool
     unread: int
 
@@ -85,7 +85,7 @@ class RunRecord:
             training=[row for row in self.training if row["samples"] <= samples],
             validations=[row for row in self.validations if row["samples"] <= samples],
             skipped=[row for row in self.skipped if row["samples"] <= samples],
-            pictures={seen: path for seen, path in self.pictures.items() if seen <= samples},
+            images={seen: path for seen, path in self.images.items() if seen <= samples},
             finished=self.finished and samples >= self.samples,
             unread=self.unread,
         )
@@ -116,7 +116,7 @@ def read_run(folder: str | Path) -> RunRecord:
         training=_in_order(rows, "train"),
         validations=_in_order(rows, "validation"),
         skipped=[row for row in rows if row["kind"] == "skipped"],
-        pictures={int(path.stem): path for path in sorted(folder.glob("validation/*.png")) if path.stem.isdecimal()},
+        images={int(path.stem): path for path in sorted(folder.glob("validation/*.png")) if path.stem.isdecimal()},
         finished=(folder / "adapter" / CONFIG_NAME).is_file(),
         unread=len(lines) - len(rows),
     )
@@ -189,20 +189,20 @@ def evenly(items: list[Any], count: int) -> list[Any]:
     return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
 
 
-def picture_bytes(path: Path, *, width: int, height: int, quality: int = 85) -> bytes:
-    """The picture as a JPEG of at most so many pixels, with nothing but pixels in it.
+def image_bytes(path: Path, *, width: int, height: int, quality: int = 85) -> bytes:
+    """The image as a JPEG of at most so many pixels, with nothing but pixels in it.
 
     Raises:
-        OSError: the file is no picture, or half of one.
+        OSError: the file is no image, or half of one.
     """
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+            image = opened.convert("RGB")
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of a damaged file, as Pillow has them
-        raise OSError(f"{path} is no picture that can be read: {error}") from error
-    picture.thumbnail((width, height), Image.Resampling.LANCZOS)
+        raise OSError(f"{path} is no image that can be read: {error}") from error
+    image.thumbnail((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=quality, optimize=True)
+    image.save(buffer, format="JPEG", quality=quality, optimize=True)
     return buffer.getvalue()
 
 

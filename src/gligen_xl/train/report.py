@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page with curves and pictures that needs nothing beside it.
+"""The report of a run: one HTML page with curves and images that needs nothing beside it.
 
     write_report("runs/mine")          # runs/mine/report.html
 
@@ -20,13 +20,13 @@ from ..io import whole_file
 from ..page import charts, figure, page, text, tiles
 from ..redact import public, redacted
 from .curves import heat_strip
-from .record import Row, RunRecord, evenly, picture_bytes, read_run, series
+from .record import Row, RunRecord, evenly, image_bytes, read_run, series
 from .summary import METRICS, duration, in_words, percent, plain
 
 REPORT_NAME = "report.html"
-_PICTURES = 4  # of the validation: the first, the last, and some between
-_PICTURE_SIZE = {"width": 540, "height": 2400}  # pixels, at most
-_NAMED = 8  # skipped steps that are listed, and pictures of each
+_IMAGES = 4  # of the validation: the first, the last, and some between
+_IMAGE_SIZE = {"width": 540, "height": 2400}  # pixels, at most
+_NAMED = 8  # skipped steps that are listed, and images of each
 _ROWS = 24  # of the table of validations
 
 
@@ -57,7 +57,7 @@ def report_page(run: RunRecord) -> str:
     end = float(max(run.config.get("samples") or 0, run.samples, 1))
     sections = [
         ("Do boxes count?", _boxes(run, end)),
-        ("Pictures", _pictures(run)),
+        ("Images", _images(run)),
         ("Training", _training(run, end)),
         ("Gates", _gates(run, end)),
         ("Speed", _speed(run, end)),
@@ -118,7 +118,7 @@ def _boxes(run: RunRecord, end: float) -> str:
         *(
             figure(
                 METRICS[name],
-                "of pictures of held-out layouts, grounding on and off",
+                "of images of held-out layouts, grounding on and off",
                 chart(
                     [Curve("on", series(rows, f"on_{name}")), Curve("off", series(rows, f"off_{name}"), "c2")],
                     end=end,
@@ -175,13 +175,13 @@ def _training(run: RunRecord, end: float) -> str:
 
 
 def _skipped(run: RunRecord) -> str:
-    """The last steps that were left out, by the pictures of their batches."""
+    """The last steps that were left out, by the images of their batches."""
     lines = []
     for row in run.skipped[-_NAMED:]:
         names = row.get("image_ids")
         names = [str(name) for name in names] if isinstance(names, list) else []
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        of = f": pictures {', '.join(names[:_NAMED])}{more}" if names else ""
+        of = f": images {', '.join(names[:_NAMED])}{more}" if names else ""
         lines.append(f"<li>by {row['samples']:,} samples{text(of)}</li>")
     return f"<p>Steps left out last:</p><ul>{''.join(lines)}</ul>\n" if lines else ""
 
@@ -212,23 +212,23 @@ def _speed(run: RunRecord, end: float) -> str:
     )
 
 
-def _pictures(run: RunRecord) -> str:
-    """The first validation's pictures, the last one's, and some between, side by side."""
+def _images(run: RunRecord) -> str:
+    """The first validation's images, the last one's, and some between, side by side."""
     figures = []
-    for samples in evenly(sorted(run.pictures), _PICTURES):
+    for samples in evenly(sorted(run.images), _IMAGES):
         try:
-            data = base64.b64encode(picture_bytes(run.pictures[samples], **_PICTURE_SIZE)).decode()
+            data = base64.b64encode(image_bytes(run.images[samples], **_IMAGE_SIZE)).decode()
         except OSError:  # half of a file, or none any more
             continue
         title = f"after {short(samples)} samples"
         figures.append(
-            f"<figure class=picture><figcaption>{title}</figcaption>"
-            f'<img alt="{title}: pictures with grounding on and off" src="data:image/jpeg;base64,{data}"></figure>'
+            f"<figure class=image><figcaption>{title}</figcaption>"
+            f'<img alt="{title}: images with grounding on and off" src="data:image/jpeg;base64,{data}"></figure>'
         )
     if not figures:
         return ""
     what = "Held-out layouts with their boxes drawn, from the same noise: grounding on, and off."
-    return f"<p>{what}</p><div class=pictures>{''.join(figures)}</div>\n"
+    return f"<p>{what}</p><div class=images>{''.join(figures)}</div>\n"
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -21,7 +21,7 @@ from ..adapter import gate_values
 from ..data.dataset import Augmentation, Batch, ShardDataset
 from ..detect.detectors import find_detector
 from ..detect.query import Detector
-from ..evaluate.matching import score_picture
+from ..evaluate.matching import score_image
 from ..evaluate.metrics import point_metrics
 from ..generate import generate
 from ..images.draw import draw_boxes, grid
@@ -31,7 +31,7 @@ from .conditioning import Conditioner
 from .config import Validation
 from .objective import denoising_loss
 
-_SHOWN = 8  # pictures in the grid
+_SHOWN = 8  # images in the grid
 _LEAST = 64  # losses: of fewer samples each is taken several times, with other noise
 
 
@@ -87,14 +87,14 @@ class Validator:
                 if name is not None:
                     raise
                 self.notes.append(
-                    f"validation: grounding gain and pictures alone, as the detector of the shapes world does not know "
+                    f"validation: grounding gain and images alone, as the detector of the shapes world does not know "
                     f"{phrase!r} (validation.detector names another one)"
                 )
                 return None
         return detector
 
     def _layout(self, number: int) -> Layout:
-        """A held-out sample as a layout, with the boxes that training would keep and the size of its picture."""
+        """A held-out sample as a layout, with the boxes that training would keep and the size of its image."""
         shard, index = self.dataset.find(number)
         row, (_, height, width) = self.dataset.row(number), shard.latent_shape
         chosen = self.dataset.augmentation.choose(row.scores)
@@ -111,7 +111,7 @@ class Validator:
             raise ValueError(f"row {index} of shard {shard.stem}: {error}") from error
 
     def __call__(self, *, gain_only: bool = False) -> tuple[dict[str, float], Image.Image | None]:
-        """Metrics by name, and a picture of the first layouts with grounding on and off.
+        """Metrics by name, and an image of the first layouts with grounding on and off.
 
         Args:
             gain_only: losses and gates alone, which take seconds.
@@ -131,15 +131,14 @@ class Validator:
         on = list(generate(self.pipeline, self.layouts, beta=1.0, **settings))
         off = list(generate(self.pipeline, self.layouts, grounded=False, **settings))
         if self.detector:
-            for name, pictures in (("on", on), ("off", off)):
-                found = zip(self.layouts, self.detector.detect(pictures, self.layouts), strict=True)
-                scores = [score_picture(layout, "", here, self.detector) for layout, here in found]
-                summary = point_metrics([score for of_picture in scores for score in of_picture.objects])
+            for name, images in (("on", on), ("off", off)):
+                found = zip(self.layouts, self.detector.detect(images, self.layouts), strict=True)
+                scores = [score_image(layout, "", here, self.detector) for layout, here in found]
+                summary = point_metrics([score for of_image in scores for score in of_image.objects])
                 del summary["objects"]
                 metrics |= {f"{name}_{key}": value for key, value in summary.items()}
         rows = [
-            [draw_boxes(picture, layout) for picture in (on[k], off[k])]
-            for k, layout in enumerate(self.layouts[:_SHOWN])
+            [draw_boxes(image, layout) for image in (on[k], off[k])] for k, layout in enumerate(self.layouts[:_SHOWN])
         ]
         prompts = [layout.prompt for layout in self.layouts[:_SHOWN]]
         return metrics, grid(rows, columns=["grounding on", "off"], captions=prompts)

@@ -30,20 +30,20 @@ SAMPLE = 1 << 16  # bytes at either end of a file that tell it from another of i
 
 @dataclass
 class ImportReport:
-    """What became of every archive and of its pictures."""
+    """What became of every archive and of its images."""
 
-    pictures: int = 0  # written
+    images: int = 0  # written
     boxes: int = 0
-    without_boxes: int = 0  # pictures
-    skipped: Counter[str] = field(default_factory=Counter)  # pictures, by reason
+    without_boxes: int = 0  # images
+    skipped: Counter[str] = field(default_factory=Counter)  # images, by reason
     dropped_boxes: Counter[str] = field(default_factory=Counter)
-    without_size: int = 0  # pictures whose size is not known, and taken to be that of the latents
+    without_size: int = 0  # images whose size is not known, and taken to be that of the latents
     archives: dict[str, str] = field(default_factory=dict)  # written, already there, or why not
 
     @property
     def statistics(self) -> BoxStatistics:
-        """Of the pictures that were written."""
-        return BoxStatistics(images=self.pictures, boxes=self.boxes, without=self.without_boxes)
+        """Of the images that were written."""
+        return BoxStatistics(images=self.images, boxes=self.boxes, without=self.without_boxes)
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "skipped": dict(self.skipped), "dropped_boxes": dict(self.dropped_boxes)}
@@ -51,13 +51,13 @@ class ImportReport:
     def __str__(self) -> str:
         failed = {name: what for name, what in self.archives.items() if what not in ("written", "already there")}
         already = sum(what == "already there" for what in self.archives.values())
-        lines = [f"{self.pictures} pictures with {self.boxes} boxes from {len(self.archives) - len(failed)} archives"]
+        lines = [f"{self.images} images with {self.boxes} boxes from {len(self.archives) - len(failed)} archives"]
         lines[0] += f", {already} of which stood there already" if already else ""
         lines.append(f"boxes: {self.statistics}")
-        for title, counts in (("pictures skipped", self.skipped), ("boxes dropped", self.dropped_boxes)):
+        for title, counts in (("images skipped", self.skipped), ("boxes dropped", self.dropped_boxes)):
             lines += [f"{title}, {reason}: {number}" for reason, number in counts.most_common()]
         if self.without_size:
-            lines.append(f"pictures without their original size, taken to be that of the latents: {self.without_size}")
+            lines.append(f"images without their original size, taken to be that of the latents: {self.without_size}")
         return "\n".join(lines + [f"failed: {name}: {what}" for name, what in failed.items()])
 
 
@@ -187,7 +187,7 @@ class _Archive:
 
     def _count(self, report: ImportReport) -> None:
         shard = Shard(self.stem, with_table=False)
-        report.pictures += len(shard)
+        report.images += len(shard)
         statistics = of_shards([shard])
         report.boxes += statistics.boxes
         report.without_boxes += statistics.without
@@ -207,7 +207,7 @@ class _Made:
 
     @classmethod
     def of(cls, archive: _Archive) -> _Made:
-        """Pictures that have both latents and a row of boxes, by index."""
+        """Images that have both latents and a row of boxes, by index."""
         content = read_latents(archive.latents)
         rows = {row.index: row for row in read_boxes(archive.boxes)}
         sizes = {row.index: row.original_size for row in read_boxes(archive.sizes)} if archive.sizes else {}
@@ -230,7 +230,7 @@ class _Made:
                 kept.append(place)
         skipped["no latents for a row of boxes"] = len(rows.keys() - set(content.indices.tolist()))
         if not written:
-            raise ValueError(f"{archive.latents} and {archive.boxes} have no picture in common")
+            raise ValueError(f"{archive.latents} and {archive.boxes} have no image in common")
         return cls(content.latents[kept], written, height, skipped, dropped, without_size)
 
 
@@ -244,7 +244,7 @@ def _row(row: PublishedRow, size: tuple[int, int], resolution: int, dropped: Cou
     short = np.array([len(phrase) <= MAX_PHRASE for phrase in row.phrases], bool)
     for reason, bad in (
         ("not finite", ~finite),
-        ("nothing within the picture", finite & ~solid),
+        ("nothing within the image", finite & ~solid),
         ("no phrase", finite & solid & ~named),
         (f"phrase of more than {MAX_PHRASE} characters", finite & solid & named & ~short),
     ):

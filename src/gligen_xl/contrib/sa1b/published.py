@@ -23,7 +23,7 @@ MAX_SIDE = 65_535  # pixels: no JPEG has more
 
 @dataclass(frozen=True)
 class PublishedLatents:
-    """Latents of one SA-1B archive. indices (N,) of pictures, ascending; latents (N, 4, h, w) float16, scaled."""
+    """Latents of one SA-1B archive. indices (N,) of images, ascending; latents (N, 4, h, w) float16, scaled."""
 
     indices: np.ndarray
     latents: np.ndarray
@@ -31,7 +31,7 @@ class PublishedLatents:
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """Boxes of one picture, xyxy, 0-1 in the square centre crop, as they stand there: not clipped, not filtered.
+    """Boxes of one image, xyxy, 0-1 in the square centre crop, as they stand there: not clipped, not filtered.
 
     original_size is (height, width) in pixels, or None where the table has five columns.
     """
@@ -62,7 +62,7 @@ def read_latents(path: str | Path) -> PublishedLatents:
     if indices.dtype.kind not in "iu" or indices.shape != latents.shape[:1]:
         raise ValueError(f"{path}: {indices.shape} indices of {indices.dtype} for {len(latents)} latents")
     if len(np.unique(indices)) != len(indices):
-        raise ValueError(f"{path}: a picture stands in it twice")
+        raise ValueError(f"{path}: an image stands in it twice")
     return PublishedLatents(indices.astype(np.int64), latents.astype(np.float16, copy=False))
 
 

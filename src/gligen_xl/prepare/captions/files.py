@@ -157,7 +157,7 @@ def _pair(where: str, names: tuple[str, str], values: Iterable[Any]) -> Pair:
     if not isinstance(image_id, str):
         image_id = text_id(image_id)
     if not image_id:
-        raise ValueError(f"{where}: {names[0]} is {given!r:.80}; expected the id of a picture")
+        raise ValueError(f"{where}: {names[0]} is {given!r:.80}; expected the id of an image")
     if not isinstance(caption, str | None):
         raise ValueError(f"{where}: {names[1]} is {str(caption)[:80]!r}; expected a caption")
     return image_id, caption or ""

@@ -3,7 +3,7 @@
     with CaptionTable.open("SAM-LLaVA-Captions10M.tar.gz", cache) as captions:
         captions.get("sa_123")
 
-What may be a source, see `caption_files`. Captions have ids as their source names them, pictures as theirs, and either
+What may be a source, see `caption_files`. Captions have ids as their source names them, images as theirs, and either
 may have folders that the other lacks. One rule joins them: the parts of one id end with those of the other.
 """
 
@@ -33,8 +33,8 @@ class Counts:
     """What became of the captions of a source.
 
     Args:
-        captions: pictures that have one.
-        duplicates: other texts for a picture that had one already: the first is kept.
+        captions: images that have one.
+        duplicates: other texts for an image that had one already: the first is kept.
         empty: left out. refused: too, as too long, with control characters, or in an archive no file or of a name that
             leads elsewhere.
         example: the id of one that was refused.
@@ -95,7 +95,7 @@ class CaptionTable:
         return cls(path)
 
     def get(self, image_id: str) -> str | None:
-        """The caption of one picture, if it has one.
+        """The caption of one image, if it has one.
 
         Of `a/0` it is that of `a/0`; else that of `x/a/0`, whatever x is, if there is only one; else that of `0`.
         """
@@ -214,7 +214,7 @@ def _backwards(image_id: str) -> str:
 
 
 def _keep_first(table: sqlite3.Connection, counts: Counts) -> None:
-    """Of several captions of a picture the first stays; those that say something else are counted."""
+    """Of several captions of an image the first stays; those that say something else are counted."""
     table.execute(
         "CREATE TEMP TABLE repeated AS SELECT captions.number, captions.caption <> kept.caption AS other FROM "
         "(SELECT id, min(number) AS first FROM captions GROUP BY id HAVING count(*) > 1) AS twice "

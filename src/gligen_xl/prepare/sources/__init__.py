@@ -1,4 +1,4 @@
-"""Where pictures come from: a path is recognised for what it is, and cut into units of work.
+"""Where images come from: a path is recognised for what it is, and cut into units of work.
 
 for unit in open_source("my-pictures", box_format="xywh_pixels"):
     for item in unit.items(): ...
@@ -16,7 +16,7 @@ from pathlib import Path
 from ..item import Unit
 from .archives import Archive, archive_name, find_archives, is_archive
 from .coco_source import is_coco, open_coco
-from .folders import find_pictures, picture_chunks
+from .folders import find_images, image_chunks
 from .hugging_face import is_hugging_face, open_hugging_face
 from .links import refuse_leaving
 from .options import Kind, SourceOptions
@@ -26,7 +26,7 @@ from .rows import BOX_FORMATS, check_not_all_alike, items_of
 from .voc import is_voc_folder, open_voc
 from .yolo import first_label, is_yolo, open_yolo
 
-UNIT_SIZE = 10_000  # pictures
+UNIT_SIZE = 10_000  # images
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -48,11 +48,11 @@ def open_source(
     Args:
         kind: one of `KINDS`; "auto" recognises it.
         box_format: one of `BOX_FORMATS`, of rows that do not name their own. Layouts are "xyxy" by default.
-        instances: COCO's annotations of the pictures in `path`. classes: category name to phrase.
-        images: folder of the pictures, where they do not stand with their annotations.
+        instances: COCO's annotations of the images in `path`. classes: category name to phrase.
+        images: folder of the images, where they do not stand with their annotations.
         split: the part of the source that is taken, as "train"; all of it by default.
-        unit_size: pictures in a unit; an archive is always one.
-        other_uses: files and folders that may lie among the pictures and are no annotations of theirs, as captions that
+        unit_size: images in a unit; an archive is always one.
+        other_uses: files and folders that may lie among the images and are no annotations of theirs, as captions that
             are joined.
 
     Raises:
@@ -66,7 +66,7 @@ def open_source(
         if not file.exists():
             raise FileNotFoundError(f"there is no {file}")
     if files["images"] is not None and not files["images"].is_dir():
-        raise ValueError(f"images is {images}, which is not a folder of pictures")
+        raise ValueError(f"images is {images}, which is not a folder of images")
     exempt = [Path(other) for other in other_uses]
     if kind == "auto":
         kind = "coco" if instances is not None else recognise(path, exempt)
@@ -104,9 +104,9 @@ def recognise(path: Path, other_uses: Sequence[Path] = ()) -> str:
     if unread := find_unread(path, other_uses):
         raise ValueError(
             f"{unread} may hold annotations, and is not read ({describe(unread)}); {expected()}\n"
-            "Move it elsewhere, or say --kind imagefolder, if pictures and captions are all that is wanted"
+            "Move it elsewhere, or say --kind imagefolder, if images and captions are all that is wanted"
         )
-    if next(find_pictures(path), None) is not None:
+    if next(find_images(path), None) is not None:
         return "imagefolder"
     found = sorted(file.name for file in path.iterdir())
     shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
@@ -131,7 +131,7 @@ def _check_arguments(kind: str, options: SourceOptions) -> None:
             having = ", ".join(other for other, entry in KINDS.items() if name in entry.takes)
             raise ValueError(f"{name} is of kind {having}; this is {kind}")
     if options.unit_size < 1:
-        raise ValueError(f"unit_size is {options.unit_size}; expected a positive number of pictures")
+        raise ValueError(f"unit_size is {options.unit_size}; expected a positive number of images")
 
 
 # Kinds --------------------------------------------------------------------------------------------------------------
@@ -183,16 +183,16 @@ def _open_imagefolder(options: SourceOptions) -> Sequence[Unit]:
         check_rows(chunks)
         return chunks
     _refuse_other_metadata(path)
-    alone = picture_chunks(path, path.absolute().name, options.unit_size)
+    alone = image_chunks(path, path.absolute().name, options.unit_size)
     if not alone:
-        raise ValueError(f"{path} holds no pictures; {expected()}")
+        raise ValueError(f"{path} holds no images; {expected()}")
     if label := first_label(path):
         raise ValueError(f"{label} holds rows of YOLO labels and no caption; leave out --kind, or say --kind yolo")
     return alone
 
 
 def _refuse_other_metadata(folder: Path) -> None:
-    """What would be overlooked if its pictures were taken alone."""
+    """What would be overlooked if its images were taken alone."""
     if folder.joinpath("metadata.csv").is_file():
         raise ValueError(f"{folder}/metadata.csv: a table of text cannot hold boxes; write the rows as metadata.jsonl")
     deeper = sorted(str(file.parent) for name in METADATA for file in folder.glob(f"*/{name}"))
@@ -209,13 +209,13 @@ KINDS: Mapping[str, Kind] = {
         open=_open_sa1b,
     ),
     "webdataset": Kind(
-        description="any other .tar, or a folder of them: pictures with .txt and .json beside them",
+        description="any other .tar, or a folder of them: images with .txt and .json beside them",
         recognises=lambda path: is_archive(path) and not _is_sa1b(path),
         open=_open_webdataset,
         takes=("box_format",),
     ),
     "imagefolder": Kind(
-        description="a folder with metadata.jsonl or metadata.parquet, or of pictures alone",
+        description="a folder with metadata.jsonl or metadata.parquet, or of images alone",
         recognises=lambda path: path.name in METADATA,
         open=_open_imagefolder,
         takes=("box_format",),
@@ -227,19 +227,19 @@ KINDS: Mapping[str, Kind] = {
         takes=("box_format",),
     ),
     "coco": Kind(
-        description="a folder of pictures, and an instances file (in it, or --instances)",
+        description="a folder of images, and an instances file (in it, or --instances)",
         recognises=is_coco,
         open=open_coco,
         takes=("instances", *_ELSEWHERE),
     ),
     "yolo": Kind(
-        description="data.yaml, or a folder with images/ and labels/, or of pictures with .txt and classes.txt",
+        description="data.yaml, or a folder with images/ and labels/, or of images with .txt and classes.txt",
         recognises=is_yolo,
         open=open_yolo,
         takes=_ELSEWHERE,
     ),
     "voc": Kind(
-        description="a folder with Annotations/*.xml and JPEGImages/, or of pictures with .xml",
+        description="a folder with Annotations/*.xml and JPEGImages/, or of images with .xml",
         recognises=is_voc_folder,
         open=open_voc,
         takes=_ELSEWHERE,

@@ -33,7 +33,7 @@ SA1B_LIMITS = dict.fromkeys(ENDINGS, MAX_BYTES) | {"json": 2**24}
 CAPTION_ENDINGS = ("txt", "text", "caption.txt", "text.txt", "prompt.txt", "caption")  # the first that is there
 LIMITS = SA1B_LIMITS | dict.fromkeys(CAPTION_ENDINGS, 2**20)
 
-NO_PICTURE_BESIDE = "no picture beside its text"
+NO_IMAGE_BESIDE = "no image beside its text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Archive:
     def _readers(self) -> Iterator[tuple[str, Callable[[], Item]]]:
         try:
             for sample in self._samples():
-                if (ending := sample.picture) in sample.files:
+                if (ending := sample.image) in sample.files:
                     yield f"{self.path}, sample {sample.key}", partial(webdataset_item, sample, ending, self.box_format)
         except ValueError:
             return
@@ -97,8 +97,8 @@ class Archive:
         return self._adjacent(samples) if self.kind == "webdataset" else samples
 
     def _adjacent(self, samples: Iterable[TarSample]) -> Iterator[TarSample]:
-        """Raises ValueError where a sample comes back: a picture would be used without its boxes. (SA-1B's JSON holds
-        a size that the picture has too.)"""
+        """Raises ValueError where a sample comes back: an image would be used without its boxes. (SA-1B's JSON holds
+        a size that the image has too.)"""
         seen: set[str] = set()
         for sample in samples:
             if sample.key in seen:
@@ -115,15 +115,15 @@ class Archive:
     def _items(self) -> Iterator[Item | Skipped]:
         for sample in self._samples():
             where = f"{self.path}, sample {sample.key}"
-            if sample.picture is not None:  # what else looks like one is a mask, or a map of depths
+            if sample.image is not None:  # what else looks like one is a mask, or a map of depths
                 count_unread(sample.unread, {f".{ending}": 1 for ending, why in sample.refused.items() if why == DOTS})
             for k, result in enumerate(self._results(sample, where)):
                 yield replace(result, done=sample.done, where=where, unread={} if k else dict(sample.unread))
 
     def _results(self, sample: TarSample, where: str) -> Iterator[Item | Skipped]:
-        ending = sample.picture
+        ending = sample.image
         if ending is None:
-            yield from self._without_picture(sample)
+            yield from self._without_image(sample)
         elif ending in sample.refused:
             detail = f"{sample.key}.{ending}; expected a file of at most {LIMITS.get(ending, 0)} bytes, below the root"
             yield Skipped(image_id=sample.key, reason=sample.refused[ending], detail=detail)
@@ -133,40 +133,40 @@ class Archive:
             read = partial(webdataset_item, sample, ending, self.box_format)
             yield item_or_why_not(read, sample.key, sample.done, where)
 
-    def _without_picture(self, sample: TarSample) -> Iterator[Skipped]:
+    def _without_image(self, sample: TarSample) -> Iterator[Skipped]:
         dotted = [ending for ending, why in sample.refused.items() if why == DOTS]
         for ending in dotted:
             yield Skipped(image_id=f"{sample.key}.{ending}", reason=DOTS, detail=f"it is {sample.key}.{ending}")
         if not dotted and self.kind == "webdataset":  # SA-1B's JSON, where it stands elsewhere, is no loss
             found = ", ".join(f".{ending}" for ending in (*sample.files, *sample.refused, *sample.unread))
-            detail = f"it has {found}; expected a picture of the same name"
-            yield Skipped(image_id=sample.key, reason=NO_PICTURE_BESIDE, detail=detail)
+            detail = f"it has {found}; expected an image of the same name"
+            yield Skipped(image_id=sample.key, reason=NO_IMAGE_BESIDE, detail=detail)
 
 
 def sa1b_item(sample: TarSample, ending: str) -> Item:
-    """The picture, and its size where its JSON stands beside it. SA-1B's masks have no phrases, so no boxes."""
+    """The image, and its size where its JSON stands beside it. SA-1B's masks have no phrases, so no boxes."""
     size = _sa1b_size(sample.files["json"]) if "json" in sample.files else None
     image_id = sample.key.rpartition("/")[2]
-    return Item(image_id=image_id, picture=sample.files[ending], size=size, done=sample.done)
+    return Item(image_id=image_id, image=sample.files[ending], size=size, done=sample.done)
 
 
 def webdataset_item(sample: TarSample, ending: str, box_format: str | None) -> Item:
-    """A picture with its `.txt` (or another of `CAPTION_ENDINGS`), or the caption of its `.json`; boxes as in a row of
+    """An image with its `.txt` (or another of `CAPTION_ENDINGS`), or the caption of its `.json`; boxes as in a row of
     metadata.jsonl.
 
     Raises:
-        RowError, PictureError: as `read_annotation`.
+        RowError, ImageError: as `read_annotation`.
     """
-    picture = sample.files[ending]
+    image = sample.files[ending]
     for text in ("json", *CAPTION_ENDINGS):
         if why := sample.refused.get(text):
             raise RowError(f"its .{text}: {why}", f"expected at most {LIMITS[text]} bytes, in a plain file")
     row = read_row(sample.files["json"]) if "json" in sample.files else {}
-    known = read_annotation(row, picture, box_format)
+    known = read_annotation(row, image, box_format)
     text = next((ending for ending in CAPTION_ENDINGS if ending in sample.files), None)
     if text is not None:
         known = replace(known, caption=_caption(f"{sample.key}.{text}", sample.files[text]))
-    return Item(image_id=sample.key, picture=picture, done=sample.done, **vars(known))
+    return Item(image_id=sample.key, image=image, done=sample.done, **vars(known))
 
 
 def _caption(name: str, contents: bytes) -> str:
@@ -208,7 +208,7 @@ def archive_name(path: Path) -> str:
 def _sa1b_size(contents: bytes) -> tuple[int, int] | None:
     """Of `{"image": {"width": ..., "height": ...}, "annotations": [...]}`, without its annotations.
 
-    JSON that is damaged, or lacks the size, says nothing: the picture's own header then does.
+    JSON that is damaged, or lacks the size, says nothing: the image's own header then does.
     """
     try:
         image = next((value for key, value in members(contents.decode("utf-8-sig", "replace")) if key == "image"), None)

@@ -1,4 +1,4 @@
-"""COCO detection: an instances file, with category names as phrases, and a folder of pictures."""
+"""COCO detection: an instances file, with category names as phrases, and a folder of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...images.decode import picture_size
+from ...images.decode import image_size
 from ..file_stats import files_identity
 from ..item import Item, Skipped
 from .class_phrases import LEFT_OUT, check_words, class_phrases
@@ -33,7 +33,7 @@ _LOGGER = logging.getLogger(__name__)
 class CocoChunk:
     """Consecutive images of an instances file, with the boxes of all of them.
 
-    The file orders annotations by no image, so a unit carries its own: some 200 bytes a picture.
+    The file orders annotations by no image, so a unit carries its own: some 200 bytes an image.
 
     Args:
         first: number of its first image, from 0.
@@ -87,12 +87,12 @@ class CocoChunk:
     def _item(self, k: int) -> Item:
         path = file_within(self.folder, self.file_names[k])
         height, width = (int(side) for side in self.sizes[k])
-        size = (height, width) if height and width else picture_size(path)
+        size = (height, width) if height and width else image_size(path)
         first, end = np.searchsorted(self.owners, [k, k + 1])
         phrases = self.phrases[first:end]
         return Item(
             image_id=self.image_ids[k],
-            picture=path,
+            image=path,
             boxes=tuple(convert_boxes(self.boxes[first:end], "xywh_pixels", size)),
             phrases=phrases,
             scores=(1.0,) * len(phrases),

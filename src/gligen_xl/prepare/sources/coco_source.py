@@ -41,7 +41,7 @@ def open_coco(options: SourceOptions) -> list[CocoChunk]:
     path, images = options.path, options.images
     if options.instances is not None:
         if not path.is_dir():
-            raise ValueError(f"{path} is not a folder of pictures")
+            raise ValueError(f"{path} is not a folder of images")
         return _chunks(options, images or path, options.instances)
     files = [path] if path.is_file() else find_instances(path)
     if not files:

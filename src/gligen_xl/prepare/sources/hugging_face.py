@@ -97,7 +97,7 @@ class TableChunk:
         return f"{self.file}, row {number}"
 
     def _item(self, number: int, row: Mapping[str, Any], finder: ImageFinder) -> Item:
-        picture = _picture(row[self.columns.image], finder)
+        image = _image(row[self.columns.image], finder)
         said = {key: row[key] for key in self.columns.others}
         left_out = 0
         if (given := self._objects(row)) is not None:
@@ -112,12 +112,12 @@ class TableChunk:
         for key in CAPTION_KEYS:
             if isinstance(said.get(key), list):  # of several captions the first
                 said[key] = next((text for text in said[key] if text), None)
-        known = read_annotation(said, picture, self.box_format)
+        known = read_annotation(said, image, self.box_format)
         if left_out:
             known = replace(known, dropped={**known.dropped, LEFT_OUT: left_out})
         done = number - self.first
         return Item(
-            image_id=self._image_id(number, row), picture=picture, done=done, where=self._where(number), **vars(known)
+            image_id=self._image_id(number, row), image=image, done=done, where=self._where(number), **vars(known)
         )
 
     def _objects(self, row: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:
@@ -300,7 +300,7 @@ def _keyed(columns: Mapping[str, Any], keys: Sequence[str]) -> Any:
     return next((columns[key] for key in keys if columns.get(key) is not None), None)
 
 
-def _picture(value: Any, finder: ImageFinder) -> bytes | Path:
+def _image(value: Any, finder: ImageFinder) -> bytes | Path:
     """The bytes of an image, or the file that it names.
 
     Raises:

@@ -1,6 +1,6 @@
 """A big JSON object, member by member: no more than one of them is built at a time.
 
-COCO's annotations take 450 MB of text and ten times that as Python objects; SA-1B's carry 100 kB of masks a picture.
+COCO's annotations take 450 MB of text and ten times that as Python objects; SA-1B's carry 100 kB of masks an image.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class LabelledChunk:
         if not image.is_file():
             raise RowError(MISSING, f"{image}: there is no such file; expected the image that a list names")
         known = self.reader.read(self._contents(self.root / entry.label), image) if entry.label else Annotation()
-        return Item(image_id=entry.image_id, picture=image, done=k + 1, where=str(self._path(entry)), **vars(known))
+        return Item(image_id=entry.image_id, image=image, done=k + 1, where=str(self._path(entry)), **vars(known))
 
     def _contents(self, label: Path) -> bytes:
         if leaves(self.root, label) and leaves(label.parent, label):

@@ -1,7 +1,7 @@
-"""Links that lead out of a folder: what is written beside pictures is taken from their own folder alone.
+"""Links that lead out of a folder: what is written beside images is taken from their own folder alone.
 
 A folder that somebody else packed may hold `a.txt -> /home/me/notes.txt`; that would end up in captions, and with these
-in what is published. Links to pictures are followed, as data sets are often made of them.
+in what is published. Links to images are followed, as data sets are often made of them.
 """
 
 from __future__ import annotations

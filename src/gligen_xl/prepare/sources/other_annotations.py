@@ -20,7 +20,7 @@ _CONVERT = "export it as COCO, YOLO or Pascal VOC from the program that made it,
 
 
 def find_unread(folder: Path, other_uses: Sequence[Path] = ()) -> Path | None:
-    """The first file of annotations below a folder of pictures; hidden ones and folders of shards are left out.
+    """The first file of annotations below a folder of images; hidden ones and folders of shards are left out.
 
     Args:
         other_uses: files and folders that are of other use.

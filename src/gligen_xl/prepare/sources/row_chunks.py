@@ -1,4 +1,4 @@
-"""Rows of a file that describe pictures, some thousand at a time: metadata.jsonl, metadata.parquet, layouts."""
+"""Rows of a file that describe images, some thousand at a time: metadata.jsonl, metadata.parquet, layouts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _Rows = Iterator[tuple[int, Mapping[str, Any] | RowError]]
 
 @dataclass(frozen=True, kw_only=True)
 class RowChunk:
-    """Consecutive rows of a JSONL or parquet file, and the pictures they name.
+    """Consecutive rows of a JSONL or parquet file, and the images they name.
 
     Args:
         kind: "imagefolder" or "layouts".
@@ -81,19 +81,19 @@ class RowChunk:
             yield path if isinstance(path, str) else ""
 
     def item(self, number: int, row: Mapping[str, Any] | RowError) -> Item:
-        """The picture of a row.
+        """The image of a row.
 
         Raises:
-            RowError, PictureError, OSError: as `file_within` and `read_annotation`.
+            RowError, ImageError, OSError: as `file_within` and `read_annotation`.
         """
         if isinstance(row, RowError):
             raise row
         path = file_within(self.file.parent, row.get(PATH_KEYS[self.kind]))
-        # The width and height of a layout are those of the picture to be generated.
+        # The width and height of a layout are those of the image to be generated.
         known = read_annotation(row, path, self.box_format, with_size=self.kind != "layouts")
         return Item(
             image_id=self.image_id(number, row),
-            picture=path,
+            image=path,
             done=number - self.first,
             where=self.where(number),
             **vars(known),
@@ -131,7 +131,7 @@ def row_chunks(file: Path, name: str, kind: str, box_format: str | None, unit_si
     else:
         chunks = _jsonl_chunks(file, name, shared, unit_size)
     if not chunks:
-        raise ValueError(f"{file} holds no rows; expected one of each picture")
+        raise ValueError(f"{file} holds no rows; expected one of each image")
     return chunks
 
 

@@ -1,4 +1,4 @@
-"""What one row of an annotation file says of a picture: its caption, and boxes in one of six conventions."""
+"""What one row of an annotation file says of an image: its caption, and boxes in one of six conventions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from ...images.decode import PictureError, picture_size
+from ...images.decode import ImageError, image_size
 from ...io import decode_text
 from ...layout import Box, xyxy_from_cxcywh, xyxy_from_xywh
 from ..item import BAD_TEXT, Annotation, Item, Skipped, Unit, text_fault
@@ -24,13 +24,13 @@ from .yolo_rows import looks_like_rows
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh", "xyxy_pixels", "xywh_pixels", "cxcywh_pixels")
 CAPTION_KEYS = ("text", "caption", "prompt")
 
-# Reasons why a row, and its picture with it, is left out.
+# Reasons why a row, and its image with it, is left out.
 NOT_JSON, NO_PATH, OUTSIDE = "its row is not JSON", "its row names no file", "its path leaves the folder"
 NOT_UTF8, CAPTION_NOT_UTF8 = "its row is not UTF-8", "its caption is not UTF-8"
 WRONG_BOXES, WRONG_PHRASES, WRONG_SCORES = "its boxes are wrong", "its phrases are wrong", "its scores are wrong"
 WRONG_CAPTION, WRONG_SIZE, UNEQUAL = "its caption is wrong", "its size is wrong", "boxes and phrases differ in number"
 WRONG, NUMBERS, NO_FORMAT = "its boxes or phrases are wrong", "phrases are numbers", "its box_format is not known"
-PIXELS, SHARES = "boxes look like pixels", "boxes look like shares of the picture"
+PIXELS, SHARES = "boxes look like pixels", "boxes look like shares of the image"
 LABELS = "its caption is rows of YOLO labels"
 MISSING, UNREADABLE, TWICE = "file is missing", "file cannot be read", "image_id stands there twice"
 
@@ -76,20 +76,20 @@ def read_row(line: bytes | str) -> dict[str, Any]:
 
 
 def read_annotation(
-    row: Mapping[str, Any], picture: bytes | Path, box_format: str | None, *, with_size: bool = True
+    row: Mapping[str, Any], image: bytes | Path, box_format: str | None, *, with_size: bool = True
 ) -> Annotation:
     """Caption and boxes of a row. A box whose phrase is blank is dropped.
 
     Args:
-        picture: to ask for its size, where boxes are in pixels and the row does not say it.
+        image: to ask for its size, where boxes are in pixels and the row does not say it.
         box_format: of rows that do not name their own. `objects`, as Hugging Face writes them, are COCO's xywh_pixels
             where neither does.
-        with_size: `width` and `height` of the row are the picture's, in pixels.
+        with_size: `width` and `height` of the row are the image's, in pixels.
 
     Raises:
         RowError: boxes, phrases or scores that do not fit, boxes of an unknown convention, or texts that hold
             control characters.
-        PictureError, OSError: the picture was asked for its size.
+        ImageError, OSError: the image was asked for its size.
     """
     size = _size(row) if with_size else None
     caption = next((row[key] for key in CAPTION_KEYS if row.get(key) is not None), "")
@@ -107,7 +107,7 @@ def read_annotation(
     if values:
         convention = _convention(row.get("box_format") or box_format)
         if convention.endswith("_pixels"):
-            size = size or picture_size(picture)
+            size = size or image_size(image)
         boxes = convert_boxes(values, convention, size)
     for text in (caption, *phrases):
         if fault := text_fault(text):
@@ -169,7 +169,7 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def stated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width), where both are whole numbers that a picture can have."""
+    """(height, width), where both are whole numbers that an image can have."""
     sides = [int(side) for side in (entry.get("height"), entry.get("width")) if is_number(side) and side == int(side)]
     return (sides[0], sides[1]) if len(sides) == 2 and all(0 < side < 2**31 for side in sides) else None
 
@@ -206,21 +206,21 @@ def file_within(folder: Path, path: Any) -> Path:
         regular = False
     if not regular:
         what = "it is no file" if file.exists() else "there is no such file"
-        raise RowError(MISSING, f"{file}: {what}; expected the path of a picture relative to {folder}")
+        raise RowError(MISSING, f"{file}: {what}; expected the path of an image relative to {folder}")
     return file
 
 
 def item_or_why_not(read: Callable[[], Item], image_id: str, done: int, where: str = "") -> Item | Skipped:
-    """What `read` gives, or why this one picture is left out.
+    """What `read` gives, or why this one image is left out.
 
     Args:
-        where: the picture is described.
+        where: the image is described.
     """
     try:
         return read()
     except RowError as error:
         reason, detail = error.reason, error.detail
-    except PictureError as error:
+    except ImageError as error:
         reason, detail = error.reason, str(error).removeprefix(error.reason).removeprefix(": ")
     except OSError as error:
         reason, detail = f"{UNREADABLE} ({error.strerror or type(error).__name__})", str(error.filename or "")
@@ -243,12 +243,12 @@ def check_first(rows: Iterable[tuple[str, Callable[[], Item]]]) -> None:
         except RowError as error:
             if error.reason in OF_ALL:
                 raise ValueError(f"{where}: {error}") from error
-        except (PictureError, OSError):
+        except (ImageError, OSError):
             pass
 
 
 def check_not_all_alike(results: Iterable[Item | Skipped]) -> None:
-    """Look at the first hundred pictures of a source, up to the first that can be used.
+    """Look at the first hundred images of a source, up to the first that can be used.
 
     Raises:
         ValueError: all of them are left out for the same reason; it shows the first.
@@ -264,7 +264,7 @@ def check_not_all_alike(results: Iterable[Item | Skipped]) -> None:
 
 
 def items_of(units: Iterable[Unit]) -> Iterator[Item | Skipped]:
-    """The pictures of units one after another, up to one that cannot be read on."""
+    """The images of units one after another, up to one that cannot be read on."""
     try:
         for unit in units:
             yield from unit.items()

@@ -13,7 +13,7 @@ import numpy as np
 from ...images.decode import MAX_PIXELS
 from .rows import is_number
 
-MAX_RUNS = 2**22  # of one mask; a picture of noise at the limit of pixels has more, a mask of an object some thousand
+MAX_RUNS = 2**22  # of one mask; an image of noise at the limit of pixels has more, a mask of an object some thousand
 
 
 def segment_box(segmentation: Any) -> list[float] | None:

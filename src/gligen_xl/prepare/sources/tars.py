@@ -4,7 +4,7 @@
         sample.key, sample.files["jpg"]
 
 Files of one sample stand next to each other and share their name up to the first dot. One sample is in memory at a
-time, with one picture. Names are text to tell samples apart by; nothing is written to a disk. An archive that was put
+time, with one image. Names are text to tell samples apart by; nothing is written to a disk. An archive that was put
 behind another one in the same file is read too.
 """
 
@@ -43,7 +43,7 @@ class TarSample:
     Args:
         key: their path in the archive up to the first dot of the name.
         files: contents by ending, in small letters and without the dot.
-        refused: why others were not read, by ending: BAD_NAME, NO_FILE, TOO_LARGE, or, of pictures, DOTS.
+        refused: why others were not read, by ending: BAD_NAME, NO_FILE, TOO_LARGE, or, of images, DOTS.
         unread: files of no use that stood among them or before them, by ending.
         done: how many bytes of the archive, as it lies on the disk, are behind.
     """
@@ -55,8 +55,8 @@ class TarSample:
     done: int = 0
 
     @property
-    def picture(self) -> str | None:
-        """The ending of its picture: of the one that was read, or of the first that was not."""
+    def image(self) -> str | None:
+        """The ending of its image: of the one that was read, or of the first that was not."""
         return next((ending for ending in (*self.files, *self.refused) if ending in ENDINGS), None)
 
 
@@ -75,7 +75,7 @@ class Reading:
 def read_samples(
     path: Path, limits: Mapping[str, int], *, dotted: bool = False, reading: Reading | None = None
 ) -> Iterator[TarSample]:
-    """Samples of an archive, in its order. Of several pictures of a sample the first is read, the others are not.
+    """Samples of an archive, in its order. Of several images of a sample the first is read, the others are not.
 
     Args:
         limits: endings of the files that are read, each with the bytes that such a file may have.
@@ -92,7 +92,7 @@ def read_samples(
         with BufferedReader(_Digested(path, digest), BUFFER) as file:
             for member in _members(file):
                 key, ending = _split(member.name, dotted)
-                if ending not in limits and not _dotted_picture(ending, limits):
+                if ending not in limits and not _dotted_image(ending, limits):
                     if member.regular:
                         count_unread(unread if sample is None else sample.unread, {_shown(ending): 1})
                     member.skip()
@@ -105,8 +105,8 @@ def read_samples(
                 if problem := _problem(member, limits.get(ending)):
                     member.skip()
                     sample.refused[ending] = problem
-                elif ending in ENDINGS and sample.picture in sample.files:
-                    count_unread(sample.unread, {f".{ending} beside another picture": 1})
+                elif ending in ENDINGS and sample.image in sample.files:
+                    count_unread(sample.unread, {f".{ending} beside another image": 1})
                     member.skip()
                 else:
                     sample.files[ending] = member.read()
@@ -169,8 +169,8 @@ def _split(name: str, dotted: bool) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", ending.lower()
 
 
-def _dotted_picture(ending: str, limits: Mapping[str, int]) -> bool:
-    """Whether what is asked for is a picture `0.png`, and this is one of `a.2020.0.png`."""
+def _dotted_image(ending: str, limits: Mapping[str, int]) -> bool:
+    """Whether what is asked for is an image `0.png`, and this is one of `a.2020.0.png`."""
     last = ending.rpartition(".")[2]
     return last in ENDINGS and last in limits
 

@@ -18,11 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...images.decode import ENDINGS, picture_size
+from ...images.decode import ENDINGS, image_size
 from ...io import read_text
 from ..item import BAD_TEXT, Annotation, text_fault
 from .class_phrases import LEFT_OUT, check_words, class_phrases
-from .folders import find_pictures
+from .folders import find_images
 from .image_paths import ImageFinder
 from .label_files import (
     MAX_LABEL,
@@ -65,7 +65,7 @@ class VocReader:
         except XmlError as error:
             raise RowError(BAD_XML, str(error)) from error
         size = _size(given)
-        height, width = size or picture_size(image)
+        height, width = size or image_size(image)
         boxes, phrases = [], []
         dropped: Counter[str] = Counter()
         examples: dict[str, str] = {}
@@ -121,7 +121,7 @@ def open_voc(options: SourceOptions) -> list[LabelledChunk]:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder of Pascal VOC: Annotations/*.xml and JPEGImages/, or both beside")
     labels = [relative(file, root) for file in _annotations(root)]
-    paths = [relative(path, root) for path in find_pictures(options.images or root)]
+    paths = [relative(path, root) for path in find_images(options.images or root)]
     images = _joined(root, labels, [path for path in paths if not _is_mask(path)], options.images)
     images = _of_split(options, images)
     if not any(entry.label for entry in images):

@@ -22,7 +22,7 @@ from ...images.decode import ENDINGS
 from ...io import decode_text, read_text
 from ..item import Annotation
 from .class_phrases import check_words, class_phrases
-from .folders import find_pictures
+from .folders import find_images
 from .image_paths import ImageFinder
 from .label_files import (
     LabelledChunk,
@@ -111,7 +111,7 @@ def open_yolo(options: SourceOptions) -> list[LabelledChunk]:
         by_split = {name: [relative(path, root) for path in paths] for name, paths in splits.items()}
     else:
         where = options.images or root
-        paths = [relative(path, root) for path in find_pictures(where)]
+        paths = [relative(path, root) for path in find_images(where)]
         split_of = splits_in(paths)
         by_split = {}
         for path in paths:
@@ -180,7 +180,7 @@ def _listed_images(description: YoloDescription, options: SourceOptions) -> dict
             if place is None:
                 lacking.append(f"{split}: {said}")
             elif place.is_dir():
-                splits.setdefault(split, []).extend(find_pictures(place))
+                splits.setdefault(split, []).extend(find_images(place))
             elif place.suffix == ".txt":
                 splits.setdefault(split, []).extend(_images_in_list(place, description.base, options.images))
             else:
