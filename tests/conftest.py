@@ -11,6 +11,11 @@ os.environ["GLIGEN_XL_CACHE"] = tempfile.mkdtemp(prefix="gligen-xl-cache-")
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")
+
+from helpers.commands import layouts, model  # noqa: E402, F401 - fixtures
+from helpers.hub import hub  # noqa: E402, F401
+
 atexit.register(shutil.rmtree, os.environ["GLIGEN_XL_CACHE"], ignore_errors=True)
 
 

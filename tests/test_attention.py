@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_adapter import config_for, inputs
-from tiny import sdxl_unet
+from helpers.adapters import config_for, inputs
+from helpers.tiny import sdxl_unet
 
 from gligen_xl.adapter import adapter_parameters, attach
 from gligen_xl.adapter.attach import fusers

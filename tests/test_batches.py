@@ -12,9 +12,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from helpers.flat import flat
+from helpers.rows import METADATA, latents, row
 from hypothesis import given
 from hypothesis import strategies as st
-from test_shards import METADATA, latents, row
 
 from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
@@ -31,14 +32,6 @@ def dataset(tmp_path):
     write_shard(tmp_path / "b", latents(7, side=6), [row(k % 4, image_id=str(k)) for k in range(7)], METADATA)
     write_shard(tmp_path / "c", latents(5), [row(k % 4, image_id=str(k)) for k in range(5)], METADATA)
     return ShardDataset(tmp_path, Augmentation(slots=3), seed=9)
-
-
-def flat(loader):
-    return [
-        (batch.position, batch.latents.numpy().tobytes(), batch.noise.numpy().tobytes(), tuple(batch.time.tolist()),
-         tuple(batch.captions), batch.boxes.numpy().tobytes(), batch.mask.numpy().tobytes())
-        for batch in loader
-    ]  # fmt: skip
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 5))

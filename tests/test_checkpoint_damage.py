@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import sdxl_pipeline
-from tiny_run import final, write_data
+from helpers.tiny import sdxl_pipeline
+from helpers.tiny_run import final, write_data
 
 from gligen_xl import manifest
 from gligen_xl.adapter.io import read_adapter

@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 import yaml
+from helpers.commands import FAST, fails, run
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline
 from PIL import Image
 from safetensors.torch import load_file
-from test_shards import METADATA, latents, row
-from tiny import open_gates, sdxl_pipeline
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline, __version__
 from gligen_xl.adapter import AdapterConfig, adapter_config, attach
@@ -19,52 +20,6 @@ from gligen_xl.cli.main import COMMANDS, main
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.images.draw import METADATA_KEY
 from gligen_xl.recipes import find_recipe, recipe_names
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    pipeline = sdxl_pipeline()
-    attach(pipeline.unet, AdapterConfig(cross_attention_dim=40, phrase_dim=40, slots=4))
-    open_gates(pipeline.unet)
-    pipeline.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def layouts(tmp_path):
-    path = tmp_path / "layouts.jsonl"
-    lines = [
-        {"prompt": "grass", "phrases": ["a red circle"], "boxes": [[0.1, 0.1, 0.5, 0.5]], "id": "one/../x", "seed": 7},
-        {"prompt": "sand with a ring", "phrases": ["a blue ring"], "boxes": [[0.2, 0.3, 0.9, 0.9]]},
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def run(capsys, *words):
-    code = main([str(word) for word in words])
-    output = capsys.readouterr()
-    return code, output.out, output.err
-
-
-def succeeds(capsys, *words):
-    code, output, error = run(capsys, *words)
-    assert code == 0, error
-    return output
-
-
-def fails(capsys, *words):
-    """Runs a command that has to fail; returns its one line."""
-    code, _, error = run(capsys, *words)
-    assert code == 2, error
-    lines = [line for line in error.splitlines() if line.startswith("gligen-xl")]
-    assert len(lines) == 1, error
-    assert "Traceback" not in error
-    return lines[0]
-
-
-FAST = ("--steps", 2, "--width", 16, "--height", 16)
 
 
 def test_generate_writes_images_that_say_how_they_were_made(capsys, model, layouts, tmp_path):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel
+from helpers.commands import FAST, fails, run
+from helpers.published import original_name
+from helpers.tiny import grounded, sd_pipeline, sdxl_pipeline, sdxl_unet
 from PIL import Image
 from safetensors.torch import save_file
-from test_cli import FAST, fails, layouts, model, run  # noqa: F401 - fixtures
-from test_convert import original_name
-from tiny import grounded, sd_pipeline, sdxl_pipeline, sdxl_unet
 
 from gligen_xl.adapter import adapter_state_dict, read_adapter
 from gligen_xl.images.draw import METADATA_KEY
@@ -55,7 +55,7 @@ def made(capsys, out, *words):
         return np.asarray(opened).astype(int), json.loads(opened.text[METADATA_KEY]), output + error
 
 
-def test_each_image_gets_a_line_with_file_seed_and_time(capsys, model, tmp_path):  # noqa: F811
+def test_each_image_gets_a_line_with_file_seed_and_time(capsys, model, tmp_path):
     _, _, output = made(capsys, tmp_path, "--model", model, "--width", 16, "--height", 16, "--count", 2)
     lines = [line for line in output.replace("\r", "\n").splitlines() if ".png" in line]
     assert len(lines) == 2
@@ -63,7 +63,7 @@ def test_each_image_gets_a_line_with_file_seed_and_time(capsys, model, tmp_path)
     assert lines[1].endswith(" s")
 
 
-def test_loras_controlnets_and_schedulers_change_the_image(capsys, model, lora, controlnet, image, tmp_path):  # noqa: F811
+def test_loras_controlnets_and_schedulers_change_the_image(capsys, model, lora, controlnet, image, tmp_path):
     size = ("--model", model, "--width", 16, "--height", 16)
     plain, _, _ = made(capsys, tmp_path / "plain", *size)
     with_lora, about, _ = made(capsys, tmp_path / "lora", *size, "--lora", f"{lora}=0.9")
@@ -81,7 +81,7 @@ def test_loras_controlnets_and_schedulers_change_the_image(capsys, model, lora, 
     assert abs(weak - plain).max() <= 1
 
 
-def test_images_to_start_from(capsys, model, image, tmp_path):  # noqa: F811
+def test_images_to_start_from(capsys, model, image, tmp_path):
     started, about, _ = made(capsys, tmp_path / "image", "--model", model, "--image", image, "--strength", 0.5)
     assert started.shape == (40, 24, 3)  # its own size
     assert about["strength"] == 0.5
@@ -105,7 +105,7 @@ def test_stable_diffusion_one_is_known_by_its_folder(capsys, tmp_path):
     assert "there is no pipeline for Stable Diffusion 1.x / 2.x with image-to-image" in says
 
 
-def test_export_and_convert_give_the_adapter_back(capsys, model, tmp_path):  # noqa: F811
+def test_export_and_convert_give_the_adapter_back(capsys, model, tmp_path):
     code, output, error = run(capsys, "export", "--model", model, "--out", tmp_path / "exported")
     assert code == 0, error
     assert "trust_remote_code=True" in output
@@ -134,7 +134,7 @@ def test_convert_reads_a_single_file_of_the_original_code(capsys, tmp_path):
     assert read_adapter(tmp_path / "adapter")[1].keys() == state.keys()
 
 
-def test_wrong_input_is_one_line(capsys, model, image, lora, controlnet, tmp_path):  # noqa: F811
+def test_wrong_input_is_one_line(capsys, model, image, lora, controlnet, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "broken.bin").write_bytes(b"\x80\x04nonsense")
     (tmp_path / "broken.safetensors").write_bytes(b"1234567890")

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from helpers.source_items import HEIGHT, WIDTH, dataset, image, images, in_pixels, items, put, reasons
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as masks
-from source_items import HEIGHT, WIDTH, dataset, image, images, in_pixels, items, put, reasons
 
 from gligen_xl.evaluate.protocols import find_protocol
 from gligen_xl.prepare.sources import open_source, recognise

@@ -18,10 +18,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     TCDScheduler,
 )
+from helpers.tiny import grounded, sdxl_pipeline, sdxl_unet
 from peft import LoHaConfig, LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import grounded, sdxl_pipeline, sdxl_unet
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from gligen_xl import StableDiffusionXLGLIGENControlNetPipeline, StableDiffusionXLGLIGENImg2ImgPipeline

@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
-from test_shards import METADATA, latents, row
-from tiny import grounded, sd_pipeline, sdxl_pipeline, text_config, tokenizer
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import grounded, sd_pipeline, sdxl_pipeline, text_config, tokenizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModelWithProjection

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import re
 import sys
 import types
 from types import SimpleNamespace
@@ -11,37 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers.published import grounded_unet, original_name, same
+from helpers.tiny import grounded, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 from safetensors.torch import save_file
-from tiny import grounded, open_gates, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 
-from gligen_xl.adapter import AdapterConfig, adapter_state_dict, attach, load_adapter, write_adapter
+from gligen_xl.adapter import AdapterConfig, adapter_state_dict, load_adapter, write_adapter
 from gligen_xl.adapter.convert import diffusers_name, read_published
-
-
-def original_name(name):
-    """diffusers' name -> the original latent diffusion code's, for two layers a block."""
-    if match := re.fullmatch(r"conv_in\.(\w+)", name):
-        return f"input_blocks.0.0.{match[1]}"
-    if match := re.fullmatch(r"mid_block\.attentions\.0\.(.*)", name):
-        return f"middle_block.1.{match[1]}"
-    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.*)", name):
-        down = match[1] == "down"
-        number = 3 * int(match[2]) + int(match[3]) + down
-        return f"{'input' if down else 'output'}_blocks.{number}.1.{match[4]}"
-    return name
-
-
-def grounded_unet(make=sd15_unet, **config):
-    unet = make(layers_per_block=2)
-    width = unet.config.cross_attention_dim
-    attach(unet, AdapterConfig(cross_attention_dim=width, phrase_dim=width, **config))
-    open_gates(unet)
-    return unet
-
-
-def same(got, expected):
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("make", [sd15_unet, sdxl_unet])

@@ -2,15 +2,20 @@
 
 import importlib.util
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
+from helpers.detectors import (
+    TEXT_LIMIT,
+    Crafted,
+    bert_tokenizer,
+    candidate_model,
+    clip_tokenizer,
+    logit,
+    word_model,
+)
 from transformers import (
-    BertConfig,
-    BertTokenizer,
-    CLIPTokenizer,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoProcessor,
@@ -22,7 +27,6 @@ from transformers import (
     OwlViTConfig,
     OwlViTForObjectDetection,
     OwlViTProcessor,
-    SwinConfig,
 )
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
@@ -33,57 +37,7 @@ from gligen_xl.detect.outputs import Detections, Tokens, candidates, collect
 from gligen_xl.layout import box_iou, xyxy_from_cxcywh
 from gligen_xl.toyworld.world import draw, sample_scene
 
-WORDS = (
-    "a", "man", "rides", "bicycle", "red", "trees", "stand", "behind", "him", ",", "-", "'", "s", "t", "shirt", "lamp",
-    "##post",
-)  # fmt: skip
-TEXT_LIMIT = 24  # tokens
-
-
 # Tiny models --------------------------------------------------------------------------------------------------------
-
-
-def bert_tokenizer():
-    """BERT's own places of the special tokens and the marks: the model knows them by number."""
-    vocabulary = {f"[unused{k}]": k for k in range(1100)}
-    places = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 999: "!", 1012: ".", 1029: "?"}
-    for place, word in (places | dict(enumerate(WORDS, start=200))).items():
-        del vocabulary[f"[unused{place}]"]
-        vocabulary[word] = place
-    return BertTokenizer(vocab=vocabulary, model_max_length=512)
-
-
-def clip_tokenizer():
-    letters = [chr(k) for k in range(33, 127)] + [f"{chr(k)}</w>" for k in range(33, 127)]
-    vocabulary = {token: k for k, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
-
-
-def word_model(config_class, model_class):
-    torch.manual_seed(0)
-    config = config_class(
-        backbone_config=SwinConfig(
-            image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
-            out_features=["stage2", "stage3", "stage4"],
-        ),
-        text_config=BertConfig(
-            vocab_size=1100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-        ),
-        num_queries=20, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
-        encoder_attention_heads=2, decoder_attention_heads=2, d_model=32, disable_custom_kernels=True,
-        max_text_len=TEXT_LIMIT,
-    )  # fmt: skip
-    return model_class(config)
-
-
-def candidate_model(config_class, model_class):
-    torch.manual_seed(0)
-    text = {"vocab_size": 190, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 188, "eos_token_id": 189}
-    image = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return model_class(
-        config_class(text_config=text, vision_config=image | {"num_attention_heads": 2}, projection_dim=16)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -188,24 +142,6 @@ def test_boxes_are_clipped_and_sorted_and_the_useless_dropped():
 
 
 # Detectors ----------------------------------------------------------------------------------------------------------
-
-
-class Crafted(torch.nn.Module):
-    """In the place of the network: gives these outputs."""
-
-    def __init__(self, real, logits, boxes):
-        super().__init__()
-        self.config, self.logits, self.boxes, self.inputs = real.config, logits, boxes, []
-
-    def forward(self, **inputs):
-        self.inputs.append(inputs)
-        made = type("Outputs", (dict,), {"__getattr__": dict.__getitem__})
-        logits, boxes = (value[: len(inputs["pixel_values"])] for value in (self.logits, self.boxes))
-        return made(logits=logits, pred_boxes=boxes)
-
-
-def logit(p):
-    return math.log(p / (1 - p))
 
 
 def test_thresholds_phrases_and_corners(models):

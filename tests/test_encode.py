@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers.tiny import sdxl_unet, sdxl_vae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import sdxl_unet, sdxl_vae
 
 from gligen_xl.prepare import encode
 from gligen_xl.prepare.encode import Encoder, load_vae, posterior_noise

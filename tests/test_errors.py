@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.commands import fails, run
+from helpers.tiny import grounded, sdxl_pipeline
 from PIL import Image
-from test_cli import fails, run
-from tiny import grounded, sdxl_pipeline
 from tqdm import tqdm
 
 from gligen_xl.cli.errors import one_line, shown

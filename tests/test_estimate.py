@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_shards import METADATA, latents, row
-from tiny import sd_pipeline, sdxl_pipeline, sdxl_unet
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sd_pipeline, sdxl_pipeline, sdxl_unet
 from torch.utils.checkpoint import checkpoint
 
 from gligen_xl.adapter import AdapterConfig, adapter_parameters, attach, detach, save_adapter

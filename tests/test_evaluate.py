@@ -1,7 +1,7 @@
 """A whole evaluation with painters in place of models: what is perfect scores perfectly, and what is not does not."""
 
 import pytest
-from painters import Painter
+from helpers.painters import Painter
 from PIL import Image
 
 from gligen_xl import Layout

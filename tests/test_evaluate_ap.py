@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_evaluate_metrics import found, image, perfect
+from helpers.scores import found, image, perfect
 
 from gligen_xl import Layout
 from gligen_xl.evaluate.ap import AveragePrecision

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.detectors import TEXT_LIMIT, Crafted, logit
+from helpers.phrase_models import phrase_models
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from test_detect import TEXT_LIMIT, Crafted, bert_tokenizer, candidate_model, clip_tokenizer, logit, word_model
 from transformers import (
     ConditionalDetrConfig,
     ConditionalDetrForObjectDetection,
@@ -16,15 +17,7 @@ from transformers import (
     DetrForObjectDetection,
     DFineConfig,
     DFineForObjectDetection,
-    GroundingDinoConfig,
-    GroundingDinoForObjectDetection,
-    GroundingDinoProcessor,
     HGNetV2Config,
-    MMGroundingDinoConfig,
-    MMGroundingDinoForObjectDetection,
-    OwlViTConfig,
-    OwlViTForObjectDetection,
-    OwlViTProcessor,
     ResNetConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
@@ -37,8 +30,6 @@ from transformers import (
 )
 from transformers.models.conditional_detr.image_processing_pil_conditional_detr import ConditionalDetrImageProcessorPil
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
-from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
-from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
@@ -46,9 +37,9 @@ from transformers.models.yolos.image_processing_pil_yolos import YolosImageProce
 from gligen_xl.detect.colour import RANGES, ColourJudge, Segmenter, colour_shares, hsv, pixel_box, split_colour
 from gligen_xl.detect.detection import Found
 from gligen_xl.detect.detectors import ColourDetector, ShapesDetector, Wanted, find_detector
+from gligen_xl.detect.matching import score_image
 from gligen_xl.detect.network_detectors import _distinct, plain
 from gligen_xl.detect.outputs import Detections
-from gligen_xl.evaluate.matching import score_image
 from gligen_xl.layout import Layout, xyxy_from_cxcywh
 from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
@@ -97,20 +88,6 @@ def class_models():
         ),
         "d-fine": (DFineForObjectDetection(DFineConfig(**of_rt_detr, backbone_config=hgnet)), square),
         "yolos": (YolosForObjectDetection(yolos), YolosImageProcessorPil(size=size)),
-    }
-
-
-def phrase_models():
-    images = GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 160})
-    side = {"height": 32, "width": 32}
-    words = GroundingDinoProcessor(images, bert_tokenizer())
-    return {
-        "grounding-dino": (word_model(GroundingDinoConfig, GroundingDinoForObjectDetection), words),
-        "mm-grounding-dino": (word_model(MMGroundingDinoConfig, MMGroundingDinoForObjectDetection), words),
-        "owlvit": (
-            candidate_model(OwlViTConfig, OwlViTForObjectDetection),
-            OwlViTProcessor(OwlViTImageProcessorPil(size=side), clip_tokenizer()),
-        ),
     }
 
 

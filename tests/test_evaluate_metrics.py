@@ -1,55 +1,26 @@
 """Which detection stands for which object, the metrics over them, and their intervals."""
 
 import json
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.scores import Words, found, image, perfect
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gligen_xl.detect.detection import Found
-from gligen_xl.evaluate.matching import ImageScore, ObjectScore, score_image
+from gligen_xl.detect.matching import ImageScore, ObjectScore
 from gligen_xl.evaluate.metrics import paired_difference, point_metrics, summarize
 from gligen_xl.layout import Layout
 
 COLOURS, NAMES = ("red", "blue"), ("cat", "dog")
 
 
-@dataclass(frozen=True)
-class Words:
-    """Looks for "red cat" as a cat that is red."""
-
-    attributes: tuple = ("colour",)
-    labels_decide: bool = True
-    settings: dict = None  # type: ignore[assignment]
-
-    def __post_init__(self):
-        object.__setattr__(self, "settings", self.settings or {})
-
-    def wanted(self, phrase):
-        colour, label = phrase.split()
-        return SimpleNamespace(label=label, attributes={"colour": colour})
-
-
 def layout_of(**objects):
     """layout_of(red_cat=[0, 0, 1, 1])"""
     phrases = [name.replace("_", " ").rstrip("2") for name in objects]
     return Layout(phrases=phrases, boxes=list(objects.values()))
-
-
-def found(phrase, box, score=1.0):
-    colour, label = phrase.split()
-    return Found(tuple(box), label, score, {"colour": colour})
-
-
-def perfect(layout):
-    return [found(phrase, box) for phrase, box in zip(layout.phrases, layout.boxes, strict=True)]
-
-
-def image(layout, seen, key="0", detector=Words()):
-    return score_image(layout, key, seen, detector)
 
 
 LEFT, RIGHT, BOTH = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0, 0, 1, 1]

@@ -13,8 +13,8 @@ from PIL import Image
 from gligen_xl import Layout
 from gligen_xl.detect.detection import Found
 from gligen_xl.detect.detectors import ShapesDetector, Wanted
+from gligen_xl.detect.matching import score_image
 from gligen_xl.evaluate.compare import Comparison
-from gligen_xl.evaluate.matching import score_image
 from gligen_xl.evaluate.metrics import paired_difference, summarize
 from gligen_xl.evaluate.protocols import Protocol, find_protocol, grey
 from gligen_xl.evaluate.report import SCHEMA_VERSION, Report, write_report

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from painters import Painter, noise
+from helpers.painters import Painter, noise
+from helpers.tiny import grounded, sdxl_pipeline
 from PIL import Image
-from tiny import grounded, sdxl_pipeline
 
 from gligen_xl import Layout
 from gligen_xl.detect.detectors import ShapesDetector

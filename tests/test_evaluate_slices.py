@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gligen_xl import Layout
 from gligen_xl.detect.detection import Found
 from gligen_xl.detect.detectors import ShapesDetector, Wanted
-from gligen_xl.evaluate.matching import ObjectScore, score_image
+from gligen_xl.detect.matching import ObjectScore, score_image
 from gligen_xl.evaluate.metrics import summarize
 from gligen_xl.evaluate.slices import (
     METRICS,

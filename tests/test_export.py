@@ -9,8 +9,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from helpers.tiny import grounded, open_gates, sd_pipeline, sdxl_pipeline
 from PIL import Image
-from tiny import grounded, open_gates, sd_pipeline, sdxl_pipeline
 
 from gligen_xl import StableDiffusionGLIGENPipeline, StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import AdapterConfig, adapter_config, attach

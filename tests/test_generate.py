@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_pipeline import grounded_pipeline
+from helpers.pipelines import grounded_pipeline
 
 from gligen_xl import Layout
 from gligen_xl.generate import generate

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_shards import METADATA, latents, row
-from tiny import sdxl_pipeline
-from tiny_run import final, lines, train_until
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline
+from helpers.tiny_run import final, lines, train_until
 
 from gligen_xl.cli.main import main
 from gligen_xl.data.dataset import Augmentation, ShardDataset

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.source_items import HEIGHT, WIDTH, image, images, in_pixels, items, put, reasons
 from PIL import Image
-from source_items import HEIGHT, WIDTH, image, images, in_pixels, items, put, reasons
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

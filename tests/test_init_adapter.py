@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from helpers.published import original_name
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import grounded, open_gates, sd_pipeline, sdxl_pipeline
 from safetensors.torch import save_file
-from test_convert import original_name
-from test_shards import METADATA, latents, row
-from tiny import grounded, open_gates, sd_pipeline, sdxl_pipeline
 
 from gligen_xl.adapter import AdapterConfig, adapter_config, adapter_state_dict, attach
 from gligen_xl.data.shard_writer import write_shard

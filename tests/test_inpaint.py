@@ -22,9 +22,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import SDXLCFGCutoffCallback
+from helpers.tiny import grounded as with_adapter
+from helpers.tiny import new_scheduler, open_gates, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 from PIL import Image
-from tiny import grounded as with_adapter
-from tiny import new_scheduler, open_gates, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 
 from gligen_xl import (
     StableDiffusionGLIGENInpaintPipeline,

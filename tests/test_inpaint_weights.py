@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from helpers.published import original_name
+from helpers.tiny import sd15_unet, sd_pipeline
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
-from test_convert import original_name
-from tiny import sd15_unet, sd_pipeline
 
 from gligen_xl import StableDiffusionGLIGENPipeline
 from gligen_xl.adapter import (

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, EulerDiscreteScheduler, HeunDiscreteScheduler
+from helpers.tiny import grounded, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 from PIL import Image
-from tiny import grounded, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 
 import gligen_xl
 from gligen_xl import Layout

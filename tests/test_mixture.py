@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.flat import flat
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline
+from helpers.tiny_run import final, train_until
 from hypothesis import given
 from hypothesis import strategies as st
-from test_batches import flat
-from test_shards import METADATA, latents, row
-from tiny import sdxl_pipeline
-from tiny_run import final, train_until
 
 from gligen_xl.data import mixture
 from gligen_xl.data.dataset import Augmentation, ShardDataset

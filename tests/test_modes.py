@@ -9,8 +9,8 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import StableDiffusionXLPipeline, TorchAoConfig, UNet2DConditionModel
 from diffusers.quantizers import PipelineQuantizationConfig
+from helpers.tiny import grounded, sdxl_pipeline, sdxl_unet
 from safetensors.torch import load_file
-from tiny import grounded, sdxl_pipeline, sdxl_unet
 from torch._dynamo.utils import counters
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

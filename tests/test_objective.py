@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from helpers.tiny_run import noised
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import noised
 
 from gligen_xl.data.dataset import Batch
 from gligen_xl.train.config import Objective

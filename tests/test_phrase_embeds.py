@@ -6,8 +6,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import grounded, sd_pipeline, sdxl_pipeline
 from safetensors.torch import load_file, save_file
-from tiny import grounded, sd_pipeline, sdxl_pipeline
 
 from gligen_xl import Layout, StableDiffusionGLIGENPipeline, StableDiffusionXLGLIGENPipeline
 from gligen_xl.pipelines.export import export_pipeline
@@ -196,7 +196,7 @@ def test_all_of_them_freed_in_either_family(folder):
 
 def test_an_encoder_that_alone_gives_the_whole_width_is_enough():
     """As SDXL's refiner, which is made without the first."""
-    from tiny import CLIPTextModelWithProjection, sdxl_unet, text_config
+    from helpers.tiny import CLIPTextModelWithProjection, sdxl_unet, text_config
 
     pipeline = sdxl_pipeline()
     unet = sdxl_unet(cross_attention_dim=16)

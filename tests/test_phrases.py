@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import sdxl_pipeline, tokenizer
+from helpers.tiny import sdxl_pipeline, tokenizer
 
 from gligen_xl.text_embeddings import embed_phrases, phrase_width
 

@@ -6,22 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-from tiny import open_gates, sdxl_pipeline
+from helpers.pipelines import SLOTS, grounded_pipeline
+from helpers.tiny import sdxl_pipeline
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import AdapterConfig, attach, detach, fusers, is_attached, save_adapter
 from gligen_xl.text_embeddings import embed_phrases
 
 PHRASES, BOXES = ["a red circle", "a blue star"], [[0.1, 0.1, 0.5, 0.5], [0.5, 0.4, 0.9, 1.0]]
-SLOTS = 4
-
-
-def grounded_pipeline(open_=True):
-    pipeline = sdxl_pipeline()
-    attach(pipeline.unet, AdapterConfig(cross_attention_dim=40, phrase_dim=40, slots=SLOTS))
-    if open_:
-        open_gates(pipeline.unet)
-    return pipeline
 
 
 def draw(pipeline, prompt="an image of grass", seeds=(3,), **kwargs):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_adapter import config_for, run
-from tiny import open_gates, sd15_unet, sdxl_unet
+from helpers.adapters import config_for, run
+from helpers.tiny import open_gates, sd15_unet, sdxl_unet
 
 from gligen_xl.adapter import (
     AdapterConfig,

@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from helpers.tiny import sdxl_vae
 from PIL import Image
-from tiny import sdxl_vae
 
 from gligen_xl.cli.common import parse_part
 from gligen_xl.data.check import check_shards

@@ -9,10 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 import yaml
+from helpers.commands import fails, run, succeeds
+from helpers.scenes import scenes_folder
+from helpers.tiny import sdxl_vae
 from PIL import Image
-from scenes import scenes_folder
-from test_cli import fails, run, succeeds
-from tiny import sdxl_vae
 
 from gligen_xl.cli import prepare as command
 from gligen_xl.cli.common import Parser

@@ -5,9 +5,9 @@ import warnings
 
 import numpy as np
 import pytest
-from source_items import HEIGHT, WIDTH, dataset, image, put
-from test_cli import fails, succeeds
-from tiny import sdxl_vae
+from helpers.commands import fails, succeeds
+from helpers.source_items import HEIGHT, WIDTH, dataset, image, put
+from helpers.tiny import sdxl_vae
 
 from gligen_xl.data.shards import find_shards
 

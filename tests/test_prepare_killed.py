@@ -12,8 +12,8 @@ import time
 
 import psutil
 import pytest
-from forked import Server
-from scenes import scenes_folder
+from helpers.forked import Server
+from helpers.scenes import scenes_folder
 
 from gligen_xl.cli.main import main
 

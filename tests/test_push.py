@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from helpers.commands import fails, run
+from helpers.tiny import grounded, sd_pipeline, sdxl_pipeline
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import fails, run
-from tiny import grounded, sd_pipeline, sdxl_pipeline
 
 from gligen_xl.adapter import AdapterConfig, adapter_state_dict, read_adapter, save_adapter, write_adapter
 from gligen_xl.hub import upload

@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from helpers.commands import run
 from PIL import Image
-from test_cli import run
 
 from gligen_xl.cli.common import Parser
 from gligen_xl.cli.main import COMMANDS

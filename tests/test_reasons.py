@@ -8,8 +8,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.tiny import sdxl_vae
 from PIL import Image
-from tiny import sdxl_vae
 
 from gligen_xl.images.crop import REVERSED
 from gligen_xl.prepare.framing import Framing

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from helpers.commands import fails
 from PIL import Image
-from test_cli import fails
 
 from gligen_xl.cli.common import Parser
 from gligen_xl.cli.schedulers import NAMED, new_scheduler, scheduler_settings

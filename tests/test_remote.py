@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
-from test_batches import flat
-from test_shards import METADATA, latents, row
+from helpers.flat import flat
+from helpers.rows import METADATA, latents, row
 
 from gligen_xl.data import streaming
 from gligen_xl.data.cache import BoundedCache

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from forked import Server
-from test_shards import METADATA, latents, row
-from tiny import sdxl_pipeline
+from helpers.forked import Server
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline
 
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint

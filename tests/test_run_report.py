@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from helpers.commands import fails, run
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline
 from PIL import Image
-from test_cli import fails, run
-from test_shards import METADATA, latents, row
-from tiny import sdxl_pipeline
 
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.io import write_json

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import grounded, sdxl_pipeline
+from helpers.tiny import grounded, sdxl_pipeline
 
 from gligen_xl import StableDiffusionXLGLIGENImg2ImgPipeline
 from gligen_xl.toyworld.world import HELD_OUT_SEED, sample_scene, scene_layout

@@ -15,27 +15,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.rows import METADATA, latents, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from gligen_xl.data.shard_writer import ROW_GROUP, ShardWriter, write_shard
-from gligen_xl.data.shards import TABLE, Row, Shard, find_shards
+from gligen_xl.data.shards import TABLE, Shard, find_shards
 from gligen_xl.io import read_json, write_json
-
-METADATA = {"resolution": "64", "vae": "tiny", "scaling_factor": "0.18215"}
-
-
-def row(k, **changes):
-    settings = {
-        "image_id": f"picture-{k}", "caption": f"grass with {k} rings", "boxes": [(0.1, 0.2, 0.3, 0.4)] * k,
-        "scores": [0.5] * k, "phrases": ["a ring"] * k, "original_height": 480, "original_width": 640, "crop_left": k,
-    }  # fmt: skip
-    return Row(**(settings | changes))
-
-
-def latents(count, side=4):
-    return np.random.default_rng(0).normal(size=(count, 4, side, side)).astype(np.float16)
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import warnings
 from dataclasses import replace
 
 import pytest
+from helpers.commands import fails, run, succeeds
+from helpers.rows import METADATA, latents, row
+from helpers.scenes import scenes_folder
+from helpers.tiny import grounded, sdxl_pipeline, sdxl_vae
 from PIL import Image
-from scenes import scenes_folder
-from test_cli import fails, run, succeeds
-from test_shards import METADATA, latents, row
-from tiny import grounded, sdxl_pipeline, sdxl_vae
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import save_adapter

@@ -11,7 +11,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny import grounded, sd_pipeline, sdxl_pipeline
+from helpers.tiny import grounded, sd_pipeline, sdxl_pipeline
 
 import gligen_xl
 from gligen_xl.pipelines import GroundingMixin

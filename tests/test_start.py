@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_adapter import config_for, inputs, run
-from tiny import open_gates, sdxl_pipeline, sdxl_unet
-from tiny_run import train_until, write_data
+from helpers.adapters import config_for, inputs, run
+from helpers.tiny import open_gates, sdxl_pipeline, sdxl_unet
+from helpers.tiny_run import train_until, write_data
 
 from gligen_xl.adapter import (
     adapter_config,

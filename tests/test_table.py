@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.rows import METADATA, latents, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shards import METADATA, latents, row
 
 from gligen_xl.data import table as module
 from gligen_xl.data.dataset import Augmentation, ShardDataset

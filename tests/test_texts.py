@@ -8,8 +8,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.tiny import sdxl_vae
 from PIL import Image
-from tiny import sdxl_vae
 
 from gligen_xl.io import decode_text, read_json
 from gligen_xl.layout import Layout, read_layouts

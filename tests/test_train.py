@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler
-from test_evaluate_detectors import phrase_models
-from test_shards import METADATA, latents, row
-from tiny import sdxl_pipeline
-from tiny_run import final, first_batch, lines, loaded, noised, train_until, write_data
+from helpers.phrase_models import phrase_models
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline
+from helpers.tiny_run import final, first_batch, lines, loaded, noised, train_until, write_data
 
 from gligen_xl import locks
 from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter

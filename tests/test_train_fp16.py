@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_shards import METADATA, latents, row
-from tiny import sdxl_pipeline
-from tiny_run import final, lines, train_until, write_data
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline
+from helpers.tiny_run import final, lines, train_until, write_data
 
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard

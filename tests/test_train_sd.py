@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from test_shards import METADATA, latents, row
-from tiny import new_scheduler, sd_pipeline, sdxl_pipeline
-from tiny_run import final, first_batch, loaded, noised, train_until, write_data
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import new_scheduler, sd_pipeline, sdxl_pipeline
+from helpers.tiny_run import final, first_batch, loaded, noised, train_until, write_data
 
 from gligen_xl import StableDiffusionGLIGENPipeline
 from gligen_xl.adapter import adapter_state_dict, is_attached

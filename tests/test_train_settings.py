@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from test_cli import fails
+from helpers.commands import fails
 
 from gligen_xl.adapter import AdapterConfig
 from gligen_xl.cli import train as command

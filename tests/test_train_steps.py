@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import Server
-from test_shards import METADATA, latents, row
-from tiny import sdxl_pipeline, sdxl_unet
-from tiny_run import train_until
+from helpers.forked import Server
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline, sdxl_unet
+from helpers.tiny_run import train_until
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gligen_xl.data.dataset import Augmentation

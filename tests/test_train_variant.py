@@ -1,8 +1,8 @@
 """A base whose files are of a variant, as fp16: said before anything is loaded, and trained where it is asked for."""
 
 import pytest
-from tiny import sdxl_pipeline
-from tiny_run import write_data
+from helpers.tiny import sdxl_pipeline
+from helpers.tiny_run import write_data
 
 from gligen_xl.cli.common import Parser
 from gligen_xl.cli.main import main

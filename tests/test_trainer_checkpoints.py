@@ -13,8 +13,8 @@ import numpy as np
 import omegaconf
 import pytest
 import torch
+from helpers.published import grounded_unet, original_name, same
 from omegaconf import OmegaConf
-from test_convert import grounded_unet, original_name, same
 
 from gligen_xl.adapter import adapter_state_dict
 from gligen_xl.adapter.convert import read_published

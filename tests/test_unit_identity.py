@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.tiny import sdxl_vae
 from PIL import Image
-from tiny import sdxl_vae
 
 from gligen_xl.data.shards import Shard, find_shards
 from gligen_xl.prepare.file_stats import files_identity, weights_of

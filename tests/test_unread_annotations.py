@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_items import image, items, put
+from helpers.source_items import image, items, put
 
 from gligen_xl.prepare.sources import KINDS, open_source
 

@@ -1,8 +1,8 @@
 """A variant that is not there, and weights that are there as a variant alone: said before anything is fetched."""
 
 import pytest
-from test_hub import SDXL, hub  # noqa: F401 - the Hub as a folder
-from tiny import grounded, sdxl_pipeline
+from helpers.hub import SDXL
+from helpers.tiny import grounded, sdxl_pipeline
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter.convert import read_published
@@ -38,7 +38,7 @@ CASES = [
 
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize(("name", "variant", "says"), CASES)
-def test_of_a_repository_before_anything_is_fetched(hub, folders, load, name, variant, says):  # noqa: F811
+def test_of_a_repository_before_anything_is_fetched(hub, folders, load, name, variant, says):
     hub.serve(folders / name)
     given = {} if variant is None else {"variant": variant}
     with pytest.raises(ValueError, match=f"^someone/gligen-xl {says}") as error:
@@ -58,7 +58,7 @@ def test_of_a_folder(folders, load, name, variant, says):
     assert one_line(error)
 
 
-def test_parts_that_are_given_are_not_asked_for(folders, hub):  # noqa: F811
+def test_parts_that_are_given_are_not_asked_for(folders, hub):
     """The U-Net alone has no plain weights, and comes from elsewhere."""
     pipeline = sdxl_pipeline()
     hub.serve(folders / "half")
@@ -77,7 +77,7 @@ def test_a_part_that_has_the_plain_weights_alone_is_loaded_beside_a_variant(tmp_
         StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path)
 
 
-def test_convert_refuses_a_variant_that_is_not_there(folders, hub, tmp_path):  # noqa: F811
+def test_convert_refuses_a_variant_that_is_not_there(folders, hub, tmp_path):
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = grounded(sdxl_pipeline(), slots=30)
@@ -95,7 +95,7 @@ def test_convert_refuses_a_variant_that_is_not_there(folders, hub, tmp_path):  #
         assert read_published(folders / name, variant="fp16")[0].slots == 4
 
 
-def test_an_adapter_of_a_repository(hub, tmp_path):  # noqa: F811
+def test_an_adapter_of_a_repository(hub, tmp_path):
     pipeline = grounded(sdxl_pipeline())
     pipeline.save_gligen_adapter(tmp_path / "served", variant="fp16")
     hub.serve(tmp_path / "served")

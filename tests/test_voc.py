@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from source_items import HEIGHT, WIDTH, dataset, image, images, in_pixels, items, put, reasons
+from helpers.source_items import HEIGHT, WIDTH, dataset, image, images, in_pixels, items, put, reasons
 
 from gligen_xl.prepare.sources import open_source, recognise
 from gligen_xl.prepare.sources.voc import BAD_XML, NO_BOX

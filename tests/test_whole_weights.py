@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from diffusers import ControlNetModel
+from helpers.hub import original_checkpoint, unet_name
+from helpers.published import original_name
+from helpers.tiny import grounded, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from test_convert import original_name
-from test_hub import original_checkpoint, unet_name
-from tiny import grounded, sd15_unet, sd_pipeline, sdxl_pipeline, sdxl_unet
 
 from gligen_xl import StableDiffusionGLIGENPipeline, StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import adapter_state_dict, is_attached

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.rows import METADATA, latents, row
+from helpers.tiny import sdxl_pipeline
 from PIL import Image
-from test_shards import METADATA, latents, row
-from tiny import sdxl_pipeline
 
 from gligen_xl.cli.main import main
 from gligen_xl.data.box_statistics import BoxStatistics, of_shards

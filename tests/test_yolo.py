@@ -7,7 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from source_items import dataset, image, images, in_pixels, items, put, reasons
+from helpers.source_items import dataset, image, images, in_pixels, items, put, reasons
 
 from gligen_xl.prepare.captions.table import CaptionTable
 from gligen_xl.prepare.sources import open_source, recognise

@@ -22,13 +22,13 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES as CLASS_KINDS
 
-from ..evaluate.matching import ObjectScore, score_image
 from ..hub import local_folder
 from ..layout import Layout
 from ..toyworld.detector import detect
 from ..toyworld.world import COLOURS, SHAPES
 from .colour import ColourJudge, Segmenter, split_colour
 from .detection import Found
+from .matching import ObjectScore, score_image
 from .network_detectors import CLASS_THRESHOLD, PHRASE_THRESHOLD, ClassDetector, ClassNetwork, PhraseDetector
 from .networks import (
     FILES,

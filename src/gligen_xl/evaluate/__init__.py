@@ -2,9 +2,9 @@
 
 from ..detect.detection import Found
 from ..detect.detectors import Detector, ShapesDetector, Wanted, find_detector
+from ..detect.matching import ImageScore, ObjectScore, score_image
 from ..toyworld.layouts import held_out_layouts
 from .compare import compare
-from .matching import ImageScore, ObjectScore, score_image
 from .metrics import Estimate, paired_difference, point_metrics, summarize
 from .protocols import Protocol, find_protocol
 from .report import Report, write_report

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..detect.matching import ImageScore
 from ..layout import Box
-from .matching import ImageScore
 
 AP_NAMES = ("ap", "ap_50", "ap_75", "ar")
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..detect.matching import FOUND, ImageScore, ObjectScore
 from .ap import AP_NAMES, AveragePrecision
-from .matching import FOUND, ImageScore, ObjectScore
 
 _BLOCK = 2_000_000  # weights at once
 _LOW, _HIGH = 0.025, 0.975

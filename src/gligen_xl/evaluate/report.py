@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..detect.detectors import Detector
+from ..detect.matching import ImageScore
 from ..escape import markdown
 from ..images.decode import ImageError, decode
 from ..images.draw import draw_boxes, grid
@@ -24,7 +25,6 @@ from ..io import whole_file
 from ..redact import public, public_text
 from . import report_words as words
 from .ap import AP_NAMES
-from .matching import ImageScore
 from .metrics import Estimate, summarize
 from .protocols import Protocol
 from .report_page import report_page

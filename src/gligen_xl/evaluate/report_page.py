@@ -12,13 +12,13 @@ import yaml
 from PIL import Image
 
 from ..charts import Curve, chart
+from ..detect.matching import ImageScore
 from ..images.decode import ImageError, decode
 from ..images.draw import enlarged
 from ..page import charts, figure, page, text
 from ..redact import public
 from . import report_words as words
 from .ap import AP_NAMES
-from .matching import ImageScore
 from .metrics import Estimate
 from .report_marks import COLOURS, boxes_over, heat_map, strip
 from .sampling import SWEPT

@@ -21,12 +21,12 @@ from PIL import Image
 from ..detect.cache import Kept, Seen
 from ..detect.detection import Found
 from ..detect.detectors import Detector
+from ..detect.matching import ImageScore, score_image
 from ..images.decode import ImageError, decode
 from ..layout import Box, Layout
 from ..pipelines.grounding import GroundingMixin
 from .binding import bind, check_slots, generation_settings, only_one_at, write_keyed
 from .clip import ClipScorer
-from .matching import ImageScore, score_image
 from .protocols import Protocol
 from .real_images import Photographs
 from .sampling import (

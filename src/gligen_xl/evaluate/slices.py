@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..detect.matching import ImageScore
 from ..layout import Layout
-from .matching import ImageScore
 from .metrics import Estimate, Ratio, of_objects, ratios_of
 
 if TYPE_CHECKING:

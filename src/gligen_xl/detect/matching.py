@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..detect.detection import Found
 from ..layout import Box, Layout, box_iou
+from .detection import Found
 
 if TYPE_CHECKING:
-    from ..detect.detectors import Detector
+    from .detectors import Detector
 
 FOUND = 0.5  # IoU from which on an object counts as found
 _Labelled = tuple[str, Sequence[float]]  # a label or phrase, and where

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from test_shards import METADATA, latents, row
 from torch import Tensor
 
 from gligen_xl.data.dataset import Batch, ShardDataset
@@ -20,6 +19,7 @@ from gligen_xl.train.base import fresh_adapter, load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.log import CLOCKED
+from helpers.rows import METADATA, latents, row
 
 
 def write_data(folder: Path) -> Path:

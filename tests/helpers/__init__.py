@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, drawn data, and commands run as a user runs them."""
