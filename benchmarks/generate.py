@@ -11,9 +11,9 @@ import time
 import torch
 
 from gligen_xl import StableDiffusionXLGLIGENPipeline
-from gligen_xl.evaluate import held_out_layouts
 from gligen_xl.generate import generate
 from gligen_xl.text_embeddings import embed_phrases
+from gligen_xl.toyworld.layouts import held_out_layouts
 
 
 def seconds(call, repeats: int) -> float:

@@ -23,10 +23,10 @@ import torch
 
 from gligen_xl.adapter import AdapterConfig, adapter_config, adapter_parameters, attach, detach, fusers
 from gligen_xl.data.dataset import Augmentation
-from gligen_xl.evaluate import held_out_layouts
 from gligen_xl.generate import generate
 from gligen_xl.pipelines import StableDiffusionXLGLIGENPipeline
 from gligen_xl.toyworld.data import write_shards
+from gligen_xl.toyworld.layouts import held_out_layouts
 from gligen_xl.toyworld.world import TRAINING_SEED, VALIDATION_SEED
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
 from gligen_xl.train.loop import train

@@ -25,7 +25,7 @@ from gligen_xl.limits import MAX_BOXES, MAX_SIDE, MAX_SLOTS
 from gligen_xl.pipelines.auto import load_pipeline
 from gligen_xl.prepare.settings import Framing, Settings
 from gligen_xl.recipes import read_settings
-from gligen_xl.toyworld.model import model_folder
+from gligen_xl.toyworld import model_folder
 from gligen_xl.train.config import Optimization, TrainConfig, Validation
 from gligen_xl.yaml_io import read_yaml
 

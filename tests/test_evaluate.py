@@ -7,13 +7,13 @@ from PIL import Image
 from gligen_xl import Layout
 from gligen_xl.evaluate import (
     ObjectScore,
-    ShapesDetector,
     evaluate_layouts,
     find_detector,
     find_protocol,
-    held_out_layouts,
     point_metrics,
 )
+from gligen_xl.toyworld.detectors import ShapesDetector
+from gligen_xl.toyworld.layouts import held_out_layouts
 from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
 

@@ -36,11 +36,13 @@ from transformers.models.yolos.image_processing_pil_yolos import YolosImageProce
 
 from gligen_xl.detect.colour import RANGES, ColourJudge, Segmenter, colour_shares, hsv, pixel_box, split_colour
 from gligen_xl.detect.detection import Found
-from gligen_xl.detect.detectors import ColourDetector, ShapesDetector, Wanted, find_detector
+from gligen_xl.detect.detectors import ColourDetector, find_detector
 from gligen_xl.detect.matching import score_image
 from gligen_xl.detect.network_detectors import _distinct, plain
 from gligen_xl.detect.outputs import Detections
+from gligen_xl.detect.query import Wanted
 from gligen_xl.layout import Layout, xyxy_from_cxcywh
+from gligen_xl.toyworld.detectors import ShapesDetector
 from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
 CLASSES = ["person", "car", "bus", "knife", "skis", "sofa", "pottedplant", "teddy bear", "N/A"]

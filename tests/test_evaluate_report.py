@@ -12,8 +12,8 @@ from PIL import Image
 
 from gligen_xl import Layout
 from gligen_xl.detect.detection import Found
-from gligen_xl.detect.detectors import ShapesDetector, Wanted
 from gligen_xl.detect.matching import score_image
+from gligen_xl.detect.query import Wanted
 from gligen_xl.evaluate.compare import Comparison
 from gligen_xl.evaluate.metrics import paired_difference, summarize
 from gligen_xl.evaluate.protocols import Protocol, find_protocol, grey
@@ -22,6 +22,7 @@ from gligen_xl.evaluate.report_page import ranked, swept_conditions
 from gligen_xl.evaluate.report_words import interval, markdown_table, stacked_table, value
 from gligen_xl.evaluate.run import MISSING, Condition, shuffled
 from gligen_xl.evaluate.sampling import keyed
+from gligen_xl.toyworld.detectors import ShapesDetector
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

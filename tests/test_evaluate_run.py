@@ -16,13 +16,13 @@ from helpers.tiny import grounded, sdxl_pipeline
 from PIL import Image
 
 from gligen_xl import Layout
-from gligen_xl.detect.detectors import ShapesDetector
 from gligen_xl.evaluate import compare, evaluate_layouts, find_detector, find_protocol, point_metrics, summarize
 from gligen_xl.evaluate.binding import bind, generation_settings, only_one_at
 from gligen_xl.evaluate.clip import ClipScore
 from gligen_xl.evaluate.real_images import photographs_of
 from gligen_xl.evaluate.run import find_images, generate_all, score_all, shuffled, way_called
 from gligen_xl.evaluate.sampling import Way, find_files, find_ways, generate_images, keyed, read_about, seeded
+from gligen_xl.toyworld.detectors import ShapesDetector
 
 ON, OFF = Way.grounded(1.0, 2.0), Way.off(2.0)
 RED = {"prompt": "grass", "phrases": ["a red circle"], "boxes": [[0.1, 0.1, 0.5, 0.5]]}

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from gligen_xl import Layout
 from gligen_xl.detect.detection import Found
-from gligen_xl.detect.detectors import ShapesDetector, Wanted
 from gligen_xl.detect.matching import ObjectScore, score_image
+from gligen_xl.detect.query import Wanted
 from gligen_xl.evaluate.metrics import summarize
 from gligen_xl.evaluate.slices import (
     METRICS,
@@ -22,6 +22,7 @@ from gligen_xl.evaluate.slices import (
     size_name,
     slices,
 )
+from gligen_xl.toyworld.detectors import ShapesDetector
 
 MISSED = ObjectScore(0.0, {"colour": False, "shape": False})
 SMALL, LARGE = (0.0, 0.0, 0.1, 0.1), (0.4, 0.4, 1.0, 1.0)

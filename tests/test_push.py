@@ -139,7 +139,7 @@ def code(body):
 def test_the_lines_of_the_card_run(tmp_path, monkeypatch):
     """As they stand, on the embedded model; the repository is the folder that was uploaded."""
     from gligen_xl import StableDiffusionXLGLIGENPipeline
-    from gligen_xl.toyworld.model import model_folder
+    from gligen_xl.toyworld import model_folder
 
     monkeypatch.chdir(tmp_path)
     form, state, about = read_adapter(model_folder() / "gligen_adapter")

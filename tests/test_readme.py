@@ -11,8 +11,8 @@ from PIL import Image
 
 from gligen_xl.cli.common import Parser
 from gligen_xl.cli.main import COMMANDS
-from gligen_xl.detect.detectors import ShapesDetector
 from gligen_xl.layout import Layout, box_iou, write_layouts
+from gligen_xl.toyworld.detectors import ShapesDetector
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "own-pictures.md"]

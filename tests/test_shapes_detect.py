@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gligen_xl.evaluate import ShapesDetector, point_metrics
-from gligen_xl.toyworld import detect
+from gligen_xl.evaluate import point_metrics
 from gligen_xl.toyworld.data import images
+from gligen_xl.toyworld.detector import detect
+from gligen_xl.toyworld.detectors import ShapesDetector
 from gligen_xl.toyworld.world import BACKGROUNDS, HELD_OUT_SEED, Scene, draw, sample_scene, scene_layout
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gligen_xl.evaluate import held_out_layouts
 from gligen_xl.layout import box_iou
+from gligen_xl.toyworld.layouts import held_out_layouts
 from gligen_xl.toyworld.model import MAX_TOKENS, new_tokenizer
 from gligen_xl.toyworld.text import attributes
 from gligen_xl.toyworld.world import (

@@ -15,6 +15,7 @@ from ..io import first_line
 from ..limits import MAX_BATCH, MAX_STEPS
 from ..redact import redacted
 from ..suggestions import did_you_mean
+from ..worlds import NAMES, find_world
 from .values import UsageError, check_source, count, device, dtype, given, seed, seed_or_random
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Parser(ArgumentParser):
 def model_arguments(parser: Parser, *, random_seed: bool = False) -> None:
     """Args: random_seed: whether -1 asks for one."""
     parser.add_argument(
-        "--model", default="shapes", help="pipeline folder, checkpoint file, Hub repository, or shapes (embedded, tiny)"
+        "--model", default=NAMES[0], help="pipeline folder, checkpoint file, Hub repository, or shapes (embedded, tiny)"
     )
     parser.add_argument("--adapter", help="adapter folder or Hub repository, in place of the one of the model")
     parser.add_argument("--steps", type=count, default=30, help="denoising steps")
@@ -129,12 +130,12 @@ def model_arguments(parser: Parser, *, random_seed: bool = False) -> None:
 def check_model(arguments: Namespace) -> None:
     """Refuse, before anything is loaded, a model or an adapter that is not there, and what they would ignore."""
     model, single = arguments.model, is_file(arguments.model)
-    check_source("model", model, "pipeline", file=True, known=("shapes",))
+    check_source("model", model, "pipeline", file=True, known=NAMES)
     if arguments.config is not None:
         if not single:
             raise UsageError(f"--config is for a checkpoint in one file, and --model {model} is none; leave it out")
         check_source("config", arguments.config, "pipeline")
-    if arguments.variant and (single or model == "shapes"):
+    if arguments.variant and (single or model in NAMES):
         raise UsageError(f"--variant chooses among the files of a folder or repository; --model {model} is none")
     if arguments.adapter is not None:
         if is_file(arguments.adapter):
@@ -167,7 +168,8 @@ def is_file(name: str) -> bool:
 def settle_guidance(arguments: Namespace) -> None:
     """The guidance scale that the model is best at, where none is given."""
     if arguments.guidance_scale is None:
-        arguments.guidance_scale = 2.0 if arguments.model == "shapes" else 5.0
+        world = find_world(arguments.model)
+        arguments.guidance_scale = world.GUIDANCE_SCALE if world else 5.0
 
 
 def load(arguments: Namespace, **kind: Any) -> GroundingMixin:

@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from ..escape import printable
 from ..redact import redacted
 from ..suggestions import did_you_mean
+from ..worlds import NAMES
 from .common import (
     Parser,
     best_device,
@@ -49,7 +50,7 @@ the report stands, but images are missing or damaged: it names them; 2 an error;
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace, tuple[int, int] | None, dict[str, list[float]]]:
     parser.epilog = ENDINGS
     add = parser.add_argument
-    add("--layouts", default="shapes", help=f"shapes, {', '.join(COCO)}, or a file")
+    add("--layouts", default=NAMES[0], help=f"{', '.join((*NAMES, *COCO))}, or a file")
     add("--coco", help="folder of COCO's annotations and images")
     add(
         "--layout_seed",
@@ -126,7 +127,7 @@ def _check(arguments: Namespace, parser: Parser) -> None:
         refuse(["coco"], f"is the folder of layouts that begin with coco; --layouts is {layouts}")
     if layouts not in DRAWN:
         refuse(["layout_seed"], f"is of coco-mig and coco-position, whose layouts are drawn; --layouts is {layouts}")
-    if layouts in ("shapes", *COCO):
+    if layouts in (*NAMES, *COCO):
         refuse(["real"], f"is of layouts in a file; --layouts is {layouts}")
     if arguments.no_controls or arguments.generate_only or arguments.part:
         refuse(["real"], "is for the control of real images, which is not scored here; leave it out")
@@ -156,11 +157,11 @@ def _check_values(arguments: Namespace, sweep: Mapping[str, Sequence[float]]) ->
 
 def _check_paths(arguments: Namespace) -> None:
     """Folders and files that are named have to be there, before anything is loaded."""
-    if arguments.layouts not in ("shapes", *COCO):
+    if arguments.layouts not in (*NAMES, *COCO):
         if not is_there(arguments.layouts):
             raise FileNotFoundError(
-                f"no layout file {arguments.layouts}, and no such protocol; there are shapes, {', '.join(COCO)}"
-                f"{did_you_mean(arguments.layouts, ('shapes', *COCO))}"
+                f"no layout file {arguments.layouts}, and no such protocol; there are {', '.join((*NAMES, *COCO))}"
+                f"{did_you_mean(arguments.layouts, (*NAMES, *COCO))}"
             )
         check_file("layouts", arguments.layouts, "a layout file")
     if arguments.pictures:
@@ -176,14 +177,14 @@ def _check_paths(arguments: Namespace) -> None:
     for name, what in (("clip", "CLIP model"), ("segmenter", "segmenter")):
         if arguments[name]:
             check_source(name, arguments[name], what)
-    if arguments.detector and arguments.detector != "shapes" and "/" not in arguments.detector:
+    if arguments.detector and arguments.detector not in NAMES and "/" not in arguments.detector:
         if not is_there(arguments.detector):
             raise UsageError(
                 f"no detector {arguments.detector!r}; expected 'shapes', a folder, or a Hub repository (owner/name)"
-                f"{did_you_mean(arguments.detector, ('shapes',))}"
+                f"{did_you_mean(arguments.detector, NAMES)}"
             )
     elif arguments.detector:
-        check_source("detector", arguments.detector, "detector", known=("shapes",))
+        check_source("detector", arguments.detector, "detector", known=NAMES)
     check_out(arguments.out)
 
 
@@ -306,7 +307,7 @@ def _judges(arguments: Namespace, protocol: Protocol) -> tuple[Detector, ClipSco
     from ..evaluate.clip import ClipScorer
 
     name, device = arguments.detector or protocol.detector, usable_device(arguments.device)
-    colour = name != "shapes" and "colour" in protocol.attributes
+    colour = name not in NAMES and "colour" in protocol.attributes
     if arguments.segmenter and not colour:
         raise UsageError(f"--segmenter is for colours, which {protocol.name} does not judge with {name}; leave it out")
     detector = find_detector(

@@ -13,6 +13,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from ..worlds import NAMES
 from .common import WITHOUT_BOXES, Parser, parse_part, quiet_imports, say, usable_device
 from .values import UsageError, check_out, check_source, count, device, dtype
 
@@ -91,9 +92,9 @@ def _resolution(text: str, vae: str | None) -> int:
 def _check_paths(arguments: Namespace) -> None:
     """Refuse, before anything is loaded, what is not there or cannot be written."""
     if arguments.vae is not None:
-        check_source("vae", arguments.vae, "VAE", file=True, known=("shapes",))
+        check_source("vae", arguments.vae, "VAE", file=True, known=NAMES)
     if arguments.detector is not None:
-        check_source("detector", arguments.detector, "detector", known=("shapes",))
+        check_source("detector", arguments.detector, "detector", known=NAMES)
     if arguments.runners is not None and arguments.runner != "ray":
         raise UsageError(
             f"runners is {arguments.runners} with runner {arguments.runner!r}; --runners is of --runner ray"

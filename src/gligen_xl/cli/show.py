@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from ..io import whole_file
+from ..worlds import NAMES
 from .common import Parser, quiet_imports, refuse_beside, say
 from .values import UsageError, check_folder, check_out_file, check_source, count
 
@@ -29,7 +30,7 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
         raise UsageError(f"--grid is {arguments.grid}; expected 1 to {MAX_GRID}")
     check_folder(arguments.folder, "a folder of shards")
     if arguments.vae is not None:
-        check_source("vae", arguments.vae, "VAE", file=True, known=("shapes",))
+        check_source("vae", arguments.vae, "VAE", file=True, known=NAMES)
     check_out_file(arguments.out)
     return (arguments,)
 

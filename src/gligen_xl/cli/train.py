@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.signals import STOPPED, before_the_end
+from ..worlds import DATA_FORM, NAMES, drawn_count
 from .common import Parser, quiet_imports, say
 from .values import UsageError, check_out, check_source, is_there
 
@@ -114,11 +115,11 @@ def _settings_files(words: Sequence[str]) -> list[str]:
 def _check_paths(config: Any) -> None:
     """Refuse, before anything is loaded, folders that are not there or cannot be written. A run that is finished has
     no need of its data."""
-    check_source("model", config.model, "pipeline", file=True, known=("shapes",))
+    check_source("model", config.model, "pipeline", file=True, known=NAMES)
     finished = Path(config.out, "adapter").is_dir()
     for source in config.sources if not finished else ():
-        if not source.startswith("shapes:") and "://" not in source and not is_there(source):
-            raise FileNotFoundError(f"data {source} is not there; expected a folder of shards, a URL, or shapes:COUNT")
+        if drawn_count(source) is None and "://" not in source and not is_there(source):
+            raise FileNotFoundError(f"data {source} is not there; expected a folder of shards, a URL, or {DATA_FORM}")
     check_out(config.out)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,3 +50,9 @@ def _mixed(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _64
     return value ^ (value >> 31)
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """A random generator that depends on nothing but `key`."""
+    words = [int.from_bytes(part.encode(), "big") if isinstance(part, str) else part for part in key]
+    return np.random.default_rng(np.random.SeedSequence(words))

@@ -19,7 +19,7 @@ import torch
 
 from ..hub import local_folder
 from ..prepare.settings import THRESHOLD
-from ..toyworld.detector import detect as detect_shapes
+from ..worlds import find_world
 from .networks import (
     FILES,
     WORD_KINDS,
@@ -79,28 +79,14 @@ class Detector(ABC):
             FileNotFoundError: there is no such folder or repository, or it lacks what a detector is made of.
             ValueError: it is no zero-shot detector, or a package that it needs is not installed.
         """
-        if name == "shapes":
-            return ShapesDetector()
+        if world := find_world(name):
+            return world.new_caption_detector()
         of_box, of_text = (THRESHOLD if value is None else value for value in (box_threshold, text_threshold))
         settings = NetworkSettings(of_box, of_text, device, dtype, batch_size)
         folder = local_folder(name, "detector", FILES, local_files_only=local_files_only)
         kind = check_kind(folder, ZERO_SHOT_KINDS, "zero-shot detector")
         model, processor = load_network(folder)
         return (WordDetector if kind in WORD_KINDS else CandidateDetector)(model, processor, settings, text)
-
-
-class ShapesDetector(Detector):
-    """Of images of the shapes world; what the caption says does not matter."""
-
-    def detect(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
-        _check(images, captions)
-        every = [detect_shapes(image) for image in images]
-        return [
-            Detections(
-                [item.box for item in found], [1.0] * len(found), [f"a {item.colour} {item.shape}" for item in found]
-            )
-            for found in every
-        ]
 
 
 class CaptionDetector(Detector, Network):
@@ -111,7 +97,7 @@ class CaptionDetector(Detector, Network):
         self.text, self.cut_texts, self.reads_captions = text, 0, text is None
 
     def detect(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
-        _check(images, captions)
+        check_inputs(images, captions)
         queries = [self._query(caption if self.text is None else self.text) for caption in captions]
         return self.find(images, queries)
 
@@ -143,7 +129,7 @@ class CandidateDetector(CaptionDetector, CandidateNetwork):
         return parts
 
 
-def _check(images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+def check_inputs(images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions; give one an image")
     for k, image in enumerate(images):

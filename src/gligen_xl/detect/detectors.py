@@ -11,7 +11,6 @@ colours as well.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 
 from ..hub import local_folder
 from ..layout import Layout
-from ..toyworld.detector import detect
-from ..toyworld.world import COLOURS, SHAPES
+from ..worlds import find_world
 from .colour import ColourJudge, Segmenter, split_colour
 from .detection import Found
-from .matching import ObjectScore, score_image
 from .network_detectors import CLASS_THRESHOLD, PHRASE_THRESHOLD, ClassDetector, ClassNetwork, PhraseDetector
 from .networks import (
     FILES,
@@ -73,10 +70,10 @@ def find_detector(
     """
     if segmenter is not None and not colour:
         raise ValueError(f"segmenter is {str(segmenter)!r}, but no colours are judged; leave it out")
-    if name == "shapes":
+    if world := find_world(name):
         if threshold is not None or segmenter is not None:
-            raise ValueError("the shapes detector has no threshold and no segmenter; leave them out")
-        return ShapesDetector()
+            raise ValueError(f"the {name} detector has no threshold and no segmenter; leave them out")
+        return world.new_detector()
     if "/" not in str(name) and not Path(name).is_dir():
         raise ValueError(f"no detector {str(name)!r}; expected 'shapes', a folder, or a Hub repository (owner/name)")
     if threshold is not None and not 0 <= threshold <= 1:
@@ -106,49 +103,6 @@ def find_detector(
         return detector
     masks = Segmenter.load(segmenter, device=device, local_files_only=local_files_only) if segmenter else None
     return ColourDetector(detector, ColourJudge(segmenter=masks))
-
-
-# The shapes world ---------------------------------------------------------------------------------------------------
-
-
-class ShapesDetector:
-    """The exact detector of the shapes world; attributes are colour and shape, and labels do not decide."""
-
-    name = "shapes"
-    settings: Mapping[str, Any] = {"detector": "shapes"}
-    attributes = ("colour", "shape")
-    labels_decide = False
-    reads_layouts = False
-
-    def wanted(self, phrase: str) -> Wanted:
-        colour, shape = self.parse(phrase)
-        return Wanted(f"{colour} {shape}", {"colour": colour, "shape": shape})
-
-    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
-        return [
-            [
-                Found(item.box, f"{item.colour} {item.shape}", item.score, {"colour": item.colour, "shape": item.shape})
-                for item in detect(image)
-            ]
-            for image, _ in zip(images, layouts, strict=True)
-        ]
-
-    def score(self, image: Image.Image, layout: Layout) -> list[ObjectScore]:
-        """One score an object, in the layout's order."""
-        (found,) = self.detect([image], [layout])
-        return list(score_image(layout, "", found, self).objects)
-
-    @staticmethod
-    def parse(phrase: str) -> tuple[str, str]:
-        """Colour and shape that a phrase names."""
-        words = re.findall(r"[a-z]+", phrase.lower())
-        colours, shapes = [w for w in words if w in COLOURS], [w for w in words if w in SHAPES]
-        if len(colours) != 1 or len(shapes) != 1:
-            raise ValueError(
-                f"the shapes detector cannot look for {phrase!r}; a phrase has to name one colour "
-                f"({', '.join(COLOURS)}) and one shape ({', '.join(SHAPES)})"
-            )
-        return colours[0], shapes[0]
 
 
 # Colours ------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """How well boxes are followed: objects are detected in generated images and compared with what was requested."""
 
 from ..detect.detection import Found
-from ..detect.detectors import Detector, ShapesDetector, Wanted, find_detector
+from ..detect.detectors import find_detector
 from ..detect.matching import ImageScore, ObjectScore, score_image
-from ..toyworld.layouts import held_out_layouts
+from ..detect.query import Detector, Wanted
 from .compare import compare
 from .metrics import Estimate, paired_difference, point_metrics, summarize
 from .protocols import Protocol, find_protocol
@@ -19,13 +19,11 @@ __all__ = [
     "ObjectScore",
     "Protocol",
     "Report",
-    "ShapesDetector",
     "Wanted",
     "compare",
     "evaluate_layouts",
     "find_detector",
     "find_protocol",
-    "held_out_layouts",
     "paired_difference",
     "point_metrics",
     "score_all",

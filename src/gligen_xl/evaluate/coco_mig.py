@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from ..data.rng import generator
 from ..io import read_json
 from ..layout import Layout
 from ..limits import MAX_UNPACKED
-from ..toyworld.world import generator
 from ..yaml_io import read_yaml
 from .coco_layouts import HOST, CocoImage
 from .real_images import Photographs, squeeze

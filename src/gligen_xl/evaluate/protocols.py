@@ -14,24 +14,21 @@ from typing import Any
 from PIL import Image
 
 from ..layout import Layout, read_layouts
-from ..toyworld.layouts import background, held_out_layouts, scene_image
-from ..toyworld.world import HELD_OUT_SEED, IMAGE_SIZE
+from ..worlds import NAMES, find_world
 from . import coco_layouts, coco_mig
 from .coco_layouts import CocoSplit, gligen_layouts, layout_to_image_layouts
 from .coco_mig import draw_layouts, find_published, published_photographs, read_published
 from .real_images import RESOLUTION, Photographs, centre_crop, photographs_of, squeeze
-
-SHAPES_COUNT = 256  # scenes, where no number is asked for
 
 # Class detector of COCO's categories; those of free phrases: COCO-MIG's own evaluation uses the tiny one (Swin-T).
 COCO_DETECTOR = "ustc-community/dfine-xlarge-coco"
 MIG_DETECTOR = "IDEA-Research/grounding-dino-tiny"
 PHRASE_DETECTOR = "IDEA-Research/grounding-dino-base"
 
-_AP = ("ap", "ap_50", "ap_75", "ar")
-_PLACE = ("success", "mean_iou", "recall_50", "recall_75", "picture_success")
+AP = ("ap", "ap_50", "ap_75", "ar")
+PLACE = ("success", "mean_iou", "recall_50", "recall_75", "picture_success")
 _COLOUR = ("colour", "colour_of_found")
-_WRONG = ("wrong_count", "extra_objects")
+WRONG = ("wrong_count", "extra_objects")
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,8 @@ def find_protocol(
     if count is not None and count < 1:
         raise ValueError(f"{count} layouts; expected at least 1")
     folder = None if coco is None else Path(coco)
-    if name == "shapes":
-        return _shapes(SHAPES_COUNT if count is None else count)
+    if world := find_world(name):
+        return world.new_protocol(count)
     if name in PROTOCOLS:
         protocol = _COCO[str(name)](folder, seed)
     else:
@@ -109,20 +106,6 @@ def grey(layout: Layout) -> Image.Image:
 # Each of them ------------------------------------------------------------------------------------------------------
 
 
-def _shapes(count: int) -> Protocol:
-    return Protocol(
-        name="shapes",
-        paper="",
-        parameters={"scenes": count, "scene_seed": HELD_OUT_SEED, "pixels": IMAGE_SIZE, "prompts": "without places"},
-        layouts=held_out_layouts(count),
-        detector="shapes",
-        metrics=(*_PLACE, "colour", "shape", "colour_of_found", "shape_of_found", *_WRONG),
-        attributes=("colour", "shape"),
-        real=scene_image,
-        empty=background,
-    )
-
-
 def _file(path: Path, images: Path | None) -> Protocol:
     if not path.is_file():
         raise FileNotFoundError(f"no layout file {path}, and no such protocol; there are {', '.join(PROTOCOLS)}")
@@ -133,7 +116,7 @@ def _file(path: Path, images: Path | None) -> Protocol:
         parameters={"file": path.name},
         layouts=layouts,
         detector=PHRASE_DETECTOR,
-        metrics=(*_PLACE, *_AP, *_WRONG, "clip", "clip_objects"),
+        metrics=(*PLACE, *AP, *WRONG, "clip", "clip_objects"),
         real=None if images is None else photographs_of(images, layouts),
         empty=grey,
     )
@@ -159,7 +142,7 @@ def _coco_2014(folder: Path | None, seed: int) -> Protocol:
         },
         layouts=gligen_layouts(images, captions),
         detector=COCO_DETECTOR,
-        metrics=("fid", *_AP, *_PLACE, *_WRONG, "clip", "clip_objects"),
+        metrics=("fid", *AP, *PLACE, *WRONG, "clip", "clip_objects"),
         real=split.photographs(images, centre_crop),
         empty=grey,
     )
@@ -180,7 +163,7 @@ def _coco_2017(folder: Path | None, seed: int) -> Protocol:
         },
         layouts=layout_to_image_layouts(images, captions),
         detector=COCO_DETECTOR,
-        metrics=("fid", *_AP, *_PLACE, *_WRONG, "clip", "clip_objects"),
+        metrics=("fid", *AP, *PLACE, *WRONG, "clip", "clip_objects"),
         real=split.photographs(images, squeeze),
         empty=grey,
     )
@@ -208,9 +191,9 @@ def _coco_mig(folder: Path | None, seed: int) -> Protocol:
         metrics=(
             "success",
             "mean_iou_right",
-            *_PLACE[1:],
+            *PLACE[1:],
             *_COLOUR,
-            *_WRONG,
+            *WRONG,
             "clip",
             "clip_objects",
         ),
@@ -228,7 +211,7 @@ def _coco_position(folder: Path | None, seed: int) -> Protocol:
         parameters=parameters,
         layouts=layouts,
         detector=MIG_DETECTOR,
-        metrics=(*_PLACE, *_AP, *_WRONG, "clip", "clip_objects"),
+        metrics=(*PLACE, *AP, *WRONG, "clip", "clip_objects"),
         real=real,
         empty=grey,
     )
@@ -262,4 +245,4 @@ _COCO: Mapping[str, Callable[[Path | None, int], Protocol]] = {
     "coco-position": _coco_position,
     "coco-mig": _coco_mig,
 }
-PROTOCOLS = ("shapes", *_COCO)
+PROTOCOLS = (*NAMES, *_COCO)

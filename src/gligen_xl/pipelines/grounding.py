@@ -23,6 +23,7 @@ from torch import Tensor
 from ..adapter import AdapterConfig, adapter_config, fade_adapter, inpaint_conv, is_attached
 from ..layout import Layout, validate_phrases
 from ..text_embeddings import phrase_width
+from ..worlds import all_worlds
 from .encoders import absent_encoders, check_prompt_encoders, encode_phrases
 from .inpaint import KeptImage, encode_images, fit_images, mask_as_trained, mask_outside
 from .layouts import (
@@ -116,7 +117,8 @@ class GroundingMixin(AdapterLoaderMixin):
         images = None
         if gligen_inpaint_image is not None:
             images = self._images_to_keep(call, layouts, gligen_inpaint_image)
-        _check_limits(self, call, layouts)
+        for world in all_worlds():
+            world.check_call(self, call, layouts)
         if not grounded:
             return super().__call__(**call)  # type: ignore[misc]
         grounding = _Grounding(self._grounding_tokens(call, layouts), schedule)
@@ -376,12 +378,6 @@ class GroundingMixin(AdapterLoaderMixin):
 
         inputs = list(dict.fromkeys([*wanted, *(["latents"] if kept is not None else [])]))
         return {**call, "callback_on_step_end": count, "callback_on_step_end_tensor_inputs": inputs}
-
-
-def _check_limits(pipeline: Any, call: dict[str, Any], layouts: list[ImageLayout]) -> None:
-    from ..toyworld.limits import check_limits  # which is above pipelines
-
-    check_limits(pipeline, call, layouts)
 
 
 # The call's arguments -----------------------------------------------------------------------------------------------

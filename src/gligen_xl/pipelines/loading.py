@@ -34,6 +34,7 @@ from ..hub import INDEX_NAME, OPTIONS, check_variant, local_folder, pipeline_fil
 from ..io import read_json, write_json
 from ..redact import clean_model_folder
 from ..text_embeddings import phrase_width
+from ..worlds import find_world
 from .parts import check_parts, check_tokenizers, naming_part, read_index
 from .weights import check_loaded, check_shards, check_values, lacks, misfit, without_values
 
@@ -291,10 +292,8 @@ class AdapterLoaderMixin(DiffusionPipeline):
 
 def pipeline_folder(name: str | Path, kwargs: dict[str, Any]) -> Path:
     """The pipeline's folder on this machine; what is fetched from the Hub holds no code."""
-    if str(name) == "shapes":
-        from ..toyworld.model import model_folder
-
-        return model_folder()
+    if world := find_world(name):
+        return world.model_folder()
     if Path(name).is_file():
         raise ValueError(f"{name} is a file; a checkpoint in one file is loaded with from_single_file")
     hub = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}

@@ -23,6 +23,7 @@ from ..contrib.sa1b.published import SCALING_FACTOR
 from ..data.shards import DOWNSAMPLING
 from ..hub import local_folder, model_files, pipeline_files
 from ..io import write_json
+from ..worlds import find_world
 
 SDXL_VAE = {
     "_class_name": "AutoencoderKL",
@@ -49,10 +50,8 @@ def load_vae(name: str) -> AutoencoderKL:
     """
     if Path(name).is_file():
         return _load_vae_file(Path(name))
-    if name == "shapes":
-        from ..toyworld.model import model_folder
-
-        name = str(model_folder())
+    if world := find_world(name):
+        name = str(world.model_folder())
     try:
         folder = local_folder(name, "VAE", lambda files, _: _vae_files(files))
         loaded: Any = AutoencoderKL.from_pretrained(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..worlds import find_world
 from .settings import Settings
 
 
@@ -38,12 +39,11 @@ def weights_of(settings: Settings) -> dict[str, str]:
     A copy is the same. Another that has taken the place of the first, under the same name, is not. Of repositories of
     the Hub nothing is said.
     """
-    from ..toyworld.model import model_folder
-
-    vae = model_folder() if settings.vae == "shapes" else Path(settings.vae)
+    world = find_world(settings.vae)
+    vae = world.model_folder() if world else Path(settings.vae)
     vae = vae / "vae" if (vae / "vae" / "config.json").is_file() else vae
     places = {"vae": vae}
-    if settings.detector not in (None, "shapes"):
+    if settings.detector is not None and not find_world(settings.detector):
         places["detector"] = Path(settings.detector).expanduser()
     return {name: _contents_identity(place) for name, place in places.items() if place.exists()}
 

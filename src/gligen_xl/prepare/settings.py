@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..contrib.sa1b.published import VAE
 from ..limits import MAX_BATCH, MAX_SIDE
+from ..worlds import NAMES
 from .framing import Framing
 
 WORK_FOLDER = ".prepared"  # beside the shards: what is done, and what is made on the way
@@ -78,11 +79,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and self.detector is None:
                 raise ValueError(f"{name} is {value!r} but there is no detector; name one (--detector)")
-            if value is not None and self.detector == "shapes":
+            if value is not None and self.detector in NAMES:
                 raise ValueError(
-                    f"{name} is {value!r}, but the detector of shapes has no text and no thresholds; leave it out"
+                    f"{name} is {value!r}, but the detector of {self.detector} has no text and no thresholds; "
+                    "leave it out"
                 )
-        for name in _THRESHOLDS if self.detector not in (None, "shapes") else ():
+        for name in _THRESHOLDS if self.detector not in (None, *NAMES) else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, THRESHOLD)
 

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 from PIL import Image
 
+from ..evaluate.protocols import PLACE, WRONG, Protocol
 from ..layout import Layout
-from .world import HELD_OUT_SEED, Scene, draw, sample_scene, scene_layout
+from .world import HELD_OUT_SEED, IMAGE_SIZE, Scene, draw, sample_scene, scene_layout
+
+USUAL_COUNT = 256  # scenes, where no number is asked for
 
 
 def held_out_layouts(count: int, seed: int = HELD_OUT_SEED) -> list[Layout]:
@@ -32,3 +35,19 @@ def _scene(layout: Layout) -> Scene:
     assert layout.id is not None
     _, seed, index = layout.id.split("-")
     return sample_scene(int(seed), int(index))
+
+
+def new_protocol(count: int | None) -> Protocol:
+    """Held-out scenes, their images and their backgrounds; `USUAL_COUNT` by default."""
+    count = USUAL_COUNT if count is None else count
+    return Protocol(
+        name="shapes",
+        paper="",
+        parameters={"scenes": count, "scene_seed": HELD_OUT_SEED, "pixels": IMAGE_SIZE, "prompts": "without places"},
+        layouts=held_out_layouts(count),
+        detector="shapes",
+        metrics=(*PLACE, "colour", "shape", "colour_of_found", "shape_of_found", *WRONG),
+        attributes=("colour", "shape"),
+        real=scene_image,
+        empty=background,
+    )

@@ -21,17 +21,6 @@ TEXT_WIDTH = 64
 MAX_TOKENS = 48  # of the captions with size and place of four objects, one in 250 is cut
 
 
-def model_folder() -> Path:
-    """The folder of the embedded model, inside the installed package."""
-    folder = Path(__file__).parent / "weights"
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"the embedded shapes model is missing ({folder} has no model_index.json): reinstall gligen-xl, "
-            "or make the model with `gligen-xl shapes build`"
-        )
-    return folder
-
-
 def new_vae() -> AutoencoderKL:
     """Images (3, 64, 64) in -1..1 to latents (4, 16, 16); without attention, as every cell is decided locally."""
     channels = (16, 32, 64)

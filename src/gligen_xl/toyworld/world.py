@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..data.rng import generator
 from ..layout import Layout
 
 IMAGE_SIZE = 64  # pixels, both ways
@@ -89,12 +90,6 @@ class Scene:
     horizon: float | None
     objects: tuple[Object, ...]
     texture_seed: int
-
-
-def generator(*key: int | str) -> np.random.Generator:
-    """A random generator that depends on nothing but `key`."""
-    words = [int.from_bytes(part.encode(), "big") if isinstance(part, str) else part for part in key]
-    return np.random.default_rng(np.random.SeedSequence(words))
 
 
 def sample_scene(seed: int, index: int, *, num_objects: int | None = None) -> Scene:

@@ -16,6 +16,7 @@ from ..io import read_json
 from ..pipelines import GroundingMixin
 from ..pipelines.auto import load_pipeline
 from ..text_embeddings import phrase_width
+from ..worlds import drawn_count, find_world
 from .agreement import check_form
 from .config import TrainConfig
 
@@ -57,7 +58,7 @@ def check_base_files(config: TrainConfig) -> None:
         ValueError: it has not; or it is no folder of files.
     """
     path = Path(config.model).expanduser()
-    if config.variant and (path.is_file() or (config.model == "shapes" and not path.is_dir())):
+    if config.variant and (path.is_file() or (find_world(config.model) and not path.is_dir())):
         raise ValueError(f"variant is {config.variant}, but {config.model} has no variants; leave it out")
     if path.is_dir() and (path / INDEX_NAME).is_file():
         index = read_json(path / INDEX_NAME)
@@ -67,11 +68,9 @@ def check_base_files(config: TrainConfig) -> None:
 
 
 def needs_vae(config: TrainConfig) -> bool:
-    """Whether the VAE has work to do: images of the validation, or those of the shapes world."""
+    """Whether the VAE has work to do: images of the validation, or those of an embedded world, to be drawn."""
     images = config.validation.wanted and config.validation.pictures > 0
-    return images or any(
-        source.partition(":")[0] == "shapes" for source in [*config.sources, config.validation.data or ""]
-    )
+    return images or any(drawn_count(source) is not None for source in [*config.sources, config.validation.data or ""])
 
 
 def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterConfig | None = None) -> None:

@@ -12,13 +12,13 @@ import yaml
 from ..adapter import AdapterConfig
 from ..adapter.convert import FAMILIES
 from ..escape import markdown, markdown_code, printable, python_string
+from ..worlds import NAMES, find_world
 from .record import Row, RunRecord
 from .summary import METRICS, blocks_in_words, data_in_words, duration, numbers, percent, plain, recipe_in_words
 
 _FAMILY_TAGS = {768: "stable-diffusion", 1024: "stable-diffusion-2", 2048: "stable-diffusion-xl"}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # a base in one file
-_SHAPES = ("grass with a red circle", "a red circle")
 _SCENE = ("a photo of a meadow with a dog", "a dog")
 _GROUNDING_METRICS = {
     "grounding_gain": ("Grounding gain: share of the held-out loss that the boxes take away", percent),
@@ -120,8 +120,8 @@ def _what(facts: CardFacts) -> str:
 
 def _base_in_words(facts: CardFacts) -> str:
     base, training = facts.base_model, _settings(facts)
-    if base == "shapes":
-        return "the tiny model of the shapes world that comes with gligen-xl (`shapes`)"
+    if base in NAMES:
+        return f"the tiny model of the {base} world that comes with gligen-xl (`{base}`)"
     if base and is_repository(base):
         variant = training.get("variant")
         of = f", loaded from its files of the variant {markdown_code(variant)}" if isinstance(variant, str) else ""
@@ -171,20 +171,20 @@ def _code(facts: CardFacts) -> str:
     """How to use it: a few lines of Python that run as they stand, where the base is on the Hub or embedded."""
     smaller = facts.form.cross_attention_dim in (768, 1024)
     name = "StableDiffusionGLIGENPipeline" if smaller else "StableDiffusionXLGLIGENPipeline"
-    base, shapes = facts.base_model or "BASE_MODEL", facts.base_model == "shapes"
-    prompt, phrase = _SHAPES if shapes else _SCENE
+    base, world = facts.base_model or "BASE_MODEL", find_world(facts.base_model)
+    prompt, phrase = world.EXAMPLE if world else _SCENE
     single = not is_repository(base) and base.endswith(_CHECKPOINTS)
     variant = _settings(facts).get("variant")
     options = f", variant={python_string(variant)}" if isinstance(variant, str) and is_repository(base) else ""
     return "\n".join(
         [
-            *([] if shapes else ["import torch"]),
+            *([] if world else ["import torch"]),
             f"from gligen_xl import {name}",
             "",
-            *([] if shapes or is_repository(base) else [_note(facts.base_model, single)]),
+            *([] if world or is_repository(base) else [_note(facts.base_model, single)]),
             f"pipeline = {name}.{'from_single_file' if single else 'from_pretrained'}(",
-            f"    {python_string(base)}" + ("" if shapes else f", torch_dtype=torch.float16{options}"),
-            ")" if shapes else ').to("cuda")',
+            f"    {python_string(base)}" + ("" if world else f", torch_dtype=torch.float16{options}"),
+            ")" if world else ').to("cuda")',
             f"pipeline.load_gligen_adapter({python_string(facts.repository)})",
             "image = pipeline(",
             f'    "{prompt}", gligen_phrases=["{phrase}"], gligen_boxes=[[0.1, 0.5, 0.5, 0.9]]',

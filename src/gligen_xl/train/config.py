@@ -13,6 +13,7 @@ from ..data.mixture import turns_of
 from ..dtypes import dtype_name
 from ..limits import MAX_BATCH, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_WORKERS
 from ..redact import redacted_values
+from ..worlds import DATA_FORM, drawn_count
 
 
 class Expected(NamedTuple):
@@ -206,7 +207,7 @@ class Validation:
         every: samples between validations.
         gain_every: samples between looks at the grounding gain alone, which costs little; by default only with all.
         loss_samples: held-out samples for the grounding gain.
-        images: held-out layouts to generate, with grounding on and off.
+        pictures: held-out layouts to generate, with grounding on and off.
         steps: denoising steps of those images.
         guidance_scale: of those images.
         detector: finds the objects again, for box metrics: a folder or repository of one (see
@@ -372,9 +373,9 @@ class TrainConfig:
         if self.samples < self.batch_size:
             raise ValueError(f"samples is {self.samples}, less than one batch of {self.batch_size}")
         for name, source in [*(("data", source) for source in self.sources), ("validation.data", self.validation.data)]:
-            kind, _, count = (source or "").partition(":")
-            if kind == "shapes" and not (count.isdecimal() and len(count) < 9 and 0 < int(count) <= 100 * MAX_IMAGES):
-                raise ValueError(f"{name} is {source!r}; expected a folder of shards, or shapes:COUNT as shapes:50000")
+            count = drawn_count(source or "")
+            if count is not None and not (count.isdecimal() and len(count) < 9 and 0 < int(count) <= 100 * MAX_IMAGES):
+                raise ValueError(f"{name} is {source!r}; expected a folder of shards, or {DATA_FORM} as shapes:50000")
         if not self.sources:
             raise ValueError("data names no folder; expected one, or several as {FOLDER: WEIGHT}")
         turns_of(list(self.sources.values()))

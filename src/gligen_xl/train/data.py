@@ -9,20 +9,28 @@ from ..data.box_statistics import BoxStatistics, of_shards
 from ..data.dataset import ShardDataset
 from ..data.held_out import HeldOut
 from ..pipelines import GroundingMixin
+from ..worlds import drawn_count, find_world
 from .config import TrainConfig
-
-DRAWN_FOR_VALIDATION = "shapes:256"  # where the training's data is drawn
 
 
 def is_drawn(source: str) -> bool:
     """Whether its images are drawn when the run begins."""
-    return source.partition(":")[0] == "shapes"
+    return drawn_count(source) is not None
+
+
+def world_of(config: TrainConfig) -> str | None:
+    """The embedded world that the run is about: that of its model, or the one that draws its data."""
+    names = [config.model, *(source.partition(":")[0] for source in filter(is_drawn, config.sources))]
+    return next((name for name in names if find_world(name)), None)
 
 
 def validation_data(config: TrainConfig) -> str | None:
     """What is validated on, beside what is held out of the training's own data."""
     if config.validation.data is None and config.validation.held_out and all(map(is_drawn, config.sources)):
-        return DRAWN_FOR_VALIDATION
+        name = next(iter(config.sources)).partition(":")[0]
+        world = find_world(name)
+        assert world is not None
+        return f"{name}:{world.DRAWN_FOR_VALIDATION}"
     return config.validation.data
 
 
@@ -55,17 +63,11 @@ def held_out_folder(config: TrainConfig, pipeline: GroundingMixin) -> str | Path
 
 def _folder(data: str, pipeline: GroundingMixin, drawn: Path, *, held_out: bool = False) -> str | Path:
     """The folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
-    if not is_drawn(data):
+    name, _, count = data.partition(":")
+    if (world := find_world(name)) is None or not count:
         return data
-    from ..toyworld.data import write_shards
-    from ..toyworld.world import TRAINING_SEED, VALIDATION_SEED
-
-    count = data.partition(":")[2]
-    folder = drawn / f"shapes-{count}-{fingerprint(pipeline.vae)}"
-    if held_out:
-        write_shards(pipeline.vae, folder, int(count), seed=VALIDATION_SEED, captions="plain")
-    else:
-        write_shards(pipeline.vae, folder, int(count), seed=TRAINING_SEED, captions="ground")
+    folder = drawn / f"{name}-{count}-{fingerprint(pipeline.vae)}"
+    world.write_shards(pipeline.vae, folder, int(count), held_out=held_out)
     return folder
 
 

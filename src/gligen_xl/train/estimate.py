@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..adapter import AdapterConfig, adapter_parameters, attach, fusers
 from ..adapter.attach import transformer_blocks
 from ..text_embeddings import phrase_width
+from ..worlds import drawn_count
 from .attention import watch_attention
 from .base import needs_vae
 from .config import TrainConfig
@@ -273,10 +274,8 @@ def _epochs(config: TrainConfig) -> list[str]:
     """How often each set of data is gone through."""
     lines, total = [], sum(config.sources.values())
     for source, weight in config.sources.items():
-        kind, _, drawn = source.partition(":")
-        count = (
-            int(drawn) if kind == "shapes" and drawn.isdigit() else sum(len(shard) for shard in local_shards(source))
-        )
+        drawn = drawn_count(source)
+        count = sum(len(shard) for shard in local_shards(source)) if drawn is None else int(drawn)
         if count:
             epochs = config.samples * weight / total / count
             lines.append(f"{source}: {count:,} samples, gone through {epochs:,.1f} times")

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..hub import INDEX_NAME, local_folder
 from ..io import read_json
+from ..worlds import find_world
 
 CONFIGS_ONLY = [INDEX_NAME, "unet/config.json", "vae/config.json", "text_encoder*/config.json"]
 
@@ -52,12 +53,8 @@ def base_parts(model: str) -> BaseParts:
         return _build(f"{model}: its published settings, which are built in", PUBLISHED[model])
     if Path(model).is_file():
         raise ValueError(f"{model} is a checkpoint in one file, which does not say its sizes; dry-run its base model")
-    if model == "shapes":
-        from ..toyworld.model import model_folder
-
-        folder = model_folder()
-    else:
-        folder = local_folder(model, "pipeline", CONFIGS_ONLY)
+    world = find_world(model)
+    folder = world.model_folder() if world else local_folder(model, "pipeline", CONFIGS_ONLY)
     index = read_json(folder / INDEX_NAME)
     settings: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):

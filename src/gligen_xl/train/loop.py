@@ -46,7 +46,7 @@ from .base import check_fit, fresh_adapter, load_base
 from .checkpoint import save_checkpoint
 from .conditioning import Conditioner
 from .config import Objective, TrainConfig
-from .data import held_out_folder, held_out_in_words, is_drawn, open_data, source_statistics
+from .data import held_out_folder, held_out_in_words, open_data, source_statistics, world_of
 from .ema import EMA
 from .init import start_adapter
 from .log import RunLog
@@ -123,7 +123,7 @@ def _go_on(
         validator = Validator(
             config.validation, validation or dataset, pipeline, conditioner, scheduler,
             config.augmentation, config.batch_size, config.seed, int(config.cache_gb * 1e9),
-            shapes=config.model == "shapes" or any(map(is_drawn, config.sources)),
+            world=world_of(config),
         )  # fmt: skip
         check_fit(validator.dataset, pipeline)
         told += validator.notes

@@ -18,6 +18,7 @@ from ..hub import names_repository
 from ..io import read_json
 from ..manifest import check_listed
 from ..text_embeddings import phrase_width
+from ..worlds import NAMES
 from .agreement import check_form, check_same_run
 from .base import check_base_files, check_fit
 from .checkpoint import list_checkpoints, read_state
@@ -70,9 +71,9 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
     if held_out and not is_drawn(held_out) and not is_remote(held_out) and not Path(held_out).exists():
         raise FileNotFoundError(f"validation.data {held_out} is not there; expected a folder of held-out shards")
     detector = config.validation.detector
-    if detector not in (None, "none", "shapes") and not Path(detector).is_dir() and not names_repository(detector):
+    if detector not in (None, "none", *NAMES) and not Path(detector).is_dir() and not names_repository(detector):
         raise FileNotFoundError(
-            f"validation.detector {detector} is not there; expected shapes, none, a folder or a repository"
+            f"validation.detector {detector} is not there; expected {', '.join(NAMES)}, none, a folder or a repository"
         )
     for source in config.sources:
         if shards := local_shards(source):

@@ -58,7 +58,7 @@ class Validator:
         seed: int,
         cache_bytes: int,
         *,
-        shapes: bool = False,
+        world: str | None = None,
     ):
         self.options, self.pipeline, self.conditioner, self.scheduler = options, pipeline, conditioner, scheduler
         self.batch_size, self.seed = batch_size, seed
@@ -72,14 +72,14 @@ class Validator:
         layouts = (self._layout(number) for number in range(len(self.dataset)))
         self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
         self.notes: list[str] = []  # for the log
-        self.detector = self._choose_detector(shapes)
+        self.detector = self._choose_detector(world)
 
-    def _choose_detector(self, shapes: bool) -> Detector | None:
-        """The one that is asked for, which has to know all phrases; or the one of the shapes world, if it does."""
+    def _choose_detector(self, world: str | None) -> Detector | None:
+        """The one that is asked for, which has to know all phrases; or that of the embedded world, if it does."""
         name = self.options.detector
-        if name == "none" or not self.layouts or (name is None and not shapes):
+        if name == "none" or not self.layouts or (name is None and world is None):
             return None
-        detector = find_detector(name or "shapes", device=self.pipeline.unet.device)
+        detector = find_detector(name or world or "", device=self.pipeline.unet.device)
         for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
             try:
                 detector.wanted(phrase)  # complains now, not after hours
@@ -87,7 +87,7 @@ class Validator:
                 if name is not None:
                     raise
                 self.notes.append(
-                    f"validation: grounding gain and images alone, as the detector of the shapes world does not know "
+                    f"validation: grounding gain and images alone, as the detector of the {world} world does not know "
                     f"{phrase!r} (validation.detector names another one)"
                 )
                 return None

@@ -1,0 +1,84 @@
+"""Embedded worlds: what a name such as "shapes" stands for, wherever a model, a detector, data or layouts are named.
+
+    find_world("shapes").model_folder()    # None for every other name
+
+A world draws images of its own, finds their objects again, and has a small model of them. Its package stands above all
+that trains and evaluates; it is looked up here by name, so nothing below imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from .detect.captions import Detector as CaptionDetector
+    from .detect.query import Detector
+    from .evaluate.protocols import Protocol as EvaluationProtocol
+    from .pipelines.layouts import ImageLayout
+
+_PACKAGES = {"shapes": "gligen_xl.toyworld"}
+NAMES = tuple(_PACKAGES)
+DATA_FORM = "shapes:COUNT"  # how its images are named as training data
+
+
+class World(Protocol):
+    """What the package of a world has.
+
+    Attributes:
+        NAME: the name by which users call it.
+        GUIDANCE_SCALE: what its model is best at.
+        EXAMPLE: a prompt, and a phrase of it.
+        DRAWN_FOR_VALIDATION: how many images are drawn to validate on, where nothing else is said.
+    """
+
+    NAME: str
+    GUIDANCE_SCALE: float
+    EXAMPLE: tuple[str, str]
+    DRAWN_FOR_VALIDATION: int
+
+    def model_folder(self) -> Path:
+        """The pipeline folder of its model."""
+        ...
+
+    def new_detector(self) -> Detector:
+        """Its exact detector, for the evaluation."""
+        ...
+
+    def new_caption_detector(self) -> CaptionDetector:
+        """Its exact detector, for the preparation of data."""
+        ...
+
+    def write_shards(self, vae: Any, out: Path, count: int, *, held_out: bool) -> None:
+        """Draw `count` images, encode them with `vae` and write them as shards under `out`.
+
+        Args:
+            held_out: images to validate on, which no training sees.
+        """
+        ...
+
+    def new_protocol(self, count: int | None) -> EvaluationProtocol:
+        """Its own layouts, to evaluate on; `count` of them, or as many as are usual."""
+        ...
+
+    def check_call(self, pipeline: Any, call: dict[str, Any], layouts: Sequence[ImageLayout]) -> None:
+        """Refuse, or warn of, what its model cannot draw; say nothing of any other model."""
+        ...
+
+
+def find_world(name: object) -> World | None:
+    """The embedded world of that name; None if there is none, as for a folder or a repository."""
+    package = _PACKAGES.get(str(name))
+    return None if package is None else cast(World, import_module(package))
+
+
+def all_worlds() -> list[World]:
+    return [cast(World, import_module(package)) for package in _PACKAGES.values()]
+
+
+def drawn_count(source: str) -> str | None:
+    """COUNT of training data that a world draws, as "shapes:COUNT"; None of any other source."""
+    name, _, count = source.partition(":")
+    return count if name in _PACKAGES else None
