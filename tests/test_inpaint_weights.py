@@ -208,7 +208,7 @@ def test_the_nine_channels_hold_the_mask_as_trained(weights, tmp_path):
 def test_an_inpainting_adapter_does_not_go_over_a_lora_on_the_first_convolution():
     unet = sd15_unet()
     unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in"]))
-    with pytest.raises(ValueError, match="LoRA lies on the U-Net's first convolution"):
+    with pytest.raises(ValueError, match=r"LoRA .* first convolution"):
         attach(unet, AdapterConfig(cross_attention_dim=24, phrase_dim=24, inpaint=True))
     unet.delete_adapters("default")
     assert not is_attached(unet)

@@ -213,7 +213,7 @@ class GroundingMixin(AdapterLoaderMixin):
             raise ValueError(f"{message}; leave some out")
         dropped = ", ".join(map(repr, longest.phrases[slots:]))
         without = f", without {dropped if len(dropped) <= 200 else dropped[:197] + '...'}" if dropped else ""
-        warnings.warn(f"{message}; the first {slots} are used{without}", stacklevel=4)
+        warnings.warn(f"{message}; the first {slots} are kept{without}", stacklevel=4)
         return [layout.first(slots) for layout in layouts]
 
     # While the loop runs ----------------------------------------------------------------------------------------
