@@ -28,10 +28,11 @@ from gligen_xl.layout import box_iou
 from gligen_xl.prepare.encode import load_vae
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import Item, Skipped
-from gligen_xl.prepare.run import Machine, prepare, run_unit
+from gligen_xl.prepare.run import prepare
+from gligen_xl.prepare.runners import Machine, run_unit
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.unit import UnitMaker
-from gligen_xl.prepare.unit_folder import Done
+from gligen_xl.prepare.unit_folder import UnitFolder
 from gligen_xl.toyworld.detector import detect
 from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
@@ -245,7 +246,7 @@ def test_the_same_bytes_on_a_cluster(tmp_path, units, how, undisturbed, ray, mon
 
 
 def test_what_no_runner_can_do_ends_the_work(tmp_path, units, how, ray):
-    with pytest.raises(ValueError, match=r"^the VAE /nowhere is not to be had"):
+    with pytest.raises(ValueError, match=r"^the VAE /nowhere could not be loaded"):
         prepare(units, tmp_path, replace(how, vae="/nowhere"), Machine(runner="ray", runners=1))
     with pytest.raises(ValueError, match="no room for a runner of 4 CPUs"):
         prepare(units, tmp_path, how, Machine(runner="ray", workers=3))
@@ -350,7 +351,7 @@ def test_settings_that_made_nothing_bind_nobody(tmp_path, units, how, undisturbe
 
 def test_two_that_begin_at_once_agree(tmp_path, how):
     """Where one has looked before the other wrote anything, it finds out before its first unit."""
-    first, second = Done(tmp_path, how), Done(tmp_path, replace(how, seed=1))
+    first, second = UnitFolder(tmp_path, how), UnitFolder(tmp_path, replace(how, seed=1))
     second.check([])
     first.claim()
     first.claim()
@@ -391,9 +392,9 @@ def test_a_source_that_was_moved_is_the_same_until_it_changes(tmp_path, how, mad
 
 def test_another_source_that_comes_while_one_is_at_work_fails_its_unit(tmp_path, units, how):
     def meanwhile(weight, images):
-        if images and not Done(tmp_path, how, "/one").is_done(units[1]):
+        if images and not UnitFolder(tmp_path, how, "/one").is_done(units[1]):
             with UnitMaker(tmp_path, how) as maker:
-                run_unit(maker, Done(tmp_path, how, "/one"), units[1])
+                run_unit(maker, UnitFolder(tmp_path, how, "/one"), units[1])
 
     report = prepare([units[0], Scenes("b", 3)], tmp_path, how, HERE, source="/two", progress=meanwhile)
     assert report.units["a"] == "written"
@@ -407,7 +408,7 @@ def test_units_that_the_source_has_no_more_go(tmp_path, how):
     prepare([Scenes("y", 1)], tmp_path, how, HERE, source="/y")
     prepare([Scenes("z", 1)], tmp_path, how, HERE)
     larger = [Scenes("x-0", 4), Scenes("x-1", 4)]
-    with Done(tmp_path, how).hold("x-3"):
+    with UnitFolder(tmp_path, how).hold("x-3"):
         report = prepare(larger, tmp_path, how, HERE, source="/x", part=(1, 2))
     assert report.removed == ["x-2"]  # x-1 is of another part, x-3 in other hands
     assert "removed, the source has them no more: x-2" in str(report)
@@ -578,7 +579,7 @@ def test_an_interrupt_leaves_whole_shards_and_a_report(tmp_path, units, how, und
 
 def test_units_that_another_process_is_at_are_left_to_it(tmp_path, units, how, undisturbed):
     told = Counter()
-    with Done(tmp_path, how).hold("b") as free:
+    with UnitFolder(tmp_path, how).hold("b") as free:
         assert free
         report = prepare(units, tmp_path, how, HERE, progress=lambda weight, _: told.update(weight=weight))
     assert report.units == {"a": "written", "b": "held by another process", "c": "written"}
