@@ -18,6 +18,7 @@ import torch
 from helpers.tiny import sdxl_vae
 from PIL import Image
 
+import gligen_xl
 from gligen_xl.cli.common import parse_part
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
@@ -58,7 +59,7 @@ def scene_item(name, index, size=(64, 64), objects=None, **changes):
     image.paste(square, (left, top))
     boxes = np.asarray(layout.boxes).reshape(-1, 4) * 64 + (left, top, left, top)
     values = {
-        "image_id": f"{name}-{index}", "picture": png(image), "caption": layout.prompt, "phrases": layout.phrases,
+        "image_id": f"{name}-{index}", "image": png(image), "caption": layout.prompt, "phrases": layout.phrases,
         "boxes": tuple(map(tuple, boxes / (width, height, width, height))), "scores": (1.0,) * len(boxes),
         "size": size, "done": index + 1,
     }  # fmt: skip
@@ -212,7 +213,8 @@ def test_shards_say_how_they_were_made(tmp_path, units, how, vae):
 def ray():
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # runners meet units of this file
+        places = [Path(__file__).parent, Path(gligen_xl.__file__).parents[1]]  # runners meet units of this file
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))
         patch.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, configure_logging=False)
         yield ray
@@ -242,7 +244,7 @@ def test_the_same_bytes_on_a_cluster(tmp_path, units, how, undisturbed, ray, mon
     assert report.failed == {"fails": "the archive is cut short"}
     assert (fails.attempts, dies.attempts) == (2, 2)
     assert told["weight"] == report.total.seen == 15
-    assert told["pictures"] >= 15
+    assert told["images"] >= 15
 
 
 def test_what_no_runner_can_do_ends_the_work(tmp_path, units, how, ray):
@@ -560,7 +562,7 @@ def test_an_interrupt_leaves_whole_shards_and_a_report(tmp_path, units, how, und
 
     def interrupt(weight, images):
         seen.update(images=images)
-        if seen["pictures"] == 7:
+        if seen["images"] == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -650,7 +652,7 @@ def test_every_image_is_accounted_for(tmp_path, how, workers):
     rows = [*all_rows(tmp_path / "32"), *all_rows(tmp_path / "64")]
     assert total.boxes == sum(len(row.boxes) for row in rows)
     assert total.bytes == sum(shard.latents.nbytes for size in ("32", "64") for shard in find_shards(tmp_path / size))
-    assert told == {"weight": 32, "pictures": 32}
+    assert told == {"weight": 32, "images": 32}
     written = json.loads((tmp_path / "prepare.json").read_text())
     assert written["boxes_per_row"] == round(total.boxes / 36, 2)
     assert written["skipped"]["not an image"]["count"] == 7
@@ -947,8 +949,8 @@ def test_settings_that_cannot_be_are_refused(how, change, says):
 
 def test_a_resolution_fits_the_vae(tmp_path, units, how):
     for framing, says in (
-        (Framing(resolutions=(32, 33)), "resolution is 33; this VAE wants a multiple of 2"),
-        (Framing(resolutions=(34,), buckets=True), "resolution is 34; with buckets this VAE wants a multiple of 32"),
+        (Framing(resolutions=(32, 33)), "resolution is 33; this VAE needs a multiple of 2"),
+        (Framing(resolutions=(34,), buckets=True), "resolution is 34; with buckets this VAE needs a multiple of 32"),
     ):
         with pytest.raises(ValueError, match=says):
             prepare(units, tmp_path / "out", replace(how, framing=framing), HERE)

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .io import read_json, write_json
+from .io import read_json, setting_changed, write_json
 
 FOREVER = -1.0  # patience that does not end
 _CLAIM_PATIENCE = 60.0  # seconds; the lock of the settings is held for the time of two small files
@@ -104,10 +104,8 @@ def check_settings(what: str, former: Mapping[str, Any], settings: Mapping[str, 
     names = former.keys() & settings.keys()
     for name in sorted(names, key=lambda name: (name.endswith("checksum"), name)):  # a name says more than a checksum
         if former[name] != settings[name]:
-            raise ValueError(
-                f"{what} with {name} {former[name]!r}, now it is {settings[name]!r}; "
-                "go on with the same settings, or choose another folder (--out)"
-            )
+            advice = "go on with the same settings, or choose another folder (--out)"
+            raise setting_changed(f"{what} with", name, former[name], settings[name], advice)
 
 
 def remove_partial_files(folder: Path, name: str) -> None:
