@@ -27,6 +27,7 @@ from ..limits import MAX_SETTINGS, memory_limit
 FORMAT, VERSION = "gligen-xl-shard", "1"
 MIRRORED = "-mirrored"  # after the id of an image, where the row shows its mirror image
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
+SDXL_VAE, SDXL_SCALING_FACTOR = "madebyollin/sdxl-vae-fp16-fix", "0.13025"  # SDXL's VAE, safe in half precision
 METADATA_NUMBERS = {"resolution": int, "downsampling": int, "scaling_factor": float, "shift_factor": float}
 
 TABLE = pa.schema(
