@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gligen_xl.data import mixture
 from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
-from gligen_xl.data.mixture import BLOCK, MixtureOrder, turns_of
+from gligen_xl.data.sampler import BLOCK, MixtureOrder, SampleOrder, draws_per_block
 from gligen_xl.data.sampler import SampleOrder
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
@@ -42,7 +42,7 @@ def drawn(order, count):
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20))
 def test_shares_are_exact_to_a_millionth(weights):
-    turns = turns_of(weights)
+    turns = draws_per_block(weights)
     assert turns.sum() == BLOCK
     assert turns.min() >= 1
     exact = np.array(weights) / sum(weights) * BLOCK
@@ -52,7 +52,7 @@ def test_shares_are_exact_to_a_millionth(weights):
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0]])
 def test_weights_that_mean_nothing(weights):
     with pytest.raises(ValueError, match="expected positive numbers"):
-        turns_of(weights)
+        draws_per_block(weights)
 
 
 def test_samples_come_in_their_shares_and_each_in_its_turn():

@@ -13,13 +13,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..data.box_statistics import of_shards
-from ..data.shards import Shard
+from ..data.shards import Shard, has_shard, remove_shard
 from ..io import read_json, write_json
 from .item import Unit
 from .report import UnitReport, is_report
 from .settings import Settings
 from .sources.archives import Archive
-from .unit import WORK_FOLDER, shard_files
+from .unit import WORK_FOLDER
 
 _KEYS = {"source", "settings", "identity", "shards", "report"}  # of a mark
 _ARCHIVES = ("sa1b", "webdataset")  # kinds of units that are files of their own
@@ -146,7 +146,7 @@ class Done:
         return (
             mark is not None
             and mark["settings"] == self.settings.to_dict()
-            and all(path.is_file() for shard in mark["shards"] for path in shard_files(self.out / shard))
+            and all(has_shard(self.out / shard) for shard in mark["shards"])
         )
 
     def is_done(self, unit: Unit) -> bool:
@@ -251,7 +251,7 @@ class Done:
 
     def _remove_rests(self, name: str) -> None:
         """Of this unit alone: another one, whose name begins as this one's, may be in work."""
-        pattern = rf"\.{re.escape(name)}(-\d+x\d+)?\.(safetensors|parquet|json)\.\d+\.partial"
+        pattern = rf"\.{re.escape(name)}(-\d+x\d+)?\.(safetensors|arrow|parquet|json)\.\d+\.partial"
         for folder in (self._marks, *self.folders):
             for path in folder.iterdir() if folder.is_dir() else ():
                 if re.fullmatch(pattern, path.name):
@@ -259,8 +259,7 @@ class Done:
 
     def _remove_shards(self, shards: Iterable[str]) -> None:
         for shard in shards:
-            for path in shard_files(self.out / shard):
-                path.unlink(missing_ok=True)
+            remove_shard(self.out / shard)
 
     # Marks -------------------------------------------------------------------------------------------------------
 
