@@ -13,11 +13,10 @@ from helpers.tiny_run import final, train_until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gligen_xl.data import mixture
+from gligen_xl.data import sampler
 from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
 from gligen_xl.data.sampler import BLOCK, MixtureOrder, SampleOrder, draws_per_block
-from gligen_xl.data.sampler import SampleOrder
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
 from gligen_xl.train.config import Optimization, TrainConfig
@@ -68,7 +67,7 @@ def test_samples_come_in_their_shares_and_each_in_its_turn():
 
 
 def test_over_a_block_the_share_is_the_weight(monkeypatch):
-    monkeypatch.setattr(mixture, "BLOCK", 1000)
+    monkeypatch.setattr(sampler, "BLOCK", 1000)
     order = MixtureOrder([SampleOrder([7], 1, 0), SampleOrder([9], 1, 0), SampleOrder([3], 1, 0)], [5, 3, 2], 20, 0)
     for block in range(3):
         numbers = np.concatenate([order.batch(k) for k in range(50 * block, 50 * block + 50)])
@@ -76,7 +75,7 @@ def test_over_a_block_the_share_is_the_weight(monkeypatch):
 
 
 def test_any_batch_at_once(monkeypatch):
-    monkeypatch.setattr(mixture, "BLOCK", 100)  # batches cross from one block to the next
+    monkeypatch.setattr(sampler, "BLOCK", 100)  # batches cross from one block to the next
 
     def new():
         return MixtureOrder([SampleOrder([17], 1, 1), SampleOrder([5], 1, 1)], [2, 1], 7, 1)

@@ -120,7 +120,7 @@ def _alone(out: Path, name: str, *, wait: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0):
         for path in out.iterdir():
-            if re.fullmatch(rf"\.{re.escape(name)}\.(safetensors|parquet|json)\.\d+\.partial", path.name):
+            if re.fullmatch(rf"\.{re.escape(name)}\.(safetensors|arrow|parquet|json)\.\d+\.partial", path.name):
                 path.unlink(missing_ok=True)
         yield
 
