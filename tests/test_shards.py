@@ -246,6 +246,7 @@ def test_batches_make_the_files_of_the_whole(tmp_path_factory, undivided, cuts):
             writer.add(MANY_LATENTS[begin:end], MANY_ROWS[begin:end])
     assert writer.count == MANY
     assert contents(stem) == undivided
+    assert contents(stem)[1].count(b"ARROW1") == 2  # at the begin and at the end
 
 
 def test_a_grown_shard_is_read_by_safetensors_itself(tmp_path):

@@ -236,14 +236,11 @@ def test_without_a_place_for_it_the_table_stays_in_memory(tmp_path, monkeypatch)
 
 def test_a_full_disk_costs_memory_and_leaves_nothing(tmp_path, monkeypatch, cache):
     shards = made(tmp_path, [row(2), row(1)], version=1)
-    real = module._write_arrow
 
-    def full(shard, sink):
-        if hasattr(sink, "write_bytes"):
-            raise OSError(28, "No space left on device")
-        real(shard, sink)
+    def full(shard, path):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write_arrow", full)
+    monkeypatch.setattr(module, "_convert_to_file", full)
     with pytest.warns(UserWarning, match="No space left"):
         assert read(shards) == [plain(row(2)), plain(row(1))]
     assert not [path for path in cache.iterdir() if path.name != ".lock"]

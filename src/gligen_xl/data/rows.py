@@ -147,7 +147,7 @@ def _convert(shards: Sequence[Shard], cache: Path | None) -> dict[Path, Path | b
             with FileLock(folder / ".lock"):
                 remove_unused(folder, "*.arrow", "*.rows")
                 for shard in _progress(shards):
-                    keep(files[shard.table_file], partial(_write_arrow, shard))
+                    keep(files[shard.table_file], partial(_convert_to_file, shard))
         return {**files}
     except (OSError, NotImplementedError) as error:  # the latter from a disk without locks
         warnings.warn(f"the rows of {len(files)} parquet tables are kept in memory: {error}", stacklevel=3)
@@ -159,7 +159,12 @@ def _convert(shards: Sequence[Shard], cache: Path | None) -> dict[Path, Path | b
         return contents
 
 
-def _write_arrow(shard: Shard, sink: Path | pa.NativeFile) -> None:
+def _convert_to_file(shard: Shard, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink:
+        _write_arrow(shard, sink)
+
+
+def _write_arrow(shard: Shard, sink: pa.NativeFile) -> None:
     with arrow_writer(sink) as writer:
         writer.write_table(shard.read_table(), max_chunksize=BATCH_ROWS)
 

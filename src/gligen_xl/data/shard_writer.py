@@ -57,7 +57,8 @@ class ShardWriter:
         try:
             self._latents = self._partials[0].open("wb")
             self._latents.write(self._header(0))  # reserves its place: the number of images comes last
-            self._table = arrow_writer(self._partials[1])
+            self._sink = pa.OSFile(str(self._partials[1]), "wb")
+            self._table = arrow_writer(self._sink)
         except BaseException:
             self.discard()
             raise
@@ -95,7 +96,8 @@ class ShardWriter:
         try:
             if self._rows:
                 self._write_rows(len(self._rows))
-            self._table.close()
+            self._table.close()  # once: each time it writes the end of an Arrow file
+            self._sink.close()
             self._latents.seek(0)
             self._latents.write(self._header(self.count))
             self._latents.close()
@@ -108,7 +110,7 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Removes what is not in its place yet."""
-        for name in ("_latents", "_table"):
+        for name in ("_latents", "_sink"):
             if hasattr(self, name):
                 with suppress(OSError):  # a full disk does not matter for what is thrown away
                     getattr(self, name).close()

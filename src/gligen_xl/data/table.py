@@ -112,9 +112,9 @@ def map_file(path: Path) -> pa.Buffer:
         return file.read_buffer()
 
 
-def arrow_writer(sink: Path | pa.NativeFile) -> pa.ipc.RecordBatchFileWriter:
+def arrow_writer(sink: pa.NativeFile) -> pa.ipc.RecordBatchFileWriter:
     """Opens an Arrow file for writing, uncompressed as it is to be mapped. The same batches make the same bytes."""
-    return pa.ipc.new_file(str(sink) if isinstance(sink, Path) else sink, TABLE)
+    return pa.ipc.new_file(sink, TABLE)
 
 
 def open_arrow(content: pa.Buffer, path: Path) -> list[pa.RecordBatch]:
