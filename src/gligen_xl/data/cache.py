@@ -16,8 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..io import settle, whole_file
-from ..manifest import checksum
+from ..io import checksum, settle, whole_file
 
 _LOGGER = logging.getLogger(__name__)
 TOUCH_EVERY = 1.0  # seconds between updates of a file's time of use

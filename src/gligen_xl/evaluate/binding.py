@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..adapter.attach import adapter_config, adapter_state_dict, is_attached
-from ..adapter.fingerprint import fingerprint
+from ..adapter import adapter_config, adapter_state_dict, is_attached
+from ..adapter.weights import fingerprint
 from ..io import read_json, write_json
 from ..layout import Layout, write_layouts
 from ..locks import only_one
