@@ -142,7 +142,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_in_every_command(tmp_path):
     folder.mkdir()
     Image.new("RGB", (64, 64)).save(folder / "a.png")
     script = (
-        "import contextlib, io, json, sys; from gligen_xl.cli import main; told = []\n"
+        "import contextlib, io, json, sys; from gligen_xl.cli.main import main; told = []\n"
         "for words in json.loads(sys.argv[1]):\n"
         "    errors = io.StringIO()\n"
         "    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()): code = main(words)\n"

@@ -141,7 +141,7 @@ def test_refusals_come_before_anything_heavy(places, tmp_path):
 
     cases = [([filled(word) for word in words], filled(says)) for words, says in REFUSED]
     script = (
-        "import contextlib, io, json, sys; from gligen_xl.cli import main; wrong = []\n"
+        "import contextlib, io, json, sys; from gligen_xl.cli.main import main; wrong = []\n"
         "for words, says in json.loads(sys.argv[1]):\n"
         "    errors = io.StringIO()\n"
         "    with contextlib.redirect_stderr(errors): code = main(words)\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 _SERVER = """
 import json, os, sys
-from gligen_xl.cli import main
+from gligen_xl.cli.main import main
 print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
