@@ -121,11 +121,11 @@ def check_model_settings(folder: Path) -> None:
         for name, value in _named(settings):
             _check_setting(file, name, value)
         for first, second in (("vocab_size", "hidden_size"), ("hidden_size", "intermediate_size")):
-            rows, columns = (settings.get(name) if isinstance(settings, Mapping) else None for name in (first, second))
-            if _is_number(rows) and _is_number(columns) and rows * columns > _MAX_PARAMETERS:
+            sizes: list[Any] = [settings.get(first), settings.get(second)] if isinstance(settings, Mapping) else [None]
+            if all(map(_is_number, sizes)) and sizes[0] * sizes[1] > _MAX_PARAMETERS:
                 raise ValueError(
-                    f"{file}: {first} is {rows}, {second} {columns}; expected at most {_MAX_PARAMETERS} weights in one "
-                    "layer"
+                    f"{file}: {first} is {sizes[0]}, {second} {sizes[1]}; expected at most {_MAX_PARAMETERS} weights "
+                    "in one layer"
                 )
 
 
