@@ -22,7 +22,7 @@ from gligen_xl.adapter import (
     save_adapter,
     set_grounding_logit_bias,
 )
-from gligen_xl.adapter.attach import transformer_blocks
+from gligen_xl.adapter.unet import transformer_blocks
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.train import loop
 from gligen_xl.train.checkpoint import list_checkpoints
