@@ -135,7 +135,7 @@ def test_shown_samples_are_the_images_that_were_encoded(tmp_path, shapes_pipelin
     [
         (["--index", "99"], "there is no sample 99"),
         (["--grid", "0"], "--grid is 0"),
-        (["--vae", "nowhere/at-all"], "is not to be had"),
+        (["--vae", "nowhere/at-all"], "could not be loaded"),
     ],
 )
 def test_wrong_wishes(words, says, tmp_path, capsys):

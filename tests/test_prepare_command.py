@@ -183,7 +183,7 @@ def test_wrong_input_is_one_line(capsys, source, tiny, tmp_path):
         ((source, *good, "--kind", "pictures"), "--kind"),
         ((source, *good, "--kind", "coco"), "coco needs instances"),
         ((source, *good, "--classes", "c.json"), r"there is no c\.json"),
-        ((source, "--vae", tiny, "--resolution", 33), "resolution is 33; this VAE wants a multiple of 2"),
+        ((source, "--vae", tiny, "--resolution", 33), "resolution is 33; this VAE needs a multiple of 2"),
         ((source, "--vae", tiny, "--resolution", "large"), "--resolution is large; expected pixels"),
         ((source, "--vae", tiny, "--resolution", 0), "resolutions are .*expected different numbers of pixels"),
         ((source, *good, "--workers", -1), "workers is -1; expected at least 0"),

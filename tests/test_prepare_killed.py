@@ -12,7 +12,6 @@ import time
 
 import psutil
 import pytest
-from helpers.forked import Server
 from helpers.scenes import scenes_folder
 
 from gligen_xl.cli.main import main
@@ -47,13 +46,6 @@ class Run:
         _, left = psutil.wait_procs(self.decoders, timeout=20)
         assert not left, f"{left} outlive the command"
         return code
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server("gligen_xl.prepare.run, gligen_xl.prepare.sources, gligen_xl.toyworld.model")
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers.forked import Server
 from helpers.rows import METADATA, latents, row
 from helpers.tiny import sdxl_pipeline
 
@@ -19,13 +18,6 @@ from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 
 SOON = 30  # seconds
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

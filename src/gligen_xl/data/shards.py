@@ -26,6 +26,7 @@ FORMAT, VERSION = "gligen-xl-shard", "2"  # of shards that are written
 TABLE_ENDINGS = {"2": ".arrow", "1": ".parquet"}  # by version
 MIRRORED = "-mirrored"  # after the id of an image, where the row shows its mirror image
 DOWNSAMPLING = 8  # of every Stable Diffusion VAE, where a shard does not say otherwise
+SDXL_VAE, SDXL_SCALING_FACTOR = "madebyollin/sdxl-vae-fp16-fix", "0.13025"  # SDXL's VAE, safe in half precision
 METADATA_NUMBERS = {"resolution": int, "downsampling": int, "scaling_factor": float, "shift_factor": float}
 
 
