@@ -1,5 +1,5 @@
-"""Reading for training: samples a second and private memory of a worker, against a loader that loads each published
-shard whole ("whole"). Both in one run, on the same samples, with the same fields delivered.
+"""Reading for training: samples per second and memory of a worker, against a loader that loads each published shard
+whole ("whole"). Both in one run, on the same samples, with the same fields delivered.
 
 python benchmarks/loader.py
 python benchmarks/loader.py --size 128 --shards 2 --count 2000      # latents of 1024 pixels
@@ -7,7 +7,7 @@ python benchmarks/loader.py --size 128 --shards 2 --count 2000      # latents of
 The other loader is the usual one for the published files: an iterable dataset that loads a pair of `.npy` files,
 shuffles within it, and for each sample filters and converts the boxes, with the default collation. Its files are read
 by the reader of `gligen_xl.contrib.sa1b.published`; as that reader checks what it reads, the time without reading is
-told, too.
+shown, too. Memory is that of the process alone: pages of mapped files can be taken back by the system at any time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gligen_xl.contrib.sa1b.convert import import_published
 from gligen_xl.contrib.sa1b.published import read_object_array
-from gligen_xl.data import table
 from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
 
@@ -117,21 +116,26 @@ class WholeShards(IterableDataset):
 class Measured:
     rate: float  # samples a second, one worker
     rate_without_reading: float
-    growth: int  # bytes of private memory of the worker, at most
+    growth: int  # largest growth of the worker's own memory, bytes
+
+
+def own_memory(process: psutil.Process) -> int:
+    """Bytes that are the process's alone, without pages of mapped files."""
+    return sum(part.anonymous for part in process.memory_maps())
 
 
 def measure(loader: Iterable, number: int) -> Measured:
-    """Draw `number` batches, after the first few."""
+    """Draws `number` batches, after the first few."""
     gc.collect()
     iterator = iter(loader)
     (worker,) = psutil.Process().children()
-    before = worker.memory_full_info().uss
+    before = own_memory(worker)
     first = [next(iterator) for _ in range(4)][-1]
     growth, began, last = 0, time.perf_counter(), first
     for k in range(number):
         last = next(iterator)
         if k % 50 == 0:
-            growth = max(growth, worker.memory_full_info().uss - before)
+            growth = max(growth, own_memory(worker) - before)
     seconds = time.perf_counter() - began
     reading = float(last["reading"][-1] - first["reading"][-1]) if isinstance(last, dict) else 0.0
     samples = number * BATCH
@@ -143,7 +147,6 @@ def alone(kind: str, root: Path, number: int) -> Measured:
     torch.set_num_threads(1)
     if kind == "whole":
         return measure(DataLoader(WholeShards(root), batch_size=BATCH, num_workers=1), number)
-    table.SMALL = 0  # as of a dataset that is large
     augmentation = Augmentation(drop_grounding=0, drop_caption=0, min_score=MIN_SCORE, slots=SLOTS)
     dataset = ShardDataset(root / "shards", augmentation, 0)
     order = dataset.order(BATCH, 0)

@@ -63,7 +63,7 @@ def test_every_problem_is_named_with_its_place(tmp_path, capsys):
         "torn.safetensors is cut short",
         "lacks lone.arrow",
         "latents of different VAEs: x, scaling factor 1.0 (as one); y",
-        ".two.safetensors.77.partial is the rest of a write that was cut short",
+        ".two.safetensors.77.partial was left by a write",
     ):
         assert says in problems, problems
     assert main(["check", str(tmp_path)]) == 2

@@ -130,7 +130,7 @@ def test_a_loading_process_that_is_killed_for_its_memory(server, recipe, tmp_pat
 def test_a_loading_process_that_hangs_keeps_no_run_from_stopping(server, recipe, tmp_path):
     """It saves what it has."""
     log = tmp_path / "log"
-    patch = "import gligen_xl.data.workers as workers\nworkers._ASKED = 0.5\n"
+    patch = "import gligen_xl.data.workers as workers\nworkers.STOP_WAIT = 0.5\n"
     pid = server.begin(["train", str(recipe), "--workers", "1", "--checkpoint_every", "40000"], log, patch)
     wait_for_steps(tmp_path, log)
     (worker,) = loading(pid, 1)

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -83,6 +84,15 @@ def test_rows_travel_without_their_contents(tmp_path):
     sent = pickle.dumps(table)
     assert len(sent) < 1000
     assert pickle.loads(sent).row(17) == table.row(17)
+
+
+def test_open_tables_hold_no_files_open(tmp_path):
+    shards = made(tmp_path, [row(1)], [row(2)], [row(3)])
+    open_tables(shards)  # imports what it needs
+    before = psutil.Process().num_fds()
+    tables = open_tables(shards * 20)
+    assert psutil.Process().num_fds() == before
+    assert len(tables[-1].row(0).boxes) == 3
 
 
 def test_columns_of_the_format_are_those_of_a_row():

@@ -1,4 +1,4 @@
-"""What is random about a sample, as a function of (seed, position): a few numbers for its dropouts, and its noise.
+"""Random numbers of a sample, as a function of (seed, position): a few for its dropouts, and its noise.
 
 Position is how many samples the run has seen before. Nothing here depends on the batch, the worker or the rank.
 """
@@ -16,16 +16,14 @@ _64, _32 = 2**64 - 1, 2**32 - 1
 
 
 def uniforms(seed: int, position: int, count: int) -> list[float]:
-    """`count` numbers in [0, 1). Twenty times as fast as seeding a generator of numpy's."""
+    """Returns `count` numbers in [0, 1), twenty times as fast as seeding one of numpy's generators."""
     state = _mixed(_mixed(seed) + position)
     return [(_mixed(state + k * _STEP) >> 11) * 2.0**-53 for k in range(1, count + 1)]
 
 
 def noise_of(seed: int, positions: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal noise, (len(positions), *shape) float32, drawn on `device`; each row belongs to its position.
-
-    A processor of another kind draws other numbers.
-    """
+    """Returns standard normal noise, (len(positions), *shape) float32, drawn on `device`. Each row depends on its
+    position alone. Another kind of device draws other numbers."""
     generator = torch.Generator(device)
     noise = torch.empty(len(positions), *shape, device=device)
     for row, position in zip(noise, positions, strict=True):
@@ -35,7 +33,7 @@ def noise_of(seed: int, positions: Sequence[int], shape: Sequence[int], device: 
 
 
 def noise_seed(seed: int, position: int) -> int:
-    """For torch's generators. A CPU's looks at the low 32 bits alone: these never repeat among 2**32 positions."""
+    """Returns a seed for torch's generators. On a CPU only its low 32 bits count: they differ among 2**32 positions."""
     low = (position + _mixed(seed)) & _32
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's last step: one to one
         low = ((low ^ (low >> shift)) * factor) & _32
@@ -53,6 +51,6 @@ def _mixed(value: int) -> int:
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """A random generator that depends on nothing but `key`."""
+    """Returns a random generator that depends on nothing but `key`."""
     words = [int.from_bytes(part.encode(), "big") if isinstance(part, str) else part for part in key]
     return np.random.default_rng(np.random.SeedSequence(words))

@@ -92,14 +92,16 @@ class MappedTable:
         )
         count = box_end - box
         corners = iter(struct.unpack_from(f"<{4 * count}f", content, boxes + 16 * box))
-        ends = struct.unpack_from(f"<{count + 1}i", content, phrases + 4 * phrase) if count else ()
+        ends = struct.unpack_from(f"<{count + 1}i", content, phrases + 4 * phrase) if count else (0,)
+        first = ends[0]
+        text = bytes(content[phrase_text + first : phrase_text + ends[-1]])
         height, width, top, left = (NUMBER.unpack_from(content, place + 4 * k)[0] for place in numbers)
         return Row(
             image_id=_text(content, ids, id_text, k),
             caption=_text(content, captions, caption_text, k),
             boxes=list(zip(corners, corners, corners, corners, strict=True)),
             scores=list(struct.unpack_from(f"<{count}f", content, scores + 4 * score)),
-            phrases=[str(content[phrase_text + begin : phrase_text + end], "utf-8") for begin, end in pairwise(ends)],
+            phrases=[text[begin - first : end - first].decode() for begin, end in pairwise(ends)],
             original_height=height,
             original_width=width,
             crop_top=top,

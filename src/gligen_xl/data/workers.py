@@ -1,7 +1,8 @@
-"""Loading processes: each does every n-th task, a few ahead, and hands the results over through a pipe of its own.
+"""Loading workers: processes that each do every n-th task, a few before they are needed, and send results through a
+pipe of their own.
 
-Whoever waits for a result learns at once that its process is gone, gets the very error that was raised there, and can
-end all of them whatever they are at.
+Whoever waits for a result learns at once that its process has died, gets the very error that was raised there, and can
+end all processes, whatever they are doing.
 """
 
 from __future__ import annotations
@@ -24,53 +25,53 @@ import torch
 import torch.multiprocessing
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-_LOOK = 1.0  # seconds between looks whether the other side is still there
-_ASKED = 10.0  # seconds to wait for a result when asked to stop
+POLL_EVERY = 1.0  # seconds between checks that the other side still lives
+STOP_WAIT = 10.0  # seconds to wait for a result when the run is asked to stop
 
 
 class Stuck(RuntimeError):
-    """Asked to stop, and no result comes."""
+    """The run is asked to stop, and no result comes."""
 
 
 class Workers(Iterator[Any]):
-    """The results of `make(task)`, in the order of the tasks.
+    """The results of `work(task)`, in the order of the tasks.
 
     Args:
-        tasks: drawn here, one by one.
-        count: processes.
-        ahead: tasks that each of them has in hand.
+        tasks: these are drawn in this process, one by one.
+        count: number of processes.
+        prefetch: number of tasks that each process has in hand.
         timeout: seconds to wait for a result.
-        asked: whether one is asked to stop, so that a result is not worth a long wait.
+        stop_requested: tells whether the run is asked to stop; then it does not wait long for a result.
     """
 
     def __init__(
         self,
-        make: Callable[[Any], Any],
+        work: Callable[[Any], Any],
         tasks: Iterator[Any],
         count: int,
-        ahead: int,
+        prefetch: int,
         timeout: float | None = None,
-        asked: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], bool] = lambda: False,
     ):
-        self._tasks, self._timeout, self._asked, self._turn = tasks, timeout, asked, 0
+        self._tasks, self._timeout, self._stop_requested, self._turn = tasks, timeout, stop_requested, 0
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._in_hand = [0] * count
-        # Also where nobody calls it: before the end of the program waits for its processes.
+        # It is also called at the end of the program, before that waits for its processes.
         self.close = Finalize(self, _end, (self._processes, self._pipes), exitpriority=100)
         context = torch.multiprocessing.get_context()
         try:
-            with _signals_wait():  # they are not for a process that has not begun
+            with _signals_delayed():  # a process that has not begun cannot handle them
                 for number in range(count):
                     ours, theirs = context.Pipe()
                     self._pipes.append(ours)
                     process = context.Process(
-                        target=_work, args=(make, theirs, os.getpid()), name=f"loading process {number}", daemon=True
+                        target=_run, args=(work, theirs, os.getpid()), name=f"loading process {number}", daemon=True
                     )
                     process.start()
                     self._processes.append(process)
                     theirs.close()
-            for _ in range(ahead):
+            for _ in range(prefetch):
                 for number in range(count):
                     self._give(number)
         except BaseException:
@@ -78,11 +79,12 @@ class Workers(Iterator[Any]):
             raise
 
     def __next__(self) -> Any:
-        """The next result.
+        """Returns the next result.
 
         Raises:
-            Stuck: one is asked to stop, and none came.
-            RuntimeError: the process died, or none came in time. Whatever `make` raised.
+            Stuck: the run is asked to stop, and no result came.
+            RuntimeError: the process died, or no result came in time.
+            Exception: whatever `work` raised.
         """
         if not self._in_hand[self._turn]:
             self.close()
@@ -101,35 +103,35 @@ class Workers(Iterator[Any]):
         return value
 
     def _give(self, number: int) -> None:
-        """The next task, if there is one, to a process."""
+        """Sends the next task, if there is one, to a process."""
         for task in self._tasks:
             self._in_hand[number] += 1
-            with suppress(BrokenPipeError, ConnectionResetError):  # it is missed when its result is
+            with suppress(BrokenPipeError, ConnectionResetError):  # waiting for the result will tell
                 self._pipes[number].send(task)
             return
 
     def _receive(self, number: int) -> tuple[bool, Any]:
-        pipe, process, began, asked = self._pipes[number], self._processes[number], time.monotonic(), 0.0
+        pipe, process, began, requested = self._pipes[number], self._processes[number], time.monotonic(), 0.0
         name = f"loading worker {number} (process {process.pid})"
         try:
-            while not pipe.poll(_LOOK):
+            while not pipe.poll(POLL_EVERY):
                 now = time.monotonic()
                 if self._timeout is not None and now - began > self._timeout:
                     raise RuntimeError(
                         f"{name} gave no batch for {self._timeout:.0f} seconds (process_timeout); the disk or the "
                         "network that it reads may hang"
                     )
-                asked = (asked or now) if self._asked() else 0.0
-                if asked and now - asked > _ASKED:
+                requested = (requested or now) if self._stop_requested() else 0.0
+                if requested and now - requested > STOP_WAIT:
                     raise Stuck(f"{name} gives no batch, and the run is asked to stop; the last checkpoint stands")
             return pipe.recv()
         except (EOFError, OSError) as error:
             process.join(5)
-            raise RuntimeError(f"{name} {_how(process.exitcode)}") from error
+            raise RuntimeError(f"{name} {_ending(process.exitcode)}") from error
 
 
-def _how(code: int | None) -> str:
-    """How a process ended."""
+def _ending(code: int | None) -> str:
+    """Says how a process ended."""
     if code is None or code >= 0:
         return f"exited with code {code}"
     try:
@@ -144,18 +146,18 @@ def _how(code: int | None) -> str:
 
 
 def _end(processes: list[BaseProcess], pipes: list[Connection]) -> None:
-    """End the processes, whatever they are at."""
+    """Ends the processes, whatever they are doing."""
     for process in processes:
         process.kill()
     for process in processes:
-        process.join(5)  # one in a system call that cannot be interrupted goes later, by itself
+        process.join(5)  # a process in a system call that cannot be interrupted ends later
     for pipe in pipes:
         pipe.close()
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Requests to stop that come meanwhile are heard afterwards."""
+def _signals_delayed() -> Iterator[None]:
+    """Delays requests to stop until the end of the block."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -169,37 +171,37 @@ def _signals_wait() -> Iterator[None]:
 # In the process -----------------------------------------------------------------------------------------------------
 
 
-def _work(make: Callable[[Any], Any], pipe: Connection, parent: int) -> None:
-    """Do what comes, until nobody is there to take it.
+def _run(work: Callable[[Any], Any], pipe: Connection, parent: int) -> None:
+    """Does the tasks that come, until the parent is gone.
 
-    A request to stop often goes to all processes of a job. The run is to end its step and save, for which it needs
-    these: they pass over it, and are ended by the one that began them.
+    A request to stop often goes to all processes of a job. The run has to end its step and save, for which it needs its
+    workers: they ignore the request, and their parent ends them.
     """
     _end_with_parent()
-    signal.set_wakeup_fd(-1)  # that of the parent
+    signal.set_wakeup_fd(-1)  # it belongs to the parent
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)
-    gc.freeze()  # what comes from the parent is left alone by the collector, whose marks would copy it
-    with suppress(EOFError, OSError):  # the parent is gone
+    gc.freeze()  # the collector would mark the parent's objects, which copies their memory
+    with suppress(EOFError, OSError):  # the parent has ended
         while True:
-            while not pipe.poll(_LOOK):
+            while not pipe.poll(POLL_EVERY):
                 if os.getppid() != parent:
                     return
             task = pipe.recv()
             try:
-                result = False, make(task)
+                result = False, work(task)
             except Exception as error:
                 result = True, _portable(error)
             pipe.send(result)
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as it may be sent, with the place where it arose as a note."""
+    """Returns the error in a form that can be sent, with its traceback as a note."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, StopIteration):  # which would end the batches without a word
+    if isinstance(error, StopIteration):  # it would end the batches silently
         error = RuntimeError(f"StopIteration: {text}")
     if isinstance(error, MemoryError):
         error = RuntimeError(f"a loading worker has too little memory: {text}; fewer workers take less")
@@ -213,7 +215,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """The system kills this process when the thread that began it ends, however that ends."""
+    """Asks the system to kill this process when the thread that started it ends, in whatever way."""
     if sys.platform == "linux":
         import ctypes
 

@@ -157,7 +157,7 @@ def _go_on(
     loader = batches(
         dataset, order, start=position, stop=stop, workers=config.workers,
         rank=accelerator.process_index, ranks=accelerator.num_processes, timeout=config.process_timeout,
-        asked=lambda: request.came,
+        stop_requested=lambda: request.came,
     )  # fmt: skip
 
     def backward(batch: Batch, objective: Objective, weight: float) -> Tensor:
