@@ -231,11 +231,11 @@ def test_what_is_no_vae_is_refused(vae, tmp_path):
         "up_block_types": ["UpDecoderBlock2D"] * 3,
     }
     wrong = {
-        "empty": (None, None, "not to be had"),
-        "no-json": ("{", stored, "not to be had .*not valid JSON"),
-        "no-weights": (json.dumps(config), None, "not to be had"),
-        "cut-short": (json.dumps(config), stored[:1000], "not to be had"),
-        "other-width": (json.dumps(config | {"latent_channels": 8}), stored, "not to be had .*expected shape"),
+        "empty": (None, None, "could not be loaded"),
+        "no-json": ("{", stored, "could not be loaded .*not valid JSON"),
+        "no-weights": (json.dumps(config), None, "could not be loaded"),
+        "cut-short": (json.dumps(config), stored[:1000], "could not be loaded"),
+        "other-width": (json.dumps(config | {"latent_channels": 8}), stored, "could not be loaded .*expected shape"),
         "deeper": (json.dumps(config | deeper), stored, r"lacks \d+ weights of its own config.json, as decoder"),
     }
     for name, (text, content, says) in wrong.items():
@@ -249,7 +249,7 @@ def test_what_is_no_vae_is_refused(vae, tmp_path):
             load_vae(str(folder))
     sdxl_unet().save_pretrained(tmp_path / "unet")
     for name in (str(tmp_path / "unet"), str(tmp_path / "nowhere"), "somebody/no-vae"):
-        with pytest.raises(ValueError, match=r"is not to be had .*give a folder"):
+        with pytest.raises(ValueError, match=r"could not be loaded .*give a folder"):
             load_vae(name)
 
 
@@ -259,9 +259,9 @@ def test_what_is_no_vae_is_refused(vae, tmp_path):
 @pytest.fixture
 def small_sdxl_vae(tmp_path, monkeypatch):
     """A VAE of SDXL's form with fewer channels, as a folder: the form of the file is not written in it."""
-    monkeypatch.setitem(encode.SDXL_VAE, "block_out_channels", [32] * 4)
+    monkeypatch.setitem(encode.SDXL_VAE_CONFIG, "block_out_channels", [32] * 4)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    AutoencoderKL.from_config(encode.SDXL_VAE).save_pretrained(tmp_path / "vae")
+    AutoencoderKL.from_config(encode.SDXL_VAE_CONFIG).save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
 

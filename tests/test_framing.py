@@ -180,7 +180,7 @@ def test_a_stated_size_is_that_of_the_upright_image(orientation):
 
 
 def item(**changes):
-    values = {"image_id": "a", "picture": b"", "boxes": ((0.2, 0.2, 0.8, 0.8),), "phrases": ("a ring",)}
+    values = {"image_id": "a", "image": b"", "boxes": ((0.2, 0.2, 0.8, 0.8),), "phrases": ("a ring",)}
     values |= changes
     return Item(**{"scores": (0.5,) * len(values["boxes"]), **values})
 

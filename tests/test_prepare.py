@@ -18,6 +18,7 @@ import torch
 from helpers.tiny import sdxl_vae
 from PIL import Image
 
+import gligen_xl
 from gligen_xl.cli.common import parse_part
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
@@ -28,10 +29,11 @@ from gligen_xl.layout import box_iou
 from gligen_xl.prepare.encode import load_vae
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import Item, Skipped
-from gligen_xl.prepare.run import Machine, prepare, run_unit
+from gligen_xl.prepare.run import prepare
+from gligen_xl.prepare.runners import Machine, run_unit
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.unit import UnitMaker
-from gligen_xl.prepare.unit_folder import Done
+from gligen_xl.prepare.unit_folder import UnitFolder
 from gligen_xl.toyworld.detector import detect
 from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
 
@@ -57,7 +59,7 @@ def scene_item(name, index, size=(64, 64), objects=None, **changes):
     image.paste(square, (left, top))
     boxes = np.asarray(layout.boxes).reshape(-1, 4) * 64 + (left, top, left, top)
     values = {
-        "image_id": f"{name}-{index}", "picture": png(image), "caption": layout.prompt, "phrases": layout.phrases,
+        "image_id": f"{name}-{index}", "image": png(image), "caption": layout.prompt, "phrases": layout.phrases,
         "boxes": tuple(map(tuple, boxes / (width, height, width, height))), "scores": (1.0,) * len(boxes),
         "size": size, "done": index + 1,
     }  # fmt: skip
@@ -146,7 +148,7 @@ def undisturbed(tmp_path_factory, units, how):
 def hashes(folder):
     """Of every shard file under a folder, which must hold nothing that is half."""
     assert not list(folder.rglob("*.partial"))
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".parquet")]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".arrow")]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -211,7 +213,8 @@ def test_shards_say_how_they_were_made(tmp_path, units, how, vae):
 def ray():
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # runners meet units of this file
+        places = [Path(__file__).parent, Path(gligen_xl.__file__).parents[1]]  # runners meet units of this file
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))
         patch.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, configure_logging=False)
         yield ray
@@ -241,11 +244,11 @@ def test_the_same_bytes_on_a_cluster(tmp_path, units, how, undisturbed, ray, mon
     assert report.failed == {"fails": "the archive is cut short"}
     assert (fails.attempts, dies.attempts) == (2, 2)
     assert told["weight"] == report.total.seen == 15
-    assert told["pictures"] >= 15
+    assert told["images"] >= 15
 
 
 def test_what_no_runner_can_do_ends_the_work(tmp_path, units, how, ray):
-    with pytest.raises(ValueError, match=r"^the VAE /nowhere is not to be had"):
+    with pytest.raises(ValueError, match=r"^the VAE /nowhere could not be loaded"):
         prepare(units, tmp_path, replace(how, vae="/nowhere"), Machine(runner="ray", runners=1))
     with pytest.raises(ValueError, match="no room for a runner of 4 CPUs"):
         prepare(units, tmp_path, how, Machine(runner="ray", workers=3))
@@ -267,7 +270,7 @@ def made(monkeypatch):
 
 def test_units_that_are_done_are_kept(tmp_path, units, how, undisturbed, made):
     prepare(units[:2], tmp_path, how, HERE)
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
     report = prepare(units, tmp_path, how, HERE)
     assert made == ["a", "b", "c"]
     assert report.units == {"a": "already there", "b": "already there", "c": "written"}
@@ -281,7 +284,7 @@ def test_units_that_are_done_are_kept(tmp_path, units, how, undisturbed, made):
 
 def test_a_unit_whose_shard_is_gone_is_done_again(tmp_path, units, how, undisturbed, made):
     prepare(units, tmp_path, how, HERE)
-    (tmp_path / "32" / "b.parquet").unlink()
+    (tmp_path / "32" / "b.arrow").unlink()
     prepare(units, tmp_path, how, HERE)
     assert made == ["a", "b", "c", "b"]
     assert hashes(tmp_path) == undisturbed
@@ -350,7 +353,7 @@ def test_settings_that_made_nothing_bind_nobody(tmp_path, units, how, undisturbe
 
 def test_two_that_begin_at_once_agree(tmp_path, how):
     """Where one has looked before the other wrote anything, it finds out before its first unit."""
-    first, second = Done(tmp_path, how), Done(tmp_path, replace(how, seed=1))
+    first, second = UnitFolder(tmp_path, how), UnitFolder(tmp_path, replace(how, seed=1))
     second.check([])
     first.claim()
     first.claim()
@@ -391,9 +394,9 @@ def test_a_source_that_was_moved_is_the_same_until_it_changes(tmp_path, how, mad
 
 def test_another_source_that_comes_while_one_is_at_work_fails_its_unit(tmp_path, units, how):
     def meanwhile(weight, images):
-        if images and not Done(tmp_path, how, "/one").is_done(units[1]):
+        if images and not UnitFolder(tmp_path, how, "/one").is_done(units[1]):
             with UnitMaker(tmp_path, how) as maker:
-                run_unit(maker, Done(tmp_path, how, "/one"), units[1])
+                run_unit(maker, UnitFolder(tmp_path, how, "/one"), units[1])
 
     report = prepare([units[0], Scenes("b", 3)], tmp_path, how, HERE, source="/two", progress=meanwhile)
     assert report.units["a"] == "written"
@@ -407,7 +410,7 @@ def test_units_that_the_source_has_no_more_go(tmp_path, how):
     prepare([Scenes("y", 1)], tmp_path, how, HERE, source="/y")
     prepare([Scenes("z", 1)], tmp_path, how, HERE)
     larger = [Scenes("x-0", 4), Scenes("x-1", 4)]
-    with Done(tmp_path, how).hold("x-3"):
+    with UnitFolder(tmp_path, how).hold("x-3"):
         report = prepare(larger, tmp_path, how, HERE, source="/x", part=(1, 2))
     assert report.removed == ["x-2"]  # x-1 is of another part, x-3 in other hands
     assert "removed, the source has them no more: x-2" in str(report)
@@ -441,14 +444,14 @@ def test_shards_of_something_else_are_not_written_over(tmp_path, units, how, alo
     row = Row(image_id="x", caption="", boxes=[], scores=[], phrases=[], original_height=32, original_width=32)
     write_shard(tmp_path / "64" / "b", np.zeros((1, 4, 4, 4), np.float16), [row], {"vae": "mine"})
     if alone:
-        (tmp_path / "64" / "b.parquet").unlink()
+        (tmp_path / "64" / "b.arrow").unlink()
     before = hashes(tmp_path)
     report = prepare(units, tmp_path, how, HERE)
     assert list(report.failed) == ["b"]
     assert "64/b stands there, made otherwise; remove it" in report.failed["b"]
     after = hashes(tmp_path)
     assert {name: after[name] for name in before} == before
-    assert "32/b.parquet" not in after
+    assert "32/b.arrow" not in after
 
 
 # What goes wrong ----------------------------------------------------------------------------------------------------
@@ -519,7 +522,7 @@ full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device 
 
 @full_disk
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("file", ["32/.b.safetensors", "64/.b.safetensors", "64/.b.parquet"])
+@pytest.mark.parametrize("file", ["32/.b.safetensors", "64/.b.safetensors", "64/.b.arrow"])
 def test_a_full_disk_ends_the_work_and_leaves_no_rests(tmp_path, units, how, undisturbed, workers, file):
     """What is written to a file of unit b meets a device that is full: at once, or when the shard is closed."""
 
@@ -559,7 +562,7 @@ def test_an_interrupt_leaves_whole_shards_and_a_report(tmp_path, units, how, und
 
     def interrupt(weight, images):
         seen.update(images=images)
-        if seen["pictures"] == 7:
+        if seen["images"] == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -578,7 +581,7 @@ def test_an_interrupt_leaves_whole_shards_and_a_report(tmp_path, units, how, und
 
 def test_units_that_another_process_is_at_are_left_to_it(tmp_path, units, how, undisturbed):
     told = Counter()
-    with Done(tmp_path, how).hold("b") as free:
+    with UnitFolder(tmp_path, how).hold("b") as free:
         assert free
         report = prepare(units, tmp_path, how, HERE, progress=lambda weight, _: told.update(weight=weight))
     assert report.units == {"a": "written", "b": "held by another process", "c": "written"}
@@ -592,10 +595,10 @@ def test_rests_of_a_killed_process_are_removed_and_others_left(tmp_path, units, 
     work = tmp_path / ".prepared" / "units"
     for folder in (tmp_path / "32", tmp_path / "64", work):
         folder.mkdir(parents=True, exist_ok=True)
-    rests = [tmp_path / "32" / ".a.parquet.1.partial", tmp_path / "64" / ".a-64x48.safetensors.77.partial"]
+    rests = [tmp_path / "32" / ".a.arrow.1.partial", tmp_path / "64" / ".a-64x48.safetensors.77.partial"]
     rests.append(work / ".a.json.5.partial")
-    others = [tmp_path / "32" / ".a-2.parquet.1.partial", tmp_path / "64" / ".a.b.safetensors.7.partial"]
-    others.append(tmp_path / "32" / ".b-a.parquet.1.partial")
+    others = [tmp_path / "32" / ".a-2.arrow.1.partial", tmp_path / "64" / ".a.b.safetensors.7.partial"]
+    others.append(tmp_path / "32" / ".b-a.arrow.1.partial")
     for path in (*rests, *others):
         path.write_text("rest")
     prepare(units[:1], tmp_path, how, HERE)
@@ -649,7 +652,7 @@ def test_every_image_is_accounted_for(tmp_path, how, workers):
     rows = [*all_rows(tmp_path / "32"), *all_rows(tmp_path / "64")]
     assert total.boxes == sum(len(row.boxes) for row in rows)
     assert total.bytes == sum(shard.latents.nbytes for size in ("32", "64") for shard in find_shards(tmp_path / size))
-    assert told == {"weight": 32, "pictures": 32}
+    assert told == {"weight": 32, "images": 32}
     written = json.loads((tmp_path / "prepare.json").read_text())
     assert written["boxes_per_row"] == round(total.boxes / 36, 2)
     assert written["skipped"]["not an image"]["count"] == 7
@@ -946,8 +949,8 @@ def test_settings_that_cannot_be_are_refused(how, change, says):
 
 def test_a_resolution_fits_the_vae(tmp_path, units, how):
     for framing, says in (
-        (Framing(resolutions=(32, 33)), "resolution is 33; this VAE wants a multiple of 2"),
-        (Framing(resolutions=(34,), buckets=True), "resolution is 34; with buckets this VAE wants a multiple of 32"),
+        (Framing(resolutions=(32, 33)), "resolution is 33; this VAE needs a multiple of 2"),
+        (Framing(resolutions=(34,), buckets=True), "resolution is 34; with buckets this VAE needs a multiple of 32"),
     ):
         with pytest.raises(ValueError, match=says):
             prepare(units, tmp_path / "out", replace(how, framing=framing), HERE)

@@ -14,7 +14,8 @@ from PIL import Image
 from gligen_xl.images.crop import REVERSED
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import BAD_TEXT
-from gligen_xl.prepare.run import Machine, prepare
+from gligen_xl.prepare.run import prepare
+from gligen_xl.prepare.runners import Machine
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.sources import open_source, rows
 

@@ -16,7 +16,8 @@ from gligen_xl.layout import Layout, read_layouts
 from gligen_xl.prepare.captions.table import CaptionTable
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import BAD_TEXT, Item, Skipped, text_fault
-from gligen_xl.prepare.run import Machine, prepare
+from gligen_xl.prepare.run import prepare
+from gligen_xl.prepare.runners import Machine
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.sources import open_source
 from gligen_xl.prepare.sources.rows import CAPTION_NOT_UTF8, NOT_JSON, NOT_UTF8, WRONG_CAPTION

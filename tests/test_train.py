@@ -1,6 +1,7 @@
 """The trainer on a tiny base: only the adapter changes, the loss falls, resumed equals uninterrupted."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -20,7 +21,6 @@ from helpers.rows import METADATA, latents, row
 from helpers.tiny import sdxl_pipeline
 from helpers.tiny_run import final, first_batch, lines, loaded, noised, train_until, write_data
 
-from gligen_xl import locks
 from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
@@ -437,7 +437,7 @@ def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(config, monkeypat
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     train(replace(config, samples=8))
     assert "cannot be locked" in caplog.text
 

@@ -17,7 +17,8 @@ from PIL import Image
 from gligen_xl.data.shards import Shard, find_shards
 from gligen_xl.prepare.file_stats import files_identity, weights_of
 from gligen_xl.prepare.framing import Framing
-from gligen_xl.prepare.run import Machine, prepare
+from gligen_xl.prepare.run import prepare
+from gligen_xl.prepare.runners import Machine
 from gligen_xl.prepare.settings import Settings
 from gligen_xl.prepare.sources import open_source
 

@@ -1,25 +1,36 @@
-"""Files that appear whole or not at all: written under a temporary name beside their place, then renamed. And texts,
-which are UTF-8, with or without a byte order mark."""
+"""Reads and writes files: whole or not at all, text as UTF-8, JSON, and tensors of safetensors files.
+
+A file is written under a temporary name next to its place, then renamed. Errors in reading name the file.
+"""
 
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .limits import MAX_SETTINGS
+from safetensors import SafetensorError, safe_open
+
+from .limits import MAX_SETTINGS, check_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Whole or not at all ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes its place when the block ends without an error.
+    """Yield a temporary path next to `path`, and rename it to `path` when the block ends without an error.
 
-    A kill or a full disk leaves the old file, or none.
+    After a kill or on a full disk, `path` is the old file or missing, never half of the new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +45,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the system in the block that names no file, as that of a full disk, names `path`."""
+    """Add `path` to errors of the operating system that name no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -44,20 +55,20 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def partial_path(path: Path) -> Path:
-    """Where this process writes `path` until it is whole."""
+    """Return the name under which this process writes `path` until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def settle(partial: Path, path: Path) -> None:
-    """A file that is whole takes its place, on the disk itself."""
+    """Flush a finished file to the disk and rename it to its final name."""
     _flush(partial)
     partial.replace(path)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """As `whole_file`, for a folder. One that stood there before is moved aside until the new one is in its place;
-    a kill between these two moves is mended the next time."""
+    """Do what `whole_file` does, for a folder. An existing folder is moved aside until the new one is in its place;
+    a kill between these two moves is repaired by the next call."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, former = (path.with_name(f".{path.name}{ending}") for ending in (f".{os.getpid()}.partial", ".former"))
@@ -82,15 +93,18 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def reading(path: str | Path, expected: str) -> Iterator[None]:
-    """Any error that arises while a file is read becomes one that names it and says what was expected there.
+    """Turn any error in the block into one that names the file and says what was expected in it.
 
     Args:
-        expected: for the error, as "the configuration of a run".
+        expected: for the error, such as "the configuration of a run".
 
     Raises:
-        OSError: as it came, where it names its file. ValueError: all others.
+        OSError: unchanged, if it names its file. ValueError: in place of all others.
     """
     try:
         yield
@@ -107,14 +121,18 @@ def reading(path: str | Path, expected: str) -> Iterator[None]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """As UTF-8. A file name that is not text, and has surrogates for its bytes, is written with JSON's escapes."""
+    """Write JSON as UTF-8. Surrogates, which stand for the bytes of a file name that is not text, become escapes."""
     with whole_file(path) as partial:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
 
 def read_json(path: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
-    """Parsed JSON; a broken file, or one of more than `limit` bytes, is a ValueError that names it."""
+    """Parse a JSON file.
+
+    Raises:
+        ValueError: it is broken, or larger than `limit` bytes; the error names the file.
+    """
     path = Path(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes; expected a JSON file of at most {limit}")
@@ -125,10 +143,10 @@ def read_json(path: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
 
 
 def read_object(path: str | Path, what: str) -> dict[str, Any]:
-    """A JSON object; anything else is a ValueError that names the file.
+    """Parse a JSON file that must hold an object; anything else is a ValueError that names the file.
 
     Args:
-        what: for the error, as "the index of a pipeline".
+        what: for the error, such as "the index of a pipeline".
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -136,13 +154,18 @@ def read_object(path: str | Path, what: str) -> dict[str, Any]:
     return value
 
 
+def names_repository(source: str | Path) -> bool:
+    """Whether a name reads as a Hub repository, owner/name, and not as a path."""
+    return isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None
+
+
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as one line; its kind where it says nothing."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file; one that is not UTF-8 is a ValueError that names it."""
+    """Read a text file; a ValueError that names it says so if it is not UTF-8."""
     path = Path(path)
     try:
         return decode_text(path.read_bytes())
@@ -151,10 +174,10 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(contents: bytes) -> str:
-    """UTF-8, without the byte order mark that may stand before it. Line ends stay as they are.
+    """Decode UTF-8, without a byte order mark. Line ends stay as they are.
 
     Raises:
-        ValueError: it is of another encoding, or no text; the error says which bytes tell.
+        ValueError: the bytes are not UTF-8; the error says which byte shows it.
     """
     for name, marks in _OTHER_MARKS.items():
         if contents.startswith(marks):
@@ -177,6 +200,52 @@ _OTHER_MARKS = {
 
 
 def _flush(path: Path) -> None:
-    """Onto the disk itself, so that the rename cannot come before the contents."""
+    """Write a file through to the disk, so that the rename cannot reach it before the contents."""
     with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+# Tensors and checksums ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_tensors(path: str | Path) -> Iterator[Any]:
+    """Open a safetensors file, whose header alone is read, as `safetensors.safe_open` does.
+
+    Raises:
+        ValueError: it is damaged, or its header is absurdly large; the error names the file.
+    """
+    check_safetensors(Path(path))
+    try:
+        with safe_open(path, "pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, by name. Errors are those of `open_tensors`."""
+    with open_tensors(path) as opened:
+        return {name: opened.get_tensor(name) for name in opened.offset_keys()}
+
+
+def tensor_names(path: str | Path) -> list[str]:
+    """Read the names of the tensors of a safetensors file. Errors are those of `open_tensors`."""
+    with open_tensors(path) as opened:
+        return list(opened.keys())
+
+
+def checksum(path: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def setting_changed(holds: str, name: str, was: Any, now: Any, advice: str) -> ValueError:
+    """Make the error for continuing in a folder with a setting other than the one it was begun with.
+
+    Args:
+        holds: the folder and its contents, such as "runs/a holds images generated with".
+        advice: what to do, such as "choose another folder".
+    """
+    return ValueError(f"{holds} {name} {was!r:.200}, now it is {now!r:.200}; {advice}")

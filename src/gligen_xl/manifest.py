@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .io import read_json, whole_file
+from .io import checksum, read_json, whole_file
 
 MANIFEST_NAME = "manifest.json"
 FORMAT, VERSION = "gligen-xl-manifest", 1
@@ -72,12 +72,6 @@ def check_file(path: Path, entry: dict[str, Any], *, sizes_only: bool = False) -
         raise ValueError(f"{path} is damaged ({size} bytes, expected {entry['size']})")
     if not sizes_only and checksum(path) != entry["sha256"]:
         raise ValueError(f"{path} is damaged (its checksum differs)")
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_entry(name: str, entry: Any) -> bool:

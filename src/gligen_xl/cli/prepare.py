@@ -121,7 +121,8 @@ def run(arguments: Namespace) -> None:
     )
     settings = _settings(arguments)
     quiet_imports()
-    from ..prepare.run import Machine, prepare
+    from ..prepare.run import prepare
+    from ..prepare.runners import Machine
 
     machine = Machine(
         workers=arguments.workers,
@@ -169,7 +170,7 @@ def _name(arguments: Namespace) -> str:
 
 
 def _settings(arguments: Namespace) -> Any:
-    from ..contrib.sa1b.published import VAE
+    from ..data.shards import SDXL_VAE
     from ..prepare.framing import Framing
     from ..prepare.settings import Settings
 
@@ -181,7 +182,7 @@ def _settings(arguments: Namespace) -> Any:
         fast_jpeg=arguments.fast_jpeg,
         min_side=arguments.min_side,
     )
-    return Settings(framing=framing, vae=arguments.vae or VAE, **{name: arguments[name] for name in names})
+    return Settings(framing=framing, vae=arguments.vae or SDXL_VAE, **{name: arguments[name] for name in names})
 
 
 class _Shown:

@@ -19,13 +19,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ..contrib.sa1b.published import SCALING_FACTOR
-from ..data.shards import DOWNSAMPLING
+from ..data.shards import DOWNSAMPLING, SDXL_SCALING_FACTOR
 from ..hub import local_folder, model_files, pipeline_files
 from ..io import write_json
 from ..worlds import find_world
 
-SDXL_VAE = {
+SDXL_VAE_CONFIG = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
@@ -38,7 +37,7 @@ SDXL_VAE = {
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "sample_size": 512,
-    "scaling_factor": float(SCALING_FACTOR),
+    "scaling_factor": float(SDXL_SCALING_FACTOR),
 }
 
 
@@ -61,7 +60,7 @@ def load_vae(name: str) -> AutoencoderKL:
         )
     except Exception as error:  # diffusers has its own kinds for each way of being wrong
         text = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ValueError(f"the VAE {name} is not to be had ({text}); give a folder (--vae)") from error
+        raise ValueError(f"the VAE {name} could not be loaded ({text}); give a folder (--vae)") from error
     vae, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # diffusers would go on with numbers by chance
         raise ValueError(f"the VAE {name} lacks {len(missing)} weights of its own config.json, as {missing[0]}")
@@ -76,7 +75,7 @@ def _vae_files(files: list[str]) -> list[str]:
 def _load_vae_file(path: Path) -> AutoencoderKL:
     """A VAE in one file, which does not say of what form it is: SDXL's is expected."""
     with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / "config.json", SDXL_VAE)
+        write_json(Path(folder) / "config.json", SDXL_VAE_CONFIG)
         try:
             vae: Any = AutoencoderKL.from_single_file(str(path), config=folder, local_files_only=True)
         except Exception as error:  # diffusers has many kinds, by what it takes the file for

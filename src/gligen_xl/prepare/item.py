@@ -1,16 +1,18 @@
-"""What a source hands over: images as they stand there, with what is known of them, in units of work."""
+"""What a source hands over: images as they are stored, with what is known of them, in units of work."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..layout import Box
 
-BAD_TEXT = "a text of its holds control characters or halves of surrogate pairs"  # why an image is left out
+# Reasons why an image is left out.
+BAD_TEXT = "a text of its holds control characters or halves of surrogate pairs"
+TWICE = "image_id stands there twice"
 
 # All of C0 and C1 but tab, line feed, vertical tab, form feed and carriage return; and what UTF-8 cannot hold.
 _BAD = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -25,7 +27,7 @@ class Annotation:
         boxes: xyxy, 0-1, of the whole image as it is seen (upright, after EXIF orientation). They may overstep it.
         phrases, scores: one a box.
         size: (height, width) in pixels that the source states, upright; None where it states none.
-        dropped: boxes that the source left out, by reason. dropped_examples: one of each reason, as it stands there.
+        dropped: boxes that the source left out, by reason. dropped_examples: one of each reason, as it is written.
     """
 
     caption: str = ""
@@ -45,7 +47,7 @@ class Item(Annotation):
         image_id: unique within the source.
         image: its encoded bytes, or the file that holds them.
         done: how much of the unit's `weight` is behind once this image is.
-        where: it is described: a file and its row, as a person would look it up. Empty: the image's own file.
+        where: the file and row that describe it, as a person would look them up. Empty: the image's own file.
         unread: files beside it, in an archive, that are of no use here: by ending.
     """
 
@@ -68,7 +70,7 @@ class Skipped:
     Args:
         reason: in words that are the same for all of its kind.
         detail: what was got of this one, and what was expected.
-        where, unread: as those of an `Item`.
+        done, where, unread: as those of an `Item`.
     """
 
     image_id: str
@@ -83,6 +85,13 @@ class Skipped:
         return self.where or self.image_id
 
 
+def skipped(item: Item, reason: str, detail: str = "") -> Skipped:
+    """Leave an image out."""
+    return Skipped(
+        image_id=item.image_id, reason=reason, detail=detail, done=item.done, where=item.place, unread=item.unread
+    )
+
+
 class Unit(Protocol):
     """A part of a source that is done whole or not at all: an archive, or some thousand files. Can be pickled."""
 
@@ -93,15 +102,15 @@ class Unit(Protocol):
 
     @property
     def weight(self) -> int:
-        """How much work it is, beside other units of the source: bytes of an archive, or images."""
+        """How much work it is, relative to other units of the source: bytes of an archive, or images."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What it is made of (JSON), its files too, see `file_facts`: a unit with another identity is done again."""
+        """What it is made of (JSON), its files too, see `file_stats`: a unit with another identity is done again."""
         ...
 
     def items(self) -> Iterator[Item | Skipped]:
-        """Its images, in an order that is the same every time.
+        """Give its images, in an order that is the same every time.
 
         Raises:
             ValueError, OSError: the unit as a whole cannot be read on, as an archive that is cut short.
@@ -109,8 +118,30 @@ class Unit(Protocol):
         ...
 
 
+def unique(items: Iterable[Item | Skipped]) -> Iterator[Item | Skipped]:
+    """Give the items; of those with the same image_id only the first is used."""
+    places: dict[str, str] = {}  # where each is described
+    for item in items:
+        if isinstance(item, Item):
+            if item.image_id in places:
+                detail = f"the first is that of {places[item.image_id]}; expected an image_id of its own"
+                item = skipped(item, TWICE, detail)
+            else:
+                places[item.image_id] = item.place
+        yield item
+
+
+def items_of(units: Iterable[Unit]) -> Iterator[Item | Skipped]:
+    """Give the images of units one after another, up to one that cannot be read on."""
+    try:
+        for unit in units:
+            yield from unit.items()
+    except (ValueError, OSError):
+        return
+
+
 def text_fault(text: str) -> str:
-    """Why a caption or a phrase is not stored; empty for all but control characters and halves of surrogate pairs."""
-    if (found := _BAD.search(text)) is None:
+    """Say why a caption or a phrase is not stored; empty for all but control characters and halves of surrogates."""
+    if (match := _BAD.search(text)) is None:
         return ""
-    return f"{text!r:.80} has U+{ord(found[0]):04X} at character {found.start()}; expected text"
+    return f"{text!r:.80} has U+{ord(match[0]):04X} at character {match.start()}; expected text"

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..contrib.sa1b.published import VAE
+from ..data.shards import SDXL_VAE
 from ..limits import MAX_BATCH, MAX_SIDE
 from ..worlds import NAMES
 from .framing import Framing
@@ -49,7 +49,7 @@ class Settings:
     box_threshold: float | None = None
     text_threshold: float | None = None
     detect_text: str | None = None
-    vae: str = VAE
+    vae: str = SDXL_VAE
     latents: Literal["sample", "mean"] = "sample"
     seed: int = 0
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

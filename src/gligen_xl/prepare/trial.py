@@ -8,10 +8,10 @@ from pathlib import Path
 
 from .captions.table import CaptionTable
 from .framing import Reason, frame_image
-from .item import Item, Skipped, Unit
+from .item import Item, Skipped, Unit, items_of
 from .report import UnitReport
 from .settings import Settings
-from .sources.rows import check_not_all_alike, items_of
+from .sources.rows import check_not_all_alike
 from .unit import TOO_FEW, WORK_FOLDER, captioned, open_captions
 from .views import views
 

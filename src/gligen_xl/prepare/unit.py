@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
-from ..data.shards import Row, read_header
+from ..data.shards import Row, latents_file, read_header, remove_shard, table_files
 from ..detect.captions import Detector
 from ..images.crop import BUCKET_GRID
 from ..limits import MAX_BATCH, MAX_WORKERS
@@ -28,7 +28,7 @@ from .captions.table import CaptionTable
 from .decoding import Decoders
 from .encode import Encoder, load_vae
 from .framing import Framed, Framing, Reason
-from .item import BAD_TEXT, Item, Skipped, Unit, text_fault
+from .item import BAD_TEXT, Item, Skipped, Unit, skipped, text_fault
 from .report import UnitReport
 from .settings import WORK_FOLDER, Settings
 from .sources.archives import Archive
@@ -38,7 +38,11 @@ from .views import views
 NO_CAPTION, TOO_FEW, NOT_FINITE = "no caption", "too few boxes", "its latents are not finite"
 
 _Entry = tuple[int, np.ndarray, Row]  # place in the batch, image (h, w, 3) uint8, row
-Progress = Callable[[int, int], None]  # (weight, images) that came to an end since the last call
+Progress = Callable[[int, int], None]  # called with the weight and the images that came to an end since the last call
+
+
+def no_progress(weight: int, images: int) -> None:
+    """Show nothing."""
 
 
 class UnitMaker:
@@ -61,8 +65,7 @@ class UnitMaker:
         self.out, self.settings, self.batch_size = Path(out), settings, batch_size
         dtype = getattr(torch, settings.dtype)
         seed = settings.seed if settings.latents == "sample" else None
-        vae = load_vae(settings.vae)
-        self.encoder = Encoder(vae, device=device, dtype=dtype, seed=seed, at_once=settings.at_once)
+        self.encoder = Encoder(load_vae(settings.vae), device=device, dtype=dtype, seed=seed, at_once=settings.at_once)
         _check_resolutions(settings.framing, self.encoder.downsampling)
         self.detector = None
         if settings.detector is not None:
@@ -80,8 +83,8 @@ class UnitMaker:
             self.captions = open_captions(settings.captions, self.out / WORK_FOLDER)
         self.decoders = Decoders(workers, settings.framing, batch_size)
 
-    def make(self, unit: Unit, progress: Progress = lambda weight, images: None) -> tuple[UnitReport, list[str]]:
-        """Write the shards of a unit, all of them when it is through, or none.
+    def make(self, unit: Unit, progress: Progress = no_progress) -> tuple[UnitReport, list[str]]:
+        """Write the shards of a unit: all of them once it is read to its end, or none.
 
         Returns:
             what became of its images, and the shards, as paths under `out`.
@@ -129,7 +132,7 @@ class UnitMaker:
     # Read, caption, decode --------------------------------------------------------------------------------------
 
     def _framed(self, unit: Unit, report: UnitReport, progress: Progress) -> Iterator[tuple[Item, Framed]]:
-        """The images that can be used, in their order; the others are counted."""
+        """Give the images that can be used, in their order, and count the others."""
         behind = 0
         for item, framed in self.decoders.decode(self._read(unit, report), report):
             report.seen += 1
@@ -137,33 +140,30 @@ class UnitMaker:
             behind = item.done
             count_unread(report.unread, item.unread)
             if isinstance(item, Skipped):
-                report.skip(item.image_id, item.reason, _told(item.place, item.detail))
+                report.skip(item.image_id, item.reason, _example(item.place, item.detail))
             elif isinstance(framed, Reason):
-                report.skip(item.image_id, str(framed), _told(item.place, framed.detail))
+                report.skip(item.image_id, str(framed), _example(item.place, framed.detail))
             elif framed is not None:
                 report.spend("decode", framed.seconds)
                 for reason, number in item.dropped.items():
-                    report.drop(reason, number, _told(item.place, item.dropped_examples.get(reason, "")))
+                    report.drop(reason, number, _example(item.place, item.dropped_examples.get(reason, "")))
                 yield item, framed
         if isinstance(unit, Archive):
             count_unread(report.unread, unit.reading.unread)
         progress(unit.weight - behind, 0)
 
     def _read(self, unit: Unit, report: UnitReport) -> Iterator[Item | Skipped]:
-        """The images of the source, with their captions."""
+        """Give the images of the source, with their captions."""
+        needed = self.captions is not None or (self.detector is not None and self.detector.reads_captions)
         items = unit.items()
         while True:
             with report.timed("read"):
                 item = next(items, None)
                 if item is not None:
-                    item = self._captioned(item)
+                    item = captioned(item, self.captions, needed=needed)
             if item is None:
                 return
             yield item
-
-    def _captioned(self, item: Item | Skipped) -> Item | Skipped:
-        needed = self.captions is not None or (self.detector is not None and self.detector.reads_captions)
-        return captioned(item, self.captions, needed=needed)
 
     # Detect, encode, write ---------------------------------------------------------------------------------------
 
@@ -172,15 +172,15 @@ class UnitMaker:
             with report.timed("detect"):
                 batch = self._detect(self.detector, batch)
         used: set[int] = set()  # places in the batch
-        lost: dict[int, str] = {}  # those that lack a row, and why
+        lost: dict[int, str] = {}  # places of those that lack a row, and why
         for place in range(len(self.settings.framing.resolutions)):
             groups: dict[tuple[int, int], list[_Entry]] = {}
             for number, (item, framed) in enumerate(batch):
                 frame = framed.frames[place]
-                found = list(views(item, frame, framed.pixels[place], self.settings, report))
-                if not found:
+                rows = list(views(item, frame, framed.pixels[place], self.settings, report))
+                if not rows:
                     lost.setdefault(number, TOO_FEW)
-                for pixels, row in found:
+                for pixels, row in rows:
                     groups.setdefault(frame.size, []).append((number, pixels, row))
             for size, group in groups.items():
                 finite = self._write(group, place, size, writers, report)
@@ -193,9 +193,9 @@ class UnitMaker:
                 report.incomplete[reason] += 1
             else:
                 item = batch[number][0]
-                report.skip(item.image_id, reason, _told(item.place, self._lost(item, reason)))
+                report.skip(item.image_id, reason, _example(item.place, self._detail(item, reason)))
 
-    def _lost(self, item: Item, reason: str) -> str:
+    def _detail(self, item: Item, reason: str) -> str:
         if reason == NOT_FINITE:
             return "the VAE gave infinities or NaN, in float32 too"
         return f"it has {len(item.boxes)} boxes before those are dropped; expected {self.settings.min_boxes} that stay"
@@ -216,10 +216,10 @@ class UnitMaker:
         return finite
 
     def _detect(self, detector: Detector, batch: Sequence[tuple[Item, Framed]]) -> list[tuple[Item, Framed]]:
-        """The same images with the boxes that are found in their first frame."""
-        found = detector.detect([framed.pixels[0] for _, framed in batch], [item.caption for item, _ in batch])
+        """Give the same images the boxes that are detected in their first frame."""
+        detections = detector.detect([framed.pixels[0] for _, framed in batch], [item.caption for item, _ in batch])
         result = []
-        for (item, framed), boxes in zip(batch, found, strict=True):
+        for (item, framed), boxes in zip(batch, detections, strict=True):
             whole = framed.frames[0].back(np.array(boxes.boxes, np.float64)).tolist()
             result.append((replace(item, boxes=whole, phrases=boxes.phrases, scores=boxes.scores), framed))
         return result
@@ -249,11 +249,11 @@ class _Writers:
 
     def _check_place(self, stem: Path) -> None:
         """Shards that something else has made are not written over."""
-        latents, table = shard_files(stem)
+        latents = latents_file(stem)
         if latents.is_file():  # alone, after a kill between the two
             ours = read_header(latents)[0].get("prepared") == self.settings.fingerprint
         else:
-            ours = not table.is_file()
+            ours = not any(table.is_file() for table in table_files(stem))
         if not ours:
             raise ValueError(f"the shard {stem} stands there, made otherwise; remove it, or choose another folder")
 
@@ -264,8 +264,7 @@ class _Writers:
                 self.writers[path].commit()
         except BaseException:
             for path in self.writers:
-                for file in shard_files(self.out / path):
-                    file.unlink(missing_ok=True)
+                remove_shard(self.out / path)
             raise
         return sorted(self.writers)
 
@@ -275,7 +274,7 @@ class _Writers:
 
 
 def captioned(item: Item | Skipped, captions: CaptionTable | None, *, needed: bool) -> Item | Skipped:
-    """The image with the caption that is joined; or why it is left out.
+    """Give an image the caption that is joined to it, or the reason why it is left out.
 
     Args:
         needed: an image without a caption is left out.
@@ -284,25 +283,20 @@ def captioned(item: Item | Skipped, captions: CaptionTable | None, *, needed: bo
         return item
     if captions is not None:
         item = replace(item, caption=captions.get(item.image_id) or "")
-    reason = detail = ""
     if fault := next(filter(None, map(text_fault, (item.caption, *item.phrases))), ""):
-        reason, detail = BAD_TEXT, fault
-    elif needed and not item.caption.strip():
+        return skipped(item, BAD_TEXT, fault)
+    if needed and not item.caption.strip():
         lack = "no id of the captions ends as" if captions is not None else "the detector looks for what one names:"
-        reason, detail = NO_CAPTION, f"{lack} {item.image_id!r:.80}"
-    if not reason:
-        return item
-    return Skipped(
-        image_id=item.image_id, reason=reason, detail=detail, done=item.done, where=item.place, unread=item.unread
-    )
+        return skipped(item, NO_CAPTION, f"{lack} {item.image_id!r:.80}")
+    return item
 
 
-def _told(place: str, detail: str) -> str:
+def _example(place: str, detail: str) -> str:
     return f"{place}: {detail}" if detail else ""
 
 
 def open_captions(source: str, folder: Path) -> CaptionTable:
-    """The first time it is read whole, which takes minutes for ten million."""
+    """Open the table of captions in `folder`. It is built first if needed, which takes minutes for ten million."""
     with tqdm(desc="reading captions", unit="caption", unit_scale=True, leave=False, disable=None) as bar:
 
         def show(count: int) -> None:
@@ -311,14 +305,9 @@ def open_captions(source: str, folder: Path) -> CaptionTable:
         return CaptionTable.open(source, folder, progress=show)
 
 
-def shard_files(stem: Path) -> tuple[Path, Path]:
-    """Latents and table of a shard."""
-    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".parquet")
-
-
 def _check_resolutions(framing: Framing, downsampling: int) -> None:
     step = downsampling * BUCKET_GRID if framing.buckets else downsampling
     for resolution in framing.resolutions:
         if resolution % step:
             what = "with buckets " if framing.buckets else ""
-            raise ValueError(f"resolution is {resolution}; {what}this VAE wants a multiple of {step}")
+            raise ValueError(f"resolution is {resolution}; {what}this VAE needs a multiple of {step}")

@@ -1,51 +1,49 @@
-"""Which units are done, of what source and with which settings, and which another process is at: small files beside the
-shards."""
+"""A folder of shards with the marks of its units: small files that say what is done, of what, and with which settings.
+
+.prepared/settings.json      what all shards of the folder have in common
+.prepared/units/UNIT.json    the mark of a unit that is done: source and settings, what the unit is made of, its
+                             shards, what became of its images
+.prepared/units/UNIT.lock    held by the process that works on the unit
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..data.box_statistics import of_shards
-from ..data.shards import Shard
+from ..data.shards import Shard, has_shard, remove_shard
 from ..io import read_json, write_json
+from ..workdir import Busy, check_settings, claim_settings, exclusive, read_settings, remove_partial_files
 from .item import Unit
 from .report import UnitReport, is_report
-from .settings import Settings
+from .settings import WORK_FOLDER, Settings
 from .sources.archives import Archive
-from .unit import WORK_FOLDER, shard_files
 
 _KEYS = {"source", "settings", "identity", "shards", "report"}  # of a mark
 _ARCHIVES = ("sa1b", "webdataset")  # kinds of units that are files of their own
 _SHA256_OF_ARCHIVE = "sha256_of_archive"  # in a mark alone: nobody reads an archive only to ask whether it is done
 _TIMES = {"images", "mtime_ns"}
-_LATER = _TIMES | {"detector_weights", "vae_weights"}  # what older marks do not say
+_LATER = _TIMES | {"detector_weights"}  # what marks of older versions do not say
 
 
 @dataclass(frozen=True)
-class Done:
-    """The state of a folder of shards. Can be pickled.
+class UnitFolder:
+    """The units that are done in a folder of shards. Can be pickled.
 
-    .prepared/settings.json      what all of its shards have in common
-    .prepared/units/UNIT.json    the mark of a unit that is done: source and settings, what the unit is made of, its
-                                 shards, what became of its images
-    .prepared/units/UNIT.lock    held by the process that is at it
+    Two identities of a unit are the same where they are equal, but for two things. An archive with another time of
+    change is read, and is the same if its bytes are: so copies do not cost what encoding them does. And an older mark,
+    which says nothing of the times of files, is taken to be of the files that are there now. Either is then brought up
+    to date.
 
     Args:
         out: the folder.
         source: what the units are of, in words that are the same every time. Empty: not known.
-        captions: fingerprint of those that are joined.
-        weights: of the VAE and the detector, where these are local folders; see `file_facts.weights_of`.
-
-    Two marks are the same where their identities are, but for two things. An archive of another time of change is read,
-    and is the same if its bytes are: so copies do not cost what encoding them does. And an older mark, which says
-    nothing of the times of files, is taken to be of the files that are there now. Either is then brought up to date.
+        captions: fingerprint of the captions that are joined.
+        weights: checksums of the VAE and the detector; see `file_stats.weights_of`.
     """
 
     out: Path
@@ -55,8 +53,7 @@ class Done:
     weights: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def folders(self) -> list[Path]:
-        """Where the shards stand."""
+    def shard_folders(self) -> list[Path]:
         resolutions = self.settings.framing.resolutions
         return [self.out / f"{size}" for size in resolutions] if len(resolutions) > 1 else [self.out]
 
@@ -65,7 +62,7 @@ class Done:
         return self.out / WORK_FOLDER / "units"
 
     @property
-    def _shared(self) -> Path:
+    def _settings_file(self) -> Path:
         return self.out / WORK_FOLDER / "settings.json"
 
     # What may go into the folder ---------------------------------------------------------------------------------
@@ -74,21 +71,21 @@ class Done:
         """Refuse what would not belong to the shards that are there. Nothing is changed.
 
         Raises:
-            ValueError: other settings than those of the folder, or of what is done of this source; or a unit of
-                another source that is called the same.
+            ValueError: the folder, or a unit of this source in it, has other settings; or a unit of another source
+                has the same name.
         """
-        if self._shared.is_file():
-            self._agree("shards", read_json(self._shared), self._now_shared())
+        if self._settings_file.is_file():
+            self._check_settings("shards", read_settings(self._settings_file), self._shared_settings())
         by_name = {unit.name: unit for unit in units}
-        for name, mark in self._read_all():
+        for name, mark in self._read_marks():
             if name in by_name:
                 self.check_unit(by_name[name])
             elif self._is_ours(mark):
-                self._agree(name, mark["settings"], self.settings.to_dict())
+                self._check_settings(name, mark["settings"], self.settings.to_dict())
 
     def check_unit(self, unit: Unit) -> None:
-        """As `check`, of one unit."""
-        mark = self._read(unit.name)
+        """Check one unit as `check` does."""
+        mark = self._read_mark(unit.name)
         if mark is None:
             return
         if mark["source"] != self.source and self.changes(unit):
@@ -98,63 +95,46 @@ class Done:
                 f"for it. If it is the same source, moved and then changed, remove {self._mark_file(unit.name)}: "
                 "the unit is then done again (copies are the same files if they keep their times: cp -p, rsync -a)"
             )
-        self._agree(unit.name, mark["settings"], self.settings.to_dict())
+        self._check_settings(unit.name, mark["settings"], self.settings.to_dict())
 
     def claim(self) -> None:
-        """Say what all shards of the folder have in common: the first process does, the others agree.
+        """Write what all shards of the folder have in common; a later process has to agree.
 
         Raises:
             ValueError: this one does not.
         """
-        self._shared.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._shared.with_suffix(".lock")):
-            if not self._shared.is_file():
-                for rest in self._shared.parent.glob(f".{self._shared.name}.*.partial"):  # of a process that was killed
-                    rest.unlink()
-                write_json(self._shared, self._now_shared())
-            former = read_json(self._shared)
-            if self._now_shared().keys() - former.keys() == {"vae_weights"}:  # written before weights were noted
-                write_json(self._shared, former | self._now_shared())
-        self._agree("shards", former, self._now_shared())
+        claim_settings(self._settings_file, self._shared_settings(), f"{self.out} holds shards prepared")
 
-    def _now_shared(self) -> dict[str, Any]:
+    def _shared_settings(self) -> dict[str, Any]:
         vae = {"vae_weights": self.weights["vae"]} if "vae" in self.weights else {}
         return self.settings.shared() | vae
 
-    def _agree(self, what: str, former: Any, current: Mapping[str, Any]) -> None:
-        if not isinstance(former, dict):
-            raise ValueError(f"{self._shared} does not hold settings; remove it, and the units are done again")
-        for name in sorted(former.keys() | current):
-            was, now = former.get(name), current.get(name)
-            if was != now and not (name in _LATER and None in (was, now)):
-                raise ValueError(
-                    f"{self.out} holds {what} prepared with {name} {was!r}, now it is {now!r}; "
-                    "go on with the same settings, or choose another folder"
-                )
+    def _check_settings(self, what: str, former: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        check_settings(f"{self.out} holds {what} prepared", former, settings)
 
     # What is done ------------------------------------------------------------------------------------------------
 
     def identity(self, unit: Unit) -> dict[str, Any]:
-        """What its shards are made of, with the captions that are joined."""
+        """Return what the shards of a unit are made of, with the captions that are joined."""
         captions = {"joined_captions": self.captions} if self.captions else {}
         detector = {"detector_weights": self.weights["detector"]} if "detector" in self.weights else {}
         return unit.identity() | captions | detector
 
     def is_marked(self, unit: Unit) -> bool:
-        """Whether there are shards of the unit, with these settings; nothing is said of what they are made of."""
-        mark = self._read(unit.name)
+        """Whether there are shards of the unit with these settings, whatever they are made of."""
+        mark = self._read_mark(unit.name)
         return (
             mark is not None
             and mark["settings"] == self.settings.to_dict()
-            and all(path.is_file() for shard in mark["shards"] for path in shard_files(self.out / shard))
+            and all(has_shard(self.out / shard) for shard in mark["shards"])
         )
 
     def is_done(self, unit: Unit) -> bool:
         return self.is_marked(unit) and not self.changes(unit)
 
     def changes(self, unit: Unit) -> list[str]:
-        """What of a unit that has a mark is another now. A mark of the same, told otherwise, is brought up to date."""
-        if (mark := self._read(unit.name)) is None:
+        """Name the parts of a marked unit's identity that have changed. If none has, its mark is brought up to date."""
+        if (mark := self._read_mark(unit.name)) is None:
             return []
         was, now = mark["identity"], self.identity(unit)
         names = [
@@ -164,20 +144,20 @@ class Done:
         ]
         if names == ["mtime_ns"] and isinstance(unit, Archive) and was.get(_SHA256_OF_ARCHIVE) == unit.sha256():
             names = []
-        told = {name: was[name] for name in (_SHA256_OF_ARCHIVE,) if name in was} | now
-        if not names and told != was:
-            write_json(self._mark_file(unit.name), mark | {"identity": told})
+        current = {name: was[name] for name in (_SHA256_OF_ARCHIVE,) if name in was} | now
+        if not names and current != was:
+            write_json(self._mark_file(unit.name), mark | {"identity": current})
         return names
 
     def is_older(self, unit: Unit) -> bool:
-        """Whether its mark says nothing of the times of its files."""
-        mark = self._read(unit.name)
+        """Whether the mark of a unit says nothing of the times of its files."""
+        mark = self._read_mark(unit.name)
         if mark is None or _TIMES & mark["identity"].keys():
             return False
         return bool(_TIMES & self.identity(unit).keys())
 
     def report(self, unit: Unit) -> UnitReport:
-        mark = self._read(unit.name)
+        mark = self._read_mark(unit.name)
         if mark is None:
             return UnitReport()
         report = UnitReport.from_dict(mark["report"])
@@ -188,17 +168,17 @@ class Done:
         return report
 
     def source_of(self, unit: Unit) -> str:
-        """What a unit that is done was made from."""
-        mark = self._read(unit.name)
+        """Return the source that a unit was made from."""
+        mark = self._read_mark(unit.name)
         return mark["source"] if mark is not None else self.source
 
     def mark(self, unit: Unit, identity: dict[str, Any], report: UnitReport, shards: list[str]) -> None:
-        """A unit is done. Shards that it had before, and has no more, are removed.
+        """Mark a unit as done, and remove shards that it had before and has no more.
 
         Args:
             identity: of the unit when it was begun; one that was changed meanwhile is done again.
         """
-        former = self._read(unit.name)
+        former = self._read_mark(unit.name)
         if former is not None:  # while that still names them
             self._remove_shards(set(former["shards"]) - set(shards))
         if isinstance(unit, Archive) and unit.reading.sha256:
@@ -207,20 +187,20 @@ class Done:
         write_json(self._mark_file(unit.name), values | {"report": report.to_dict()})
 
     def remove_orphans(self, units: Sequence[Unit]) -> tuple[list[str], list[str]]:
-        """Remove what is done of units that this source has no more, as it is cut otherwise now: their images stand
-        in the others. Those that another process is at are left.
+        """Remove the units that this source no longer has, as it is cut otherwise now: others hold their images.
 
-        An archive that is gone is another matter: it may have been deleted to make room. Its shards stay.
+        Units that another process works on are left. So are archives that are gone: they may have been deleted to make
+        room.
 
         Args:
             units: all of the source, those of other parts too.
 
         Returns:
-            names of the units that were removed, and of those that stay.
+            names of the units that were removed, and of the archives that stay.
         """
         names = {unit.name for unit in units}
         removed, stay = [], []
-        for name, mark in self._read_all():
+        for name, mark in self._read_marks():
             if name in names or not self._is_ours(mark):
                 continue
             if mark["identity"].get("kind") in _ARCHIVES:
@@ -235,32 +215,20 @@ class Done:
 
     @contextmanager
     def hold(self, name: str) -> Iterator[bool]:
-        """Whether this process may do the unit; no other does meanwhile. Rests of one that was killed are removed."""
-        self._marks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._marks / f"{name}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            yield False
-            return
-        try:
-            self._remove_rests(name)
+        """Hold a unit during the block, if no other process does, and remove what a killed one left of it."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(self._marks / f"{name}.lock", f"another process works on {name}"))
+            except Busy:
+                yield False
+                return
+            for folder in (self._marks, *self.shard_folders):
+                remove_partial_files(folder, name)
             yield True
-        finally:
-            lock.release()
-
-    def _remove_rests(self, name: str) -> None:
-        """Of this unit alone: another one, whose name begins as this one's, may be in work."""
-        pattern = rf"\.{re.escape(name)}(-\d+x\d+)?\.(safetensors|parquet|json)\.\d+\.partial"
-        for folder in (self._marks, *self.folders):
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if re.fullmatch(pattern, path.name):
-                    path.unlink(missing_ok=True)
 
     def _remove_shards(self, shards: Iterable[str]) -> None:
         for shard in shards:
-            for path in shard_files(self.out / shard):
-                path.unlink(missing_ok=True)
+            remove_shard(self.out / shard)
 
     # Marks -------------------------------------------------------------------------------------------------------
 
@@ -270,12 +238,12 @@ class Done:
     def _mark_file(self, name: str) -> Path:
         return self._marks / f"{name}.json"
 
-    def _read_all(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _read_marks(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for path in sorted(self._marks.glob("*.json")):
-            if (mark := self._read(path.stem)) is not None:  # else another process has just removed it
+            if (mark := self._read_mark(path.stem)) is not None:  # else another process has just removed it
                 yield path.stem, mark
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read_mark(self, name: str) -> dict[str, Any] | None:
         path = self._mark_file(name)
         try:
             mark = read_json(path)
@@ -287,15 +255,16 @@ class Done:
 
 
 def _is_mark(mark: Any) -> bool:
-    """Whether this is a mark, all of whose shards stand in the folder itself."""
-    if not isinstance(mark, dict) or not mark.keys() >= _KEYS or not isinstance(mark["source"], str):
-        return False
-    if not all(isinstance(mark[name], dict) for name in ("settings", "identity", "report")):
-        return False
-    shards = mark["shards"]
-    if not isinstance(shards, list) or not all(isinstance(name, str) and _is_inside(name) for name in shards):
-        return False
-    return is_report(mark["report"])
+    """Whether this is a mark, all of whose shards lie in the folder itself."""
+    return (
+        isinstance(mark, dict)
+        and mark.keys() >= _KEYS
+        and isinstance(mark["source"], str)
+        and all(isinstance(mark[name], dict) for name in ("settings", "identity", "report"))
+        and isinstance(mark["shards"], list)
+        and all(isinstance(name, str) and _is_inside(name) for name in mark["shards"])
+        and is_report(mark["report"])
+    )
 
 
 def _is_inside(name: str) -> bool:

@@ -9,10 +9,9 @@ from typing import Any
 from ..adapter import AdapterConfig
 from ..adapter.convert import ENDINGS
 from ..adapter.io import CONFIG_NAME
-from ..contrib.sa1b.published import SCALING_FACTOR
 from ..data.box_statistics import of_shards
 from ..data.held_out import hold_out
-from ..data.shards import Shard, shard_stems
+from ..data.shards import SDXL_SCALING_FACTOR, Shard, shard_stems
 from ..data.streaming import is_remote
 from ..hub import names_repository
 from ..io import read_json
@@ -119,7 +118,7 @@ def _check_data(source: str, model: str, base: BaseParts, resolution: int | None
     """Whether its latents, where they are here, are those of the base's VAE and of the resolution asked for."""
     scale = base.vae.config["scaling_factor"]  # type: ignore[index]
     if model in PUBLISHED and not Path(model).is_dir() and base.unet.config["addition_embed_type"] == "text_time":
-        scale = float(SCALING_FACTOR)  # which the built-in settings leave out
+        scale = float(SDXL_SCALING_FACTOR)  # which the built-in settings leave out
     shards: Any = SimpleNamespace(shards=local_shards(source))
     parts: Any = SimpleNamespace(unet=base.unet, vae=SimpleNamespace(config={"scaling_factor": scale}))
     check_fit(shards, parts, resolution)

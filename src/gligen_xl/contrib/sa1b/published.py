@@ -17,7 +17,6 @@ import numpy as np
 from ...layout import xyxy_from_cxcywh
 from .object_array import read_object_array
 
-VAE, SCALING_FACTOR = "madebyollin/sdxl-vae-fp16-fix", "0.13025"  # of the published latents; safe in half precision
 MAX_SIDE = 65_535  # pixels: no JPEG has more
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..item import Unit
+from ..item import Unit, items_of
 from .archives import Archive, archive_name, find_archives, is_archive
 from .coco_source import is_coco, open_coco
 from .folders import find_images, image_chunks
@@ -22,7 +22,7 @@ from .links import refuse_leaving
 from .options import Kind, SourceOptions
 from .other_annotations import describe, find_unread
 from .row_chunks import METADATA, check_rows, row_chunks
-from .rows import BOX_FORMATS, check_not_all_alike, items_of
+from .rows import BOX_FORMATS, check_not_all_alike
 from .voc import is_voc_folder, open_voc
 from .yolo import first_label, is_yolo, open_yolo
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...images.decode import ENDINGS, MAX_BYTES
 from ...io import decode_text
-from ..item import BAD_TEXT, Item, Skipped, text_fault
+from ..item import BAD_TEXT, Item, Skipped, text_fault, unique
 from .json_members import members
 from .rows import (
     CAPTION_NOT_UTF8,
@@ -22,7 +22,6 @@ from .rows import (
     read_annotation,
     read_row,
     stated_size,
-    unique,
 )
 from .tars import DOTS, Reading, TarSample, count_unread, read_samples, returning_member
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from ...images.decode import image_size
 from ..file_stats import files_identity
-from ..item import Item, Skipped
+from ..item import Item, Skipped, unique
 from .class_phrases import LEFT_OUT, check_words, class_phrases
 from .coco_file import CROWD, NO_BOX, CocoFile, read_coco
 from .image_paths import ImageFinder
-from .rows import SHARES, clean, convert_boxes, file_within, item_or_why_not, unique
+from .rows import SHARES, clean, convert_boxes, file_within, item_or_why_not
 
 __all__ = ["CROWD", "LEFT_OUT", "NO_BOX", "CocoChunk", "coco_chunks"]
 

@@ -17,9 +17,9 @@ from typing import Any
 from ...images.decode import ENDINGS
 from ...io import decode_text
 from ..file_stats import files_identity
-from ..item import BAD_TEXT, Item, Skipped, text_fault
+from ..item import BAD_TEXT, Item, Skipped, text_fault, unique
 from .links import leaves
-from .rows import CAPTION_NOT_UTF8, WRONG_CAPTION, RowError, check_caption, clean, item_or_why_not, unique
+from .rows import CAPTION_NOT_UTF8, WRONG_CAPTION, RowError, check_caption, clean, item_or_why_not
 from .tars import count_unread
 
 MAX_CAPTION = 2**16  # bytes of a .txt beside an image

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io import read_json
-from ..item import Item, Skipped
+from ..item import Item, Skipped, unique
 from .class_phrases import LEFT_OUT, check_words, class_phrases
 from .image_columns import ID_KEYS, Columns, columns_of, image_column
 from .image_paths import ImageFinder
@@ -25,18 +25,7 @@ from .links import refuse_leaving
 from .objects import BOX_KEYS, read_objects
 from .options import SourceOptions
 from .row_chunks import METADATA
-from .rows import (
-    CAPTION_KEYS,
-    MISSING,
-    WRONG,
-    RowError,
-    check_first,
-    clean,
-    item_or_why_not,
-    read_annotation,
-    text_id,
-    unique,
-)
+from .rows import CAPTION_KEYS, MISSING, WRONG, RowError, check_first, clean, item_or_why_not, read_annotation, text_id
 
 NO_NAME = "a category of its has no name"  # why an image is left out
 _SAVED, _SPLIT_FOLDERS = "state.json", "dataset_dict.json"  # beside what `save_to_disk` writes

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..file_stats import files_identity
-from ..item import Annotation, Item, Skipped
+from ..item import TWICE, Annotation, Item, Skipped
 from .links import leaves
-from .rows import MISSING, TWICE, RowError, clean, item_or_why_not
+from .rows import MISSING, RowError, clean, item_or_why_not
 
 WITHOUT_IMAGE = "annotations without their image"  # why an image is left out
 NO_FILE = "its annotations are no file"

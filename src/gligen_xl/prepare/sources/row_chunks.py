@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ...io import decode_text
 from ..file_stats import files_identity
-from ..item import Item, Skipped
+from ..item import Item, Skipped, unique
 from .rows import (
     NOT_UTF8,
     RowError,
@@ -28,7 +28,6 @@ from .rows import (
     read_annotation,
     read_row,
     text_id,
-    unique,
 )
 
 METADATA = ("metadata.jsonl", "metadata.parquet")

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,7 +17,7 @@ import numpy as np
 from ...images.decode import ImageError, image_size
 from ...io import decode_text
 from ...layout import Box, xyxy_from_cxcywh, xyxy_from_xywh
-from ..item import BAD_TEXT, Annotation, Item, Skipped, Unit, text_fault
+from ..item import BAD_TEXT, Annotation, Item, Skipped, text_fault
 from .objects import read_objects
 from .yolo_rows import looks_like_rows
 
@@ -32,7 +32,7 @@ WRONG_CAPTION, WRONG_SIZE, UNEQUAL = "its caption is wrong", "its size is wrong"
 WRONG, NUMBERS, NO_FORMAT = "its boxes or phrases are wrong", "phrases are numbers", "its box_format is not known"
 PIXELS, SHARES = "boxes look like pixels", "boxes look like shares of the image"
 LABELS = "its caption is rows of YOLO labels"
-MISSING, UNREADABLE, TWICE = "file is missing", "file cannot be read", "image_id stands there twice"
+MISSING, UNREADABLE = "file is missing", "file cannot be read"
 
 OF_ALL = (NUMBERS, NO_FORMAT, PIXELS, SHARES, LABELS)  # what is so in one row is so in all
 FIRST_ROWS = 100  # in which these are looked for; where so many fail alike, whatever it is, nothing is begun
@@ -261,35 +261,6 @@ def check_not_all_alike(results: Iterable[Item | Skipped]) -> None:
         if number == FIRST_ROWS:
             detail = f": {first.detail}" if first.detail else ""
             raise ValueError(f"{first.place}: {first.reason}{detail}. So it is with all of the first {FIRST_ROWS}")
-
-
-def items_of(units: Iterable[Unit]) -> Iterator[Item | Skipped]:
-    """The images of units one after another, up to one that cannot be read on."""
-    try:
-        for unit in units:
-            yield from unit.items()
-    except (ValueError, OSError):
-        return
-
-
-def unique(items: Iterable[Item | Skipped]) -> Iterator[Item | Skipped]:
-    """The items; of those with the same image_id the first."""
-    seen: dict[str, str] = {}  # where each is described
-    for item in items:
-        if isinstance(item, Item) and item.image_id in seen:
-            detail = f"the first is that of {seen[item.image_id]}; expected an image_id of its own"
-            yield Skipped(
-                image_id=item.image_id,
-                reason=TWICE,
-                detail=detail,
-                done=item.done,
-                where=item.place,
-                unread=item.unread,
-            )
-            continue
-        if isinstance(item, Item):
-            seen[item.image_id] = item.place
-        yield item
 
 
 def _can_be_a_name(path: str) -> bool:
