@@ -22,7 +22,15 @@ atexit.register(shutil.rmtree, os.environ["GLIGEN_XL_CACHE"], ignore_errors=True
 
 
 # Files that take a minute or more, the longest first: begun last, one of them would leave the other processes idle.
-LONG = ("test_shapes_model", "test_run_endings", "test_train_steps", "test_kinds", "test_train", "test_train_killed")
+LONG = (
+    "test_shapes_model",
+    "test_train_killed",
+    "test_run_endings",
+    "test_train_steps",
+    "test_kinds",
+    "test_prepare_killed",
+    "test_train",
+)
 
 
 def pytest_collection_modifyitems(items):
