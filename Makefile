@@ -8,9 +8,10 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/gligen-xl shapes demo --out demo
 
-# Two processes of one thread: small models gain nothing from a second one. A file's tests stay together.
+# Processes of one thread: small models gain nothing from a second one. Three on two cores, since tests also wait, for
+# files and for other processes. The tests of a file stay together.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 3

@@ -21,9 +21,20 @@ from helpers.hub import hub  # noqa: E402, F401
 atexit.register(shutil.rmtree, os.environ["GLIGEN_XL_CACHE"], ignore_errors=True)
 
 
+# Files that take a minute or more, the longest first: begun last, one of them would leave the other processes idle.
+LONG = (
+    "test_shapes_model",
+    "test_train_killed",
+    "test_run_endings",
+    "test_train_steps",
+    "test_kinds",
+    "test_prepare_killed",
+    "test_train",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """The measurement of the embedded model first: it takes minutes, and the other process has all the rest."""
-    items.sort(key=lambda item: "test_shapes_model" not in item.nodeid)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)

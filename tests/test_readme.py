@@ -155,6 +155,6 @@ def test_functions_of_the_architecture_exist(file, names):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_files_of_the_documents_exist(document):
     if document.name != "LOG.md":  # which tells of files as they were
-        for file in set(re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|md|yaml))`", document.read_text(encoding="utf-8"))):
-            places = [ROOT, SOURCE, ROOT / "tests", SOURCE / "prepare", ROOT / "src"]
+        for file in set(re.findall(r"`((?:[\w.-]+/)+[a-z_-]+\.(?:py|md|yaml))`", document.read_text(encoding="utf-8"))):
+            places = [ROOT, SOURCE, SOURCE / "prepare", ROOT / "tests"]
             assert any((place / file).exists() for place in places), file
