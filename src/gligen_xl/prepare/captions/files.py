@@ -24,10 +24,9 @@ import pyarrow.parquet as pq
 
 from ...io import decode_text
 from ..item import text_fault
-from ..sources.links import leaves
-from ..sources.rows import clean, text_id
+from ..sources.paths import leaves
+from ..sources.rows import clean, looks_like_labels, text_id
 from ..sources.tars import read_samples
-from ..sources.yolo_rows import looks_like_rows
 
 IDS = ("__key__", "image_id", "id", "key")
 TEXTS = ("txt", "caption", "text", "prompt")
@@ -71,7 +70,7 @@ def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
                 image_id.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{file}: the caption of {image_id!r} is not Unicode text: {error}") from error
-            no_caption = length > LONGEST or text_fault(caption or "") or looks_like_rows(caption or "")
+            no_caption = length > LONGEST or text_fault(caption or "") or looks_like_labels(caption or "")
             yield image_id, None if no_caption else caption
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..settings import WORK_FOLDER
-from .label_files import head_of
+from .paths import read_head
 
 # Endings of files that describe images, in programs of this field.
 ENDINGS = (
@@ -64,7 +64,7 @@ def describe(file: Path) -> str:
 
 
 def _head(file: Path) -> str:
-    return head_of(file, HEAD).decode("utf-8", "replace")
+    return read_head(file, HEAD).decode("utf-8", "replace")
 
 
 def _describe_xml(head: str) -> str:
