@@ -403,7 +403,7 @@ def test_a_kept_table_needs_no_writable_cache(tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", rows("id", "text"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"the folder for the table of captions, .*file/c, cannot be written"):
+    with pytest.raises(ValueError, match=r"the folder .*file/c cannot be made or written"):
         CaptionTable.open(tmp_path / "a.jsonl", tmp_path / "file" / "c")
 
 

@@ -1,4 +1,4 @@
-"""The first images of a source, tried before anything is begun: a fault of all of them is told in a second."""
+"""Tries the first images of a source before anything is begun: a fault that all of them have shows within a second."""
 
 from __future__ import annotations
 
