@@ -13,6 +13,7 @@ import torch
 
 pytest.register_assert_rewrite("helpers")
 
+from helpers.adapters import unet  # noqa: E402, F401 - fixtures
 from helpers.commands import layouts, model  # noqa: E402, F401 - fixtures
 from helpers.hub import hub  # noqa: E402, F401
 

@@ -17,6 +17,7 @@ from gligen_xl.adapter import (
     attach,
     detach,
     detached,
+    fusers,
     gate_values,
     is_attached,
     load_adapter,
@@ -25,7 +26,7 @@ from gligen_xl.adapter import (
     save_adapter,
     set_adapter_scale,
 )
-from gligen_xl.adapter.attach import fusers, transformer_blocks
+from gligen_xl.adapter.attach import transformer_blocks
 from gligen_xl.adapter.layers import Fuser, fourier_features
 from gligen_xl.train.known_bases import SDXL_UNET
 

@@ -5,8 +5,7 @@ import torch
 from helpers.adapters import config_for, inputs
 from helpers.tiny import sdxl_unet
 
-from gligen_xl.adapter import adapter_parameters, attach
-from gligen_xl.adapter.attach import fusers
+from gligen_xl.adapter import adapter_parameters, attach, fusers
 from gligen_xl.train.attention import attention_loss, attention_targets, watch_attention
 from gligen_xl.train.config import Optimization
 

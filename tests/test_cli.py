@@ -175,7 +175,7 @@ def test_version_and_help(capsys):
 
 
 def test_the_installed_command_starts_without_loading_torch():
-    code = "import sys, gligen_xl.cli as cli; cli.main(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys, gligen_xl.cli.main as cli; cli.main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -26,6 +26,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from gligen_xl import StableDiffusionXLGLIGENControlNetPipeline, StableDiffusionXLGLIGENImg2ImgPipeline
 from gligen_xl.adapter import adapter_parameters, detached, is_adapter_key, load_adapter_state_dict, lora_targets
+from gligen_xl.pipelines.encoders import text_parts
 from gligen_xl.text_embeddings import embed_phrases
 
 LAYOUT = {
@@ -474,7 +475,7 @@ def test_a_learned_word_serves_in_the_prompt_and_in_phrases():
     image = draw(pipeline, **phrased)
     assert differ(image, boxes)
     with torch.no_grad():  # of both vectors: the second is written out too
-        for encoder in pipeline._text_parts()[1]:
+        for encoder in text_parts(pipeline)[1]:
             encoder.get_input_embeddings().weight[-1] *= -1
     assert differ(draw(pipeline, **phrased), image)
     for number in ("", "_2"):
@@ -489,7 +490,7 @@ def test_a_learned_word_serves_in_the_prompt_and_in_phrases():
 def test_a_phrase_with_a_learned_word_is_embedded_at_the_end_of_its_text(vectors):
     """Also by encoders with the `eos_token_id` 2 of old settings, which look for the highest token instead."""
     pipeline = load_inversion(own_tokenizers(grounded(tiny_pipeline())), vectors)
-    tokenizers, encoders = pipeline._text_parts()
+    tokenizers, encoders = text_parts(pipeline)
     expected = []
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
         words = " ".join(["<cat>", "<cat>_1", "<cat>_2"][:vectors])

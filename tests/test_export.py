@@ -161,7 +161,7 @@ def test_diffusers_own_class_inpaints_with_an_exported_inpainting_adapter(tmp_pa
         pipeline = make()
         width = pipeline.unet.config.cross_attention_dim
         attach(pipeline.unet, AdapterConfig(cross_attention_dim=width, phrase_dim=width, slots=slots, inpaint=True))
-        with pytest.raises(ValueError, match=r"SD 1\.x and 2\.x with 30 slots alone"):
+        with pytest.raises(ValueError, match=r"SD 1\.x and 2\.x with 30 slots"):
             export_pipeline(pipeline, tmp_path / "no")
 
 
@@ -174,6 +174,6 @@ def test_what_cannot_be_exported_is_refused_and_leaves_no_folder(tmp_path):
         export_pipeline(pipeline, tmp_path / "out")
     pipeline = grounded(sdxl_pipeline())
     pipeline.set_gligen_adapter_scale(0.5)
-    with pytest.raises(ValueError, match="scale is not 1"):
+    with pytest.raises(ValueError, match="scale is"):
         export_pipeline(pipeline, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -432,7 +432,7 @@ def test_half_written_weights_are_named(part, tmp_path):
     with pytest.raises((ValueError, OSError), match=re.escape(str(file))):
         StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path)
     file.unlink()
-    with pytest.raises(OSError, match=f"(?i)no (file named )?.*{part}"):
+    with pytest.raises(OSError, match=part):
         StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path)
     file.write_bytes(whole)
     assert is_attached(StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path).unet)
@@ -450,7 +450,7 @@ def test_a_gated_unet_without_the_weights_of_its_adapter_is_refused(tmp_path):
     sdxl_pipeline().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "unet" / "config.json").read_text())
     (tmp_path / "unet" / "config.json").write_text(json.dumps(settings | {"attention_type": "gated"}))
-    with pytest.raises(ValueError, match=r"no values for \d+ tensors, as .*fuser"):
+    with pytest.raises(ValueError, match=r"no values .*fuser"):
         StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path)
 
 
@@ -462,11 +462,11 @@ def test_folders_of_the_wrong_kind_say_what_they_are_not(tmp_path):
     for folder in ("adapter", "pipeline/unet", "pipeline/gligen_adapter"):
         with pytest.raises(FileNotFoundError, match=r"not a pipeline folder: it has no model_index\.json"):
             StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / folder)
-    with pytest.raises(FileNotFoundError, match=r"no gligen_adapter\.json; there are .*gligen_adapter.*unet"):
+    with pytest.raises(FileNotFoundError, match=r"no gligen_adapter\.json; it has .*gligen_adapter.*unet"):
         pipeline.load_gligen_adapter(tmp_path / "pipeline")
     with pytest.raises(FileNotFoundError, match=r"has no gligen_adapter\.fp16\.safetensors"):
         pipeline.load_gligen_adapter(tmp_path / "adapter", variant="fp16")
-    with pytest.raises(ValueError, match="is a file; an adapter is a folder"):
+    with pytest.raises(ValueError, match="is a file; expected an adapter folder"):
         pipeline.load_gligen_adapter(tmp_path / "adapter" / "gligen_adapter.safetensors")
     with pytest.raises(ValueError, match="loaded with from_single_file"):
         StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / "adapter" / "gligen_adapter.safetensors")
@@ -532,7 +532,7 @@ def test_adapters_of_another_base_are_refused_by_name_and_the_former_stays(tmp_p
     deeper = sdxl_pipeline()
     deeper.unet = sdxl_unet(transformer_layers_per_block=(1, 1, 1))
     grounded(deeper).save_gligen_adapter(tmp_path / "shallower")
-    with pytest.raises(ValueError, match=r"lacks \d+ tensors, as .*transformer_blocks\.1\.fuser"):
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors, .*transformer_blocks\.1\.fuser"):
         pipeline.load_gligen_adapter(tmp_path / "shallower")
     other = sdxl_pipeline()
     attach(other.unet, AdapterConfig(cross_attention_dim=40, phrase_dim=32))

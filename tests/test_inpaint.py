@@ -36,14 +36,13 @@ from gligen_xl import (
 )
 from gligen_xl.adapter import (
     AdapterConfig,
+    GligenAdapter,
     adapter_config,
     attach,
     detach,
     fusers,
-    inpaint_conv,
     is_attached,
     reattach,
-    set_slots,
 )
 from gligen_xl.layout import box_iou
 from gligen_xl.pipelines.inpaint import fit_images, mask_outside
@@ -377,7 +376,7 @@ def load_nine(folder):
     pipeline = StableDiffusionGLIGENPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     assert adapter_config(pipeline.unet).inpaint
-    set_slots(pipeline.unet, SLOTS)
+    GligenAdapter.of(pipeline.unet).set_slots(SLOTS)
     return pipeline
 
 
@@ -440,7 +439,7 @@ def test_an_inpainting_adapter_changes_no_plain_image(make):
 @both
 def test_its_nine_channels_serve_on_every_step_of_a_call_with_boxes_and_read_the_image(make):
     pipeline, image, keep = inpainting_adapter(make), photo(), outside(BOXES, 8, 8)
-    conv, kept = inpaint_conv(pipeline.unet), []
+    conv, kept = GligenAdapter.of(pipeline.unet).inpaint_conv, []
     pipeline.unet.register_forward_pre_hook(lambda *_: kept.append(conv.kept))
     got = draw(pipeline, gligen_inpaint_image=image, **LAYOUT | {"gligen_scheduled_sampling_beta": 0.5})
     mask = rounded_down(BOXES, 8, 8)[None, None]
@@ -511,7 +510,7 @@ def test_an_exception_or_an_interrupt_leaves_nothing_behind(make, beta):
     with pytest.raises(RuntimeError, match="the user's"):
         draw(pipeline, callback_on_step_end=fail, **call)
     for _ in range(2):
-        assert inpaint_conv(pipeline.unet).kept is None
+        assert GligenAdapter.of(pipeline.unet).inpaint_conv.kept is None
         assert pipeline._grounding is None
         assert all(float(fuser.scale) == 1 for fuser in fusers(pipeline.unet).values())
         assert torch.equal(draw(pipeline), plain)
@@ -524,7 +523,7 @@ def test_an_inpainting_adapter_in_half_precision():
     got = draw(pipeline, gligen_inpaint_image=image, **LAYOUT)
     assert got.dtype == torch.bfloat16
     assert got.isfinite().all()
-    assert inpaint_conv(pipeline.unet).weight.dtype == torch.bfloat16
+    assert GligenAdapter.of(pipeline.unet).inpaint_conv.weight.dtype == torch.bfloat16
 
 
 def test_an_inpainting_adapter_under_a_pipeline_of_masks():

@@ -18,7 +18,7 @@ from PIL import Image
 
 import gligen_xl
 from gligen_xl import Layout
-from gligen_xl.adapter import adapter_config, fusers, set_slots
+from gligen_xl.adapter import GligenAdapter, adapter_config, fusers
 from gligen_xl.layout import box_iou
 from gligen_xl.toyworld.detector import detect
 
@@ -221,7 +221,7 @@ def test_a_gated_unet_of_diffusers_given_to_it_is_taken_over(kind):
     expected = draw(native, kind.call, cross_attention_kwargs=tokens_by_hand(native))
     taken = kind.pipeline(kind.ours, native.unet)
     assert adapter_config(taken.unet).slots == 30  # what published weights are used with; these are for 4
-    set_slots(taken.unet, SLOTS)
+    GligenAdapter.of(taken.unet).set_slots(SLOTS)
     same(draw(taken, kind.call, **LAYOUT), expected)
 
 

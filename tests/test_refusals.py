@@ -27,7 +27,7 @@ REFUSED = [  # words, and what the line says
     (("generate", *ONE, "--model", "./nowhere"), "no pipeline folder ./nowhere"),
     (("generate", *ONE, "--model", "FOLDER/modle"), "did you mean FOLDER/model?"),
     (("generate", *ONE, "--adapter", "./nowhere"), "no adapter folder ./nowhere"),
-    (("generate", *ONE, "--adapter", "FILE"), "an adapter is a folder"),
+    (("generate", *ONE, "--adapter", "FILE"), "is a file; expected an adapter folder"),
     (("generate", *ONE, "--lora", "./nowhere.safetensors"), "no LoRA folder ./nowhere.safetensors"),
     (("generate", *ONE, "--lora", "FILE=much"), "the scale of --lora is 'much'"),
     (("generate", *ONE, "--controlnet", "./no", "--control_image", "PICTURE"), "no ControlNet folder ./no"),
@@ -52,14 +52,14 @@ REFUSED = [  # words, and what the line says
     ),
     (("generate", *ONE, "--device", "gpu:1"), "did you mean cuda:1?"),
     (("generate", *ONE, "--device", "cuda:x"), "--device is 'cuda:x'"),
-    (("generate", *ONE, "--device", "cpu", "--offload", "model"), "--offload lets parts wait"),
+    (("generate", *ONE, "--device", "cpu", "--offload", "model"), "--offload keeps parts"),
     (("generate", *ONE, "--dtype", "fp15"), "--dtype: 'fp15' is no number format"),
     (("generate", *ONE, "--steps", "0"), "--steps is 0; expected at least 1"),
     (("generate", *ONE, "--steps", "few"), "--steps is 'few'; expected a whole number"),
     (("generate", *ONE, "--batch_size", "0"), "--batch_size is 0"),
     (("generate", *ONE, "--guidance_scale", "nan"), "guidance_scale is nan; expected a number"),
     (("generate", *ONE, "--guidance_scale", "1", "--negative_prompt", "x"), "--negative_prompt works by guidance"),
-    (("generate", *ONE, "--width", "13"), "width is 13; expected a number divisible by 8, as 16"),
+    (("generate", *ONE, "--width", "13"), "width is 13; expected a number divisible by 8"),
     (("generate", *ONE, "--seed", "-5"), "--seed is -5"),
     (("generate", *ONE, "--scheduler", "eulr"), "did you mean euler"),
     (("generate", *ONE, "--out", "FILE"), "is a file; expected a folder"),
@@ -141,7 +141,7 @@ def test_refusals_come_before_anything_heavy(places, tmp_path):
 
     cases = [([filled(word) for word in words], filled(says)) for words, says in REFUSED]
     script = (
-        "import contextlib, io, json, sys; from gligen_xl.cli import main; wrong = []\n"
+        "import contextlib, io, json, sys; from gligen_xl.cli.main import main; wrong = []\n"
         "for words, says in json.loads(sys.argv[1]):\n"
         "    errors = io.StringIO()\n"
         "    with contextlib.redirect_stderr(errors): code = main(words)\n"

@@ -66,10 +66,10 @@ LOADERS = [StableDiffusionXLGLIGENPipeline.from_pretrained, lambda folder, **giv
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (drop, r"(is not whole: it lacks|does not fit this U-Net: it lacks 1 tensors, as) {name}"),
+        (drop, r"it lacks .*{name}"),
         (reshape, r"{name} is \(3, 3, 3\)"),
-        (not_a_number, r"holds values in {name} that are no finite numbers"),
-        (infinite, r"holds values in {name} that are no finite numbers"),
+        (not_a_number, r"{name} .*not finite"),
+        (infinite, r"{name} .*not finite"),
     ],
     ids=["missing", "shape", "nan", "inf"],
 )
@@ -85,7 +85,7 @@ def test_every_part_is_refused_by_name(whole, tmp_path, part, change, says, load
 def test_with_a_variant(whole, tmp_path):
     shutil.copytree(whole / "half", tmp_path / "model")
     name = changed(tmp_path / "model", "text_encoder", drop)
-    with pytest.raises(ValueError, match=f"text_encoder is not whole: it lacks {name}"):
+    with pytest.raises(ValueError, match=f"text_encoder .*lacks {name}"):
         StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / "model", variant="fp16")
 
 
@@ -101,7 +101,7 @@ def test_in_pickled_weights(whole, tmp_path):
         name = sorted(tensors)[5]
         del tensors[name]
         torch.save(tensors, file.with_name(pickled))
-        with pytest.raises(ValueError, match=f"{part} is not whole: it lacks {name}"):
+        with pytest.raises(ValueError, match=f"{part} .*lacks {name}"):
             StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / part)
 
 
@@ -118,7 +118,7 @@ def test_an_index_that_names_a_file_which_is_not_there(whole, tmp_path):
     index = next((tmp_path / "model" / "unet").glob("*.index.json"))
     gone = sorted(json.loads(index.read_text())["weight_map"].values())[0]
     (index.parent / gone).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{index.name} names {gone}, which is not there") as error:
+    with pytest.raises(FileNotFoundError, match=f"{index.name} names {gone}, which is missing") as error:
         StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path / "model")
     assert "\n" not in str(error.value)
 
@@ -127,7 +127,7 @@ def test_an_index_that_names_a_file_which_is_not_there(whole, tmp_path):
 def test_without_the_fast_way_of_loading_too(whole, tmp_path, low):
     shutil.copytree(whole / "sd", tmp_path / "model")
     name = changed(tmp_path / "model", "unet", drop)
-    with pytest.raises(ValueError, match=f"unet is not whole: it lacks {name}"):
+    with pytest.raises(ValueError, match=f"unet .*lacks {name}"):
         StableDiffusionGLIGENPipeline.from_pretrained(tmp_path / "model", low_cpu_mem_usage=low)
 
 
@@ -165,7 +165,7 @@ def test_a_vae_with_the_former_names_of_its_attention(whole, tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
     del former[next(name for name in former if ".query." in name)]
     save_file(former, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"vae is not whole: it lacks .*to_q"):
+    with pytest.raises(ValueError, match=r"vae .*lacks .*to_q"):
         StableDiffusionGLIGENPipeline.from_pretrained(tmp_path / "model")
 
 
@@ -181,16 +181,16 @@ def test_a_gated_unet_that_lacks_a_tensor_of_its_adapter(tmp_path):
     name = next(name for name in tensors if name.endswith("fuser.linear.weight"))
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{tmp_path / 'unet'} has no values for 1 tensors, as {name}"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'unet'} .* no values .*{name}"):
         StableDiffusionXLGLIGENPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (drop, "is not whole: it lacks 1 tensors, as {name}"),
+        (drop, ".*lacks {name}"),
         (reshape, "cannot be loaded: .*{name}"),
-        (not_a_number, "holds values in {name}"),
+        (not_a_number, ".*{name} .*not finite"),
     ],
 )
 def test_a_controlnet(whole, tmp_path, change, says):
@@ -205,7 +205,7 @@ def test_an_adapter_that_is_not_finite_is_refused_however_it_comes(whole, tmp_pa
     shutil.copytree(whole / "xl" / "gligen_adapter", tmp_path / "adapter")
     name = changed(tmp_path, "adapter", not_a_number)
     pipeline = grounded(sdxl_pipeline())
-    says = f"gligen_adapter.safetensors holds values in {name} that are no finite numbers"
+    says = f"gligen_adapter.safetensors: {name} .*not finite"
     with pytest.raises(ValueError, match=says):
         pipeline.load_gligen_adapter(tmp_path / "adapter")
     assert is_attached(pipeline.unet)
@@ -280,7 +280,7 @@ def test_a_checkpoint_in_one_file_that_lacks_a_tensor(one_file, tmp_path, lost, 
     _, tensors, _, settings = one_file
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"model.safetensors is not whole: .*{says}") as error:
+    with pytest.raises(ValueError, match=rf"model.safetensors .*lacks .*{says}") as error:
         StableDiffusionXLGLIGENPipeline.from_single_file(
             tmp_path / "model.safetensors", config=settings, add_watermarker=False
         )

@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,6 +152,11 @@ def read_object(path: str | Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}; expected {what}, a JSON object")
     return value
+
+
+def names_repository(source: str | Path) -> bool:
+    """Whether a name reads as a Hub repository, owner/name, and not as a path."""
+    return isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None
 
 
 def first_line(error: BaseException) -> str:

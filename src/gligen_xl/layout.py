@@ -1,4 +1,4 @@
-"""A layout: what stands where in one image. Phrases, their boxes, and the prompt that goes with them.
+"""A layout says what to draw where in one image: phrases, their boxes, and the prompt that goes with them.
 
     layout = Layout(prompt="grass with a red circle", phrases=["a red circle"], boxes=[[0.1, 0.6, 0.3, 0.8]])
 
@@ -24,8 +24,8 @@ from .limits import MAX_BOXES, MAX_NAME, MAX_PHRASE, MAX_PROMPT, MAX_SIDE, MAX_U
 
 Box = tuple[float, float, float, float]
 
-_NO_TEXT = re.compile("[\ud800-\udfff]")
-TOLERANCE = 0.005  # a box may overstep the image by this much, from rounding, and is then clipped
+_SURROGATE = re.compile("[\ud800-\udfff]")
+TOLERANCE = 0.005  # a box may exceed the image by this much, from rounding, and is then clipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +59,11 @@ class Layout:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
                 raise ValueError(f"{name} is {_short(value)}; expected {kinds.__name__}")
-        for name in ("prompt", "negative_prompt", "id"):
-            _check_text(name, getattr(self, name) or "")
-        for name in ("width", "height"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected a positive number of pixels")
-            if value is not None and value > MAX_SIDE:
-                raise ValueError(f"{name} is {value}; expected at most {MAX_SIDE} pixels")
         for name, limit in (("prompt", MAX_PROMPT), ("negative_prompt", MAX_PROMPT), ("id", MAX_NAME)):
-            if (text := getattr(self, name)) is not None and len(text) > limit:
-                raise ValueError(f"{name} has {len(text)} characters, {_short(text)}; expected at most {limit}")
+            _check_text(name, getattr(self, name) or "", limit)
+        for name in ("width", "height"):
+            if (pixels := getattr(self, name)) is not None and not 1 <= pixels <= MAX_SIDE:
+                raise ValueError(f"{name} is {pixels}; expected 1 to {MAX_SIDE} pixels")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; expected 0 to 2**63 - 1")
         phrases, boxes = validate(self.phrases, self.boxes)
@@ -77,15 +71,14 @@ class Layout:
         object.__setattr__(self, "boxes", boxes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; settings that are not set are left out."""
-        values: dict[str, Any] = {"prompt": self.prompt, "phrases": list(self.phrases)}
-        values["boxes"] = [list(box) for box in self.boxes]
-        optional = {name: getattr(self, name) for name in ("negative_prompt", "seed", "width", "height", "id")}
-        return values | {name: value for name, value in optional.items() if value is not None}
+        """Return the JSON form, without the settings that are None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {"phrases": list(self.phrases), "boxes": [list(box) for box in self.boxes]}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Layout:
-        """The inverse of `to_dict`; unknown keys are refused."""
+        """Make a layout from its JSON form; unknown keys are refused."""
         if not isinstance(values, Mapping):
             raise ValueError(f"a layout is a JSON object with prompt, phrases and boxes; got {_short(values)}")
         known = [field.name for field in fields(cls)]
@@ -98,11 +91,11 @@ class Layout:
 
 
 def validate(phrases: Any, boxes: Any) -> tuple[tuple[str, ...], tuple[Box, ...]]:
-    """Phrases and boxes of one image, checked against each other."""
+    """Check the phrases and boxes of one image, also against each other."""
     checked_phrases, checked_boxes = validate_phrases(phrases), validate_boxes(boxes)
     if len(checked_phrases) != len(checked_boxes):
         raise ValueError(
-            f"{len(checked_phrases)} phrases but {len(checked_boxes)} boxes; give one box (x0, y0, x1, y1) a phrase"
+            f"{len(checked_phrases)} phrases but {len(checked_boxes)} boxes; give one box (x0, y0, x1, y1) per phrase"
         )
     return checked_phrases, checked_boxes
 
@@ -111,33 +104,22 @@ def validate_phrases(phrases: Any) -> tuple[str, ...]:
     if isinstance(phrases, str):
         shown = _short(phrases)
         raise ValueError(f"phrases is the string {shown}; expected a list of strings: [{shown}]")
-    if not isinstance(phrases, Iterable):
-        raise ValueError(f"phrases is {_short(phrases)}; expected a list of strings")
-    given, phrases = phrases, tuple(islice(phrases, MAX_BOXES + 1))
-    if len(phrases) > MAX_BOXES:
-        raise ValueError(f"phrases are {_how_many(given)}; expected at most {MAX_BOXES}")
+    phrases = _items("phrases", phrases, "strings")
     for k, phrase in enumerate(phrases):
         if not isinstance(phrase, str):
             raise ValueError(f"phrases[{k}] is {_short(phrase)}; expected a string")
         if not phrase.strip():
-            raise ValueError(f"phrases[{k}] is empty; say what should stand in box {k}")
-        _check_text(f"phrases[{k}]", phrase)
-        if len(phrase) > MAX_PHRASE:
-            raise ValueError(
-                f"phrases[{k}] has {len(phrase)} characters, {_short(phrase)}; expected at most {MAX_PHRASE}"
-            )
+            raise ValueError(f"phrases[{k}] is empty; say what to draw in box {k}")
+        _check_text(f"phrases[{k}]", phrase, MAX_PHRASE)
     return phrases
 
 
 def validate_boxes(boxes: Any) -> tuple[Box, ...]:
-    """Boxes as tuples of four floats within 0-1; those that overstep by rounding are clipped."""
-    if isinstance(boxes, str) or not isinstance(boxes, Iterable):
-        raise ValueError(f"boxes is {_short(boxes)}; expected a list of [x0, y0, x1, y1]")
-    given, boxes = boxes, list(islice(boxes, MAX_BOXES + 1))
-    if len(boxes) > MAX_BOXES:
-        raise ValueError(f"boxes are {_how_many(given)}; expected at most {MAX_BOXES}")
+    """Convert boxes to tuples of four floats within 0-1; a box that exceeds them by rounding is clipped."""
+    boxes = _items("boxes", boxes, "[x0, y0, x1, y1]")
     if len(boxes) == 4 and all(_is_number(value) for value in boxes):
-        raise ValueError(f"boxes is one bare box {_short(boxes)}; expected a list of boxes: [{_short(boxes)}]")
+        shown = _short(list(boxes))
+        raise ValueError(f"boxes is one bare box {shown}; expected a list of boxes: [{shown}]")
     return tuple(_validate_box(k, box) for k, box in enumerate(boxes))
 
 
@@ -145,37 +127,47 @@ def _validate_box(k: int, box: Any) -> Box:
     if isinstance(box, str) or not isinstance(box, Iterable):
         raise ValueError(f"boxes[{k}] is {_short(box)}; expected [x0, y0, x1, y1]")
     values = list(islice(box, MAX_BOXES))
+    what = f"boxes[{k}] is {_short(values)}"
     if len(values) != 4:
-        raise ValueError(f"boxes[{k}] is {_short(values)}, of {_how_many(box)} items; expected [x0, y0, x1, y1]")
+        raise ValueError(f"{what}, of {_how_many(box)} items; expected [x0, y0, x1, y1]")
     if not all(_is_number(value) for value in values):
-        raise ValueError(f"boxes[{k}] is {_short(values)}; expected four numbers")
-    x0, y0, x1, y1 = (float(value) for value in values)
-    if not all(map(math.isfinite, (x0, y0, x1, y1))):
-        raise ValueError(f"boxes[{k}] is {_short(values)}; expected finite numbers")
-    if max(x0, y0, x1, y1) > 2:
-        if max(x0, y0, x1, y1) <= 100 and min(x0, y0, x1, y1) >= 0:
+        raise ValueError(f"{what}; expected four numbers")
+    corners = [float(value) for value in values]
+    if not all(map(math.isfinite, corners)):
+        raise ValueError(f"{what}; expected finite numbers")
+    if max(corners) > 2:
+        if max(corners) <= 100 and min(corners) >= 0:
             advice = "which look like percent; divide by 100 (or, if they are pixels, by the image's width and height)"
         else:
             advice = "which looks like pixels; divide x by the image's width and y by its height"
-        raise ValueError(f"boxes[{k}] is {_short(values)}, {advice}, so that all lie in 0-1")
-    if min(x0, y0, x1, y1) < -TOLERANCE or max(x0, y0, x1, y1) > 1 + TOLERANCE:
-        raise ValueError(f"boxes[{k}] is {_short(values)}, outside the image; expected 0 <= x, y <= 1")
-    x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) for value in (x0, y0, x1, y1))
+        raise ValueError(f"{what}, {advice}, so that all are in 0-1")
+    if min(corners) < -TOLERANCE or max(corners) > 1 + TOLERANCE:
+        raise ValueError(f"{what}, outside the image; expected 0 <= x, y <= 1")
+    x0, y0, x1, y1 = (min(max(value, 0.0), 1.0) for value in corners)
     if x1 <= x0 or y1 <= y0:
-        what = "reversed" if x1 < x0 or y1 < y0 else "empty"
-        raise ValueError(
-            f"boxes[{k}] is {_short(values)}, which is {what}; expected x0 < x1 and y0 < y1 "
-            "(corners, not width and height)"
-        )
+        wrong = "reversed" if x1 < x0 or y1 < y0 else "empty"
+        raise ValueError(f"{what}, which is {wrong}; expected x0 < x1 and y0 < y1 (corners, not width and height)")
     return x0, y0, x1, y1
 
 
-def _check_text(name: str, text: str) -> None:
-    """Refuse what no tokenizer and no file can hold: half of a pair of UTF-16, from broken JSON or other bytes."""
-    if found := _NO_TEXT.search(text):
+def _items(name: str, values: Any, kind: str) -> tuple[Any, ...]:
+    """Return at most MAX_BOXES items, also of a generator without end."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {_short(values)}; expected a list of {kind}")
+    items = tuple(islice(values, MAX_BOXES + 1))
+    if len(items) > MAX_BOXES:
+        raise ValueError(f"{name} are {_how_many(values)}; expected at most {MAX_BOXES}")
+    return items
+
+
+def _check_text(name: str, text: str, limit: int) -> None:
+    """Refuse a text that is too long, or that no tokenizer and no file can hold: half of a pair of UTF-16."""
+    if half := _SURROGATE.search(text):
         raise ValueError(
-            f"{name} is {_short(text)}; its letter {found.start()}, {found[0]!a}, is half of one; write it as UTF-8"
+            f"{name} is {_short(text)}; its letter {half.start()}, {half[0]!a}, is half of one; write it as UTF-8"
         )
+    if len(text) > limit:
+        raise ValueError(f"{name} has {len(text)} characters, {_short(text)}; expected at most {limit}")
 
 
 def _is_number(value: Any) -> bool:
@@ -201,10 +193,10 @@ def _short(value: Any) -> str:
 
 
 def read_layouts(path: str | Path) -> list[Layout]:
-    """Layouts of a file: a JSON object, a JSON list, or one JSON object a line (JSONL).
+    """Read the layouts of a file: a JSON object, a JSON list, or one JSON object a line (JSONL).
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: names the file and the line or item that is wrong.
     """
     path = Path(path)
@@ -215,20 +207,11 @@ def read_layouts(path: str | Path) -> list[Layout]:
     text = read_text(path)
     try:
         whole = json.loads(text)
-        entries = [(f"item {k}", item) for k, item in enumerate(whole)] if isinstance(whole, list) else [("", whole)]
+        entries = [(f", item {k}", item) for k, item in enumerate(whole)] if isinstance(whole, list) else [("", whole)]
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply for a layout") from error
-    except ValueError as whole_error:  # of the syntax, or a number of too many digits
-        entries = []
-        for number, line in enumerate(text.split("\n"), start=1):  # prompts may hold other line ends
-            line = line.removeprefix("\ufeff")  # of a file that was put behind another
-            if line.strip():
-                try:
-                    entries.append((f"line {number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    # A broken file of one object is not JSONL: then the error of the whole is the telling one.
-                    shown = f"line {number}: {error}" if entries else str(whole_error)
-                    raise ValueError(f"{path} is neither JSON nor JSONL: {shown}") from error
+    except ValueError as error:  # of the syntax, or a number of too many digits
+        entries = _parse_lines(path, text, error)
     if not entries:
         raise ValueError(f"{path} holds no layouts")
     layouts = []
@@ -236,12 +219,28 @@ def read_layouts(path: str | Path) -> list[Layout]:
         try:
             layouts.append(Layout.from_dict(item))
         except ValueError as error:
-            raise ValueError(f"{path}{', ' if where else ''}{where}: {error}") from error
+            raise ValueError(f"{path}{where}: {error}") from error
     return layouts
 
 
+def _parse_lines(path: Path, text: str, whole_error: ValueError) -> list[tuple[str, Any]]:
+    """Parse JSONL: each value with the place where it is."""
+    entries = []
+    for number, line in enumerate(text.split("\n"), start=1):  # prompts may hold other line ends
+        line = line.removeprefix("\ufeff")  # of a file that was appended to another
+        if not line.strip():
+            continue
+        try:
+            entries.append((f", line {number}", json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            # A broken file of one object is not JSONL: then the error of the whole file says more.
+            reason = f"line {number}: {error}" if entries else str(whole_error)
+            raise ValueError(f"{path} is neither JSON nor JSONL: {reason}") from error
+    return entries
+
+
 def write_layouts(path: str | Path, layouts: Iterable[Layout]) -> None:
-    """One JSON object a line."""
+    """Write layouts as JSONL, one object a line."""
     with whole_file(path) as partial:
         lines = [json.dumps(layout.to_dict(), ensure_ascii=False) for layout in layouts]
         partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -251,18 +250,18 @@ def write_layouts(path: str | Path, layouts: Iterable[Layout]) -> None:
 
 
 def xyxy_from_cxcywh(boxes: np.ndarray) -> np.ndarray:
-    """(..., 4) centre and size -> corners."""
+    """Convert centre and size to corners, (..., 4)."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return np.concatenate([centre - half, centre + half], axis=-1)
 
 
 def xyxy_from_xywh(boxes: np.ndarray) -> np.ndarray:
-    """(..., 4) corner and size -> corners."""
+    """Convert corner and size to corners, (..., 4)."""
     return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair: (n, 4) and (m, 4), xyxy -> (n, m)."""
+    """Compute the intersection over union of every pair: (n, 4) and (m, 4), xyxy -> (n, m)."""
     a, b = np.asarray(a, np.float64).reshape(-1, 4), np.asarray(b, np.float64).reshape(-1, 4)
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])

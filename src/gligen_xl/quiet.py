@@ -1,7 +1,7 @@
 """Notes of other libraries that nobody can act on are not printed; everything else of theirs is.
 
 Each is a line about a part that is not installed and that nothing here uses: kernels of torchao for other machines, a
-change inside torch that torchao has not made yet, the second reader of images of transformers.
+change inside torch that torchao has not made yet, kernels of bitsandbytes, the second reader of images of transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 
 NOTES = {  # a logger, and what its notes hold
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
     "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),
     "transformers.utils.import_utils": ("requires torchvision (not installed); falling back",),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .io import read_json, write_json
+from .io import names_repository, read_json, write_json
 
 HIDDEN = "..."
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,60}://[^\s'\"<>]+")  # bounded: else a long word takes quadratic time
@@ -84,8 +84,6 @@ def public_name(text: str, *, hub: bool = False) -> str:
     Args:
         hub: it may be a repository's name, which stays; as do addresses of the Hub.
     """
-    from .hub import names_repository  # it brings the Hub's library, which not all need
-
     if snapshot := _SNAPSHOT.search(text):
         return f"{snapshot[1]}/{snapshot[2]}"
     file = re.sub(r"=[-+.\deE]+$", "", text)  # a LoRA may have its scale behind it

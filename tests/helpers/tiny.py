@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from gligen_xl import StableDiffusionGLIGENPipeline, StableDiffusionXLGLIGENPipeline
 from gligen_xl.adapter import AdapterConfig, adapter_parameters, attach
+from gligen_xl.pipelines.encoders import text_parts
 from gligen_xl.text_embeddings import phrase_width
 from gligen_xl.toyworld.model import new_tokenizer
 
@@ -142,7 +143,7 @@ def sd_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionGLIGENPipeline:
 
 def grounded(pipeline: Any, slots: int = 4) -> Any:
     """The same pipeline with an adapter of random weights, gates wide open."""
-    encoders = pipeline._text_parts()[1]
+    encoders = text_parts(pipeline)[1]
     width = pipeline.unet.config.cross_attention_dim
     attach(pipeline.unet, AdapterConfig(cross_attention_dim=width, phrase_dim=phrase_width(encoders), slots=slots))
     open_gates(pipeline.unet)

@@ -1,34 +1,29 @@
 """What is added to a frozen U-Net: a fuser on its transformer blocks and a position net (GLIGEN, arXiv 2301.07093)."""
 
-from .attach import (
-    adapter_about,
+from .attach import GligenAdapter, detached, is_adapter_key, lora_targets
+from .config import AdapterConfig
+from .functions import (
     adapter_config,
     adapter_parameters,
     adapter_state_dict,
-    adopt_gated,
     attach,
     detach,
-    detached,
-    fade_adapter,
     fusers,
     gate_values,
-    inpaint_conv,
-    is_adapter_key,
     is_attached,
-    is_gated,
+    load_adapter,
     load_adapter_state_dict,
-    lora_targets,
     reattach,
+    save_adapter,
     set_adapter_scale,
     set_grounding_logit_bias,
-    set_slots,
 )
-from .config import AdapterConfig
-from .io import load_adapter, read_adapter, save_adapter, write_adapter
+from .gated import adopt_gated, is_gated
+from .io import read_adapter, write_adapter
 
 __all__ = [
     "AdapterConfig",
-    "adapter_about",
+    "GligenAdapter",
     "adapter_config",
     "adapter_parameters",
     "adapter_state_dict",
@@ -36,10 +31,8 @@ __all__ = [
     "attach",
     "detach",
     "detached",
-    "fade_adapter",
     "fusers",
     "gate_values",
-    "inpaint_conv",
     "is_adapter_key",
     "is_attached",
     "is_gated",
@@ -51,6 +44,5 @@ __all__ = [
     "save_adapter",
     "set_adapter_scale",
     "set_grounding_logit_bias",
-    "set_slots",
     "write_adapter",
 ]

@@ -1,5 +1,5 @@
-"""The commands of `gligen-xl`, one a module.
+"""The commands of `gligen-xl`, one per module.
 
-Each has HELP, a line; parse(parser, words), which declares and checks the arguments; and run(*what parse gave). What is
-heavy is imported when it is run, so that `--help` and errors come at once.
+Each module has HELP, a line; parse(parser, words), which declares and checks the options; and run(*values), which gets
+what parse returned. Heavy libraries are imported by run, so that `--help` and errors come at once.
 """

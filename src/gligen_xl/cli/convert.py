@@ -6,35 +6,30 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from .common import Parser, is_file, quiet_imports, say
-from .values import UsageError, check_out, check_source, count, dtype
+from .common import Parser, quiet_imports, say
+from .values import UsageError, check_out, check_source, count, dtype, is_file
 
-HELP = "An adapter in another project's form (gated folder, GLIGEN file) to an adapter folder."
+HELP = "Convert an adapter of another project (gated folder, GLIGEN file) to an adapter folder."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("source", help="pipeline or U-Net folder, .safetensors or .bin file, Hub repository")
     parser.add_argument("--out", required=True, help="folder for gligen_adapter.safetensors and .json")
-    parser.add_argument("--dtype", type=dtype, help="to write, as fp16; as it is by default")
-    parser.add_argument("--slots", type=count, help="grounding tokens an image; as the source says by default, else 30")
-    parser.add_argument("--variant", help="which of the source's files to read, as fp16")
+    parser.add_argument("--dtype", type=dtype, help="number format to write, such as fp16; by default the source's")
+    parser.add_argument("--slots", type=count, help="grounding tokens per image; by default as the source says, or 30")
+    parser.add_argument("--variant", help="variant of the source's files, such as fp16")
     parser.add_argument("--revision", help="of a Hub repository")
     arguments = parser.parse_args(words)
-    _check(arguments)
-    return (arguments,)
-
-
-def _check(arguments: Namespace) -> None:
-    """Refuse, before anything is loaded, what is not there, would be ignored, or cannot be written."""
-    source = arguments.source
+    source, out = arguments.source, arguments.out
     check_source("source", source, "adapter", file=True)
     if arguments.variant and is_file(source):
         raise UsageError(f"--variant chooses among the files of a folder or repository; {source} is a file")
     if arguments.revision and Path(source).exists():
         raise UsageError(f"--revision is of a Hub repository; {source} is on this machine")
-    check_out(arguments.out)
-    if (Path(arguments.out) / "gligen_adapter.json").exists():
-        raise UsageError(f"--out {arguments.out} holds an adapter already; choose another folder")
+    check_out(out)
+    if (Path(out) / "gligen_adapter.json").exists():
+        raise UsageError(f"--out {out} holds an adapter already; choose another folder")
+    return (arguments,)
 
 
 def run(arguments: Namespace) -> None:

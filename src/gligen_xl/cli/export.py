@@ -6,21 +6,18 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from .common import Parser, check_model, quiet_imports
+from .common import Parser, check_model, load_source, source_arguments
 from .values import UsageError, check_out, dtype
 
-HELP = "A model with its adapter to a folder that plain diffusers loads, grounding included."
+HELP = "Write a model and its adapter as a folder that plain diffusers loads, grounding included."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
-    parser.add_argument("--model", required=True, help="pipeline folder, checkpoint file, Hub repository, or shapes")
-    parser.add_argument("--config", help="beside a checkpoint file: a pipeline folder or repository of its kind")
-    parser.add_argument("--adapter", help="adapter folder or Hub repository, in place of the one of the model")
+    source_arguments(parser, required=True)
     parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--dtype", type=dtype, default="float32", help="to write, as fp16")
-    parser.add_argument("--variant", help="of the model's files, as fp16")
-    parser.add_argument("--out_variant", help="put into the names of the files that are written, as fp16")
-    parser.add_argument("--max_shard_size", default="10GB", help="of one file")
+    parser.add_argument("--dtype", type=dtype, default="float32", help="number format of the files, such as fp16")
+    parser.add_argument("--out_variant", help="variant in the names of the files, such as fp16")
+    parser.add_argument("--max_shard_size", default="10GB", help="largest size of one file")
     arguments = parser.parse_args(words)
     check_model(arguments)
     check_out(arguments.out)
@@ -30,20 +27,10 @@ def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
 
 
 def run(arguments: Namespace) -> None:
-    quiet_imports()
-    import torch
+    pipeline = load_source(arguments, arguments.dtype)
 
-    from ..adapter.io import adapter_folder
-    from ..pipelines.auto import load_pipeline
-    from ..pipelines.export import check_new, export_pipeline
+    from ..pipelines.export import export_pipeline
 
-    check_new(arguments.out)
-    adapter = adapter_folder(arguments.adapter) if arguments.adapter else None
-    loading = {"variant": arguments.variant} if arguments.variant else {}
-    dtype = getattr(torch, arguments.dtype)
-    pipeline = load_pipeline(arguments.model, config=arguments.config, dtype=dtype, **loading)
-    if adapter is not None:
-        pipeline.load_gligen_adapter(adapter)
     export_pipeline(pipeline, arguments.out, variant=arguments.out_variant, max_shard_size=arguments.max_shard_size)
     print(
         f"a pipeline for diffusers in {arguments.out}: DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ..escape import file_name, printable
 from ..io import whole_file
 from ..layout import Layout, read_layouts
 from ..limits import MAX_IMAGES
-from .common import Parser, check_generation, load, model_arguments, refuse_beside, say, settle_guidance, watched
+from .common import Parser, check_generation, load, model_arguments, refuse_beside, say, watched
 from .loras import add_loras, find_lora, parse_lora
 from .schedulers import new_scheduler, scheduler_settings
 from .values import UsageError, check_file, check_out, check_source, count, numbers
@@ -25,47 +26,46 @@ if TYPE_CHECKING:
 
     from ..pipelines import GroundingMixin
 
-HELP = "Layouts to images."
-MULTIPLE = 8  # pixels, of which a side is a multiple
+HELP = "Generate images from layouts."
+MULTIPLE = 8  # pixels; sides are multiples of it
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace, list[Layout], float | list[float]]:
-    parser.add_argument("--prompt", action="append", help="the whole image, in words; once for each image")
-    parser.add_argument("--phrase", action="append", default=[], help="an object; once for each")
-    parser.add_argument("--box", action="append", nargs="+", default=[], help="its box: x0 y0 x1 y1 in 0-1")
-    parser.add_argument("--layout", help="in place of these, a JSON or JSONL file: prompt, phrases, boxes")
-    parser.add_argument("--beta", default="0.3", help="share of the steps with grounding, or on,decay,off shares")
-    parser.add_argument("--negative_prompt", help="what should not be in it")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 8")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 8")
-    parser.add_argument("--count", type=count, default=1, help="images of each layout")
-    parser.add_argument("--draw", action="store_true", help="write a second image of each with its boxes drawn")
-    parser.add_argument("--out", default="pictures", help="folder for the PNGs")
+    add = parser.add_argument
+    add("--prompt", action="append", help="the whole image, in words; repeat it for several images")
+    add("--phrase", action="append", default=[], help="an object; repeat it for each")
+    add("--box", action="append", nargs="+", default=[], help="the object's box: x0 y0 x1 y1 in 0-1")
+    add("--layout", help="instead of these, a JSON or JSONL file: prompt, phrases, boxes")
+    add("--beta", default="0.3", help="share of the steps with grounding, or on,decay,off shares")
+    add("--negative_prompt", help="what should not be in the image")
+    add("--width", type=int, help="pixels, a multiple of 8")
+    add("--height", type=int, help="pixels, a multiple of 8")
+    add("--count", type=count, default=1, help="images of each layout")
+    add("--draw", action="store_true", help="write a second image of each, with its boxes drawn")
+    add("--out", default="pictures", help="folder for the PNGs")
     model_arguments(parser, random_seed=True)
-    parser.add_argument("--adapter_scale", type=float, default=1.0, help="of the gates: 1 as trained, 0 off")
-    parser.add_argument(
-        "--lora", action="append", default=[], help="folder, file or repository; PATH=0.8 for its scale"
-    )
-    parser.add_argument("--scheduler", help="euler_a, dpm++2m-karras, unipc, ..., or a class of diffusers")
-    parser.add_argument("--inpaint_image", help="an image whose outside of the boxes is kept")
-    parser.add_argument("--image", help="start from this image (image-to-image)")
-    parser.add_argument("--mask", help="with --image: white is painted anew, black is kept")
-    parser.add_argument("--strength", type=float, help="with --image: how much is painted over, 0-1; by default 0.8")
-    parser.add_argument("--controlnet", nargs="+", default=[], help="folders or repositories")
-    parser.add_argument("--control_image", nargs="+", default=[], help="one for each ControlNet, in order")
-    parser.add_argument("--control_scale", type=float, nargs="+", default=[], help="one for each; 1 by default")
+    add("--adapter_scale", type=float, default=1.0, help="multiplies the gates: 1 as trained, 0 off")
+    add("--lora", action="append", default=[], help="folder, file or repository; PATH=0.8 sets its scale")
+    add("--scheduler", help="euler_a, dpm++2m-karras, unipc, ..., or a class of diffusers")
+    add("--inpaint_image", help="an image that is kept outside the boxes")
+    add("--image", help="start from this image (image-to-image)")
+    add("--mask", help="with --image: white is painted anew, black is kept")
+    add("--strength", type=float, help="with --image: how much is painted over, 0-1; by default 0.8")
+    add("--controlnet", nargs="+", default=[], help="folders or repositories")
+    add("--control_image", nargs="+", default=[], help="one for each ControlNet, in order")
+    add("--control_scale", type=float, nargs="+", default=[], help="one for each ControlNet; 1 by default")
     arguments = parser.parse_args(words)
-    arguments.random_seed = _asks_for_a_random_seed(words)
-    _check(arguments)
+    arguments.random_seed = "--seed=-1" in words or ("--seed", "-1") in pairwise(words)
+    _check_options(arguments)
     layouts, beta = _requested_layouts(arguments), _beta(arguments.beta)
-    _check_against(arguments, parser, layouts)
+    _check_with_layouts(arguments, parser, layouts)
     return arguments, layouts, beta
 
 
-# What is refused before a model is loaded ---------------------------------------------------------------------------
+# Checks before a model is loaded ------------------------------------------------------------------------------------
 
 
-def _check(arguments: Namespace) -> None:
+def _check_options(arguments: Namespace) -> None:
     if arguments.mask and not arguments.image:
         raise UsageError("--mask says what of --image is painted anew; give both")
     if arguments.inpaint_image and arguments.image:
@@ -85,18 +85,17 @@ def _check(arguments: Namespace) -> None:
         check_source("controlnet", net, "ControlNet")
     for words in arguments.lora:
         parse_lora(words)
-    for name in ("image", "mask", "inpaint_image"):
-        if arguments[name]:
-            check_file(name, arguments[name], "an image")
-    for name in arguments.control_image:
-        check_file("control_image", name, "an image")
+    for name in ("image", "mask", "inpaint_image", "control_image"):
+        images = arguments[name] or []
+        for image in [images] if isinstance(images, str) else images:
+            check_file(name, image, "an image")
     if arguments.scheduler:
         scheduler_settings(arguments.scheduler)
-    if not abs(arguments.adapter_scale) < float("inf"):
-        raise UsageError(f"--adapter_scale is {arguments.adapter_scale}; expected a finite number")
-    for scale in arguments.control_scale:
-        if not abs(scale) < float("inf"):
-            raise UsageError(f"--control_scale is {scale}; expected a finite number")
+    for name in ("adapter_scale", "control_scale"):
+        scales = arguments[name]
+        for scale in scales if isinstance(scales, list) else [scales]:
+            if not math.isfinite(scale):
+                raise UsageError(f"--{name} is {scale}; expected a finite number")
     check_out(arguments.out)
 
 
@@ -110,35 +109,37 @@ def _check_strength(strength: float, steps: int) -> None:
         )
 
 
-def _check_against(arguments: Namespace, parser: Parser, layouts: Sequence[Layout]) -> None:
-    """What the options mean only together with the layouts."""
+def _check_with_layouts(arguments: Namespace, parser: Parser, layouts: Sequence[Layout]) -> None:
+    """Check options whose meaning depends on the layouts."""
     grounded = [layout for layout in layouts if layout.boxes]
     if not grounded:
         refuse_beside(arguments, parser, ("beta", "adapter_scale"), "is of the boxes, and there are none; leave it out")
         if arguments.draw:
             raise UsageError("--draw draws the boxes, and there are none; leave it out")
     if arguments.inpaint_image and len(grounded) < len(layouts):
-        raise UsageError("--inpaint_image keeps what lies outside the boxes; every layout needs one or more")
+        raise UsageError("--inpaint_image keeps what is outside the boxes; every layout needs one or more")
     if arguments.inpaint_image and arguments.controlnet and not all(one.width and one.height for one in layouts):
-        raise UsageError("--inpaint_image beside --controlnet needs --width and --height")
+        raise UsageError("--inpaint_image with --controlnet needs --width and --height")
     if arguments.seed != parser.get_default("seed") and all(layout.seed is not None for layout in layouts):
         raise UsageError(
             f"--seed is {arguments.seed}, but every layout of {arguments.layout} has its own; leave it out"
         )
-    if arguments.negative_prompt and arguments.guidance_scale is not None and arguments.guidance_scale <= 1:
-        raise UsageError(
-            f"--negative_prompt works by guidance, and --guidance_scale {arguments.guidance_scale:g} is none; give one"
-        )
+    scale = arguments.guidance_scale
+    if arguments.negative_prompt and scale is not None and scale <= 1:
+        raise UsageError(f"--negative_prompt works by guidance, and --guidance_scale {scale:g} is none; give one")
     for layout in layouts if not arguments.image else ():
         for name in ("width", "height"):
             pixels = getattr(layout, name)
             if pixels is not None and pixels % MULTIPLE:
                 near = max(round(pixels / MULTIPLE), 1) * MULTIPLE
-                raise UsageError(f"{name} is {pixels}; expected a number divisible by {MULTIPLE}, as {near}")
+                raise UsageError(f"{name} is {pixels}; expected a number divisible by {MULTIPLE}, such as {near}")
+
+
+# Layouts of the command line ----------------------------------------------------------------------------------------
 
 
 def _requested_layouts(arguments: Namespace) -> list[Layout]:
-    """What the command asks for, each layout as often as --count says."""
+    """Return the requested layouts, each as often as --count says."""
     direct = arguments.prompt is not None or arguments.phrase or arguments.box
     if arguments.layout and direct:
         raise UsageError("give --layout FILE, or --prompt with --phrase and --box; not both")
@@ -153,23 +154,21 @@ def _requested_layouts(arguments: Namespace) -> list[Layout]:
         layouts = [Layout(prompt=prompt, phrases=arguments.phrase, boxes=boxes) for prompt in prompts]
     if arguments.count * len(layouts) > MAX_IMAGES:
         raise UsageError(
-            f"--count is {arguments.count}, of {len(layouts)} layouts; expected {MAX_IMAGES} images at most"
+            f"--count is {arguments.count}, of {len(layouts)} layouts; expected at most {MAX_IMAGES} images"
         )
     settings = ("width", "height", "negative_prompt")
-    given = {name: arguments[name] for name in settings if arguments[name] is not None}
-    layouts = [Layout.from_dict(layout.to_dict() | given) for layout in layouts]
-    repeated = []
-    for layout in layouts:
-        for k in range(arguments.count):
-            seed = {} if layout.seed is None else {"seed": layout.seed + k}
-            repeated.append(Layout.from_dict(layout.to_dict() | seed))
-    return repeated
+    changes = {name: arguments[name] for name in settings if arguments[name] is not None}
+    return [
+        replace(layout, **changes, seed=None if layout.seed is None else layout.seed + k)
+        for layout in layouts
+        for k in range(arguments.count)
+    ]
 
 
-def _boxes(given: list[list[str]]) -> list[list[float]]:
-    """Boxes of the command line: one, or several, after each --box."""
+def _boxes(options: list[list[str]]) -> list[list[float]]:
+    """Parse the boxes of the command line: one, or several, after each --box."""
     boxes = []
-    for words in given:
+    for words in options:
         values = numbers(" ".join(words), "--box")
         if not values or len(values) % 4:
             raise UsageError(f"--box is {' '.join(words)!r}, {len(values)} numbers; expected four: x0 y0 x1 y1")
@@ -189,30 +188,22 @@ def _beta(text: str) -> float | list[float]:
     return beta
 
 
-def _asks_for_a_random_seed(words: list[str]) -> bool:
-    return "--seed=-1" in words or ("--seed", "-1") in pairwise(words)
-
-
 # Generating ---------------------------------------------------------------------------------------------------------
 
 
 def run(arguments: Namespace, layouts: list[Layout], beta: float | list[float]) -> None:
-    settings = _images(arguments)
-    files, scales = [], []
-    for words in arguments.lora:
-        path, scale = parse_lora(words)
-        files.append(find_lora(path))
-        scales.append(scale)
-    settle_guidance(arguments)
+    settings = _image_arguments(arguments)
+    loras = [parse_lora(words) for words in arguments.lora]
+    files = [find_lora(path) for path, _ in loras]
     start = "mask" if arguments.mask else "image" if arguments.image else "noise"
     pipeline = load(arguments, start=start, controlnets=arguments.controlnet)
     if arguments.adapter_scale != 1:
         pipeline.set_gligen_adapter_scale(arguments.adapter_scale)
-    add_loras(pipeline, files, scales)
+    add_loras(pipeline, files, [scale for _, scale in loras])
     if arguments.scheduler:
         pipeline.scheduler = new_scheduler(arguments.scheduler, pipeline.scheduler)
     if arguments.random_seed:
-        print(f"seed {arguments.seed}, drawn at random; --seed {arguments.seed} makes the same images again")
+        print(f"seed {arguments.seed}, drawn at random; repeat these images with --seed {arguments.seed}")
     _generate(arguments, pipeline, layouts, beta, settings)
     say(f"{len(layouts)} images in {arguments.out}")
 
@@ -224,7 +215,7 @@ def _generate(
     beta: float | list[float],
     settings: dict[str, Any],
 ) -> None:
-    """Write each image as it comes, with how it was made."""
+    """Write each image as soon as it is made, with the settings that made it."""
     from ..generate import generate_batches, image_seed
     from ..images.draw import draw_boxes, png_metadata
 
@@ -263,7 +254,7 @@ def _generate(
 
 
 def _about(arguments: Namespace) -> dict[str, Any]:
-    """The options that an image depends on, those that were given."""
+    """Return the options that an image depends on, if they are given."""
     names = (
         "steps", "guidance_scale", "model", "config", "variant", "dtype", "adapter", "adapter_scale", "lora",
         "scheduler", "inpaint_image", "image", "mask", "strength", "controlnet", "control_image", "control_scale",
@@ -272,17 +263,17 @@ def _about(arguments: Namespace) -> dict[str, Any]:
 
 
 def _used(layout: Layout, pipeline: GroundingMixin) -> Layout:
-    """The layout with the boxes that the model was given: as many as the adapter has slots."""
-    from ..adapter import adapter_config, is_attached
+    """Return the layout with the boxes that the model was given: as many as the adapter has slots."""
+    from ..adapter import GligenAdapter
 
-    if not is_attached(pipeline.unet):
+    if (adapter := GligenAdapter.find(pipeline.unet)) is None:
         return layout
-    slots = adapter_config(pipeline.unet).slots
+    slots = adapter.config.slots
     return replace(layout, phrases=layout.phrases[:slots], boxes=layout.boxes[:slots])
 
 
-def _images(arguments: Namespace) -> dict[str, Any]:
-    """What the call of the pipeline is given beside the layouts."""
+def _image_arguments(arguments: Namespace) -> dict[str, Any]:
+    """Open the images of the options, and return the arguments of the pipeline that they are for."""
     settings: dict[str, Any] = {}
     if arguments.inpaint_image:
         settings["gligen_inpaint_image"] = _open(arguments.inpaint_image)
@@ -311,6 +302,6 @@ def _open(name: str) -> Image.Image:
 
 
 def _first_free_number(folder: Path) -> int:
-    """Images of an earlier command stay; numbering goes on after them."""
-    taken = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*.png")]
-    return max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
+    """Return the number after those of an earlier command's images, which stay."""
+    numbers = [path.name.partition("-")[0].partition(".")[0] for path in folder.glob("*.png")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1

@@ -1,4 +1,4 @@
-"""LoRAs: where they lie, at what scale, and onto a pipeline."""
+"""LoRAs: finds their files, and loads them onto a pipeline at their scales."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .values import UsageError, check_source, is_there, names_repository, numbers
+from ..io import names_repository, tensor_names
+from .values import UsageError, check_source, is_there, numbers
 
-_USUAL = "pytorch_lora_weights.safetensors"  # as diffusers writes it
+_USUAL = "pytorch_lora_weights.safetensors"  # the name that diffusers gives
+_ENDINGS = (".safetensors", ".bin")
 
 
 def parse_lora(words: str) -> tuple[str, float]:
-    """Path and scale of PATH or PATH=SCALE.
+    """Parse PATH or PATH=SCALE.
 
     Raises:
-        UsageError: another scale than a number. FileNotFoundError: there is no such file or folder.
+        UsageError: the scale is not a number. FileNotFoundError: there is no such file or folder.
     """
     path, equals, scale = words.rpartition("=")
     if not equals or is_there(words):
@@ -31,62 +33,65 @@ def parse_lora(words: str) -> tuple[str, float]:
     return path, values[0]
 
 
-def _is_file_of_repository(path: str) -> bool:
-    repository, _, name = path.rpartition("/")
-    return not is_there(path) and names_repository(repository) and name.endswith((".safetensors", ".bin"))
-
-
 def find_lora(path: str) -> Path:
-    """The file of a LoRA: itself, the one in a folder, or that of a repository, which is fetched.
+    """Return the file of a LoRA: `path` itself, the one in a folder, or that of a repository, downloaded.
+
+    Args:
+        path: a file, a folder, owner/name, or owner/name/FILE.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: several, or a damaged one.
+        FileNotFoundError: there is none. ValueError: there are several, or it is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     from ..hub import local_folder
 
     file = Path(path).expanduser()
     if not file.is_file():
-        wanted = ""
+        name = ""
         if _is_file_of_repository(path):
-            path, _, wanted = path.rpartition("/")
-        folder = local_folder(path, "LoRA", [wanted] if wanted else ["*.safetensors", "*.bin"])
-        files = [folder / wanted] if wanted else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-        usual = [one for one in files if one.name == _USUAL]
-        files = usual or [one for one in files if one.suffix == ".safetensors"] or files
-        if not files or not files[0].is_file():
-            raise FileNotFoundError(f"{path} holds no LoRA (--lora); expected a file that ends in .safetensors")
-        if len(files) > 1:
-            named = ", ".join(one.name for one in files[:5])
-            raise ValueError(f"{path} holds several LoRAs: {named}; name the file, as --lora {path}/{files[0].name}")
-        file = files[0]
+            path, _, name = path.rpartition("/")
+        folder = local_folder(path, "LoRA", [name] if name else [f"*{ending}" for ending in _ENDINGS])
+        file = folder / name if name else _only_lora(path, folder)
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} has no {name} (--lora)")
     if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "numpy"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+        tensor_names(file)  # raises if it is damaged
     return file
+
+
+def _only_lora(path: str, folder: Path) -> Path:
+    files = sorted(file for file in folder.iterdir() if file.suffix in _ENDINGS)
+    usual = [file for file in files if file.name == _USUAL]
+    files = usual or [file for file in files if file.suffix == ".safetensors"] or files
+    if not files:
+        raise FileNotFoundError(f"{path} holds no LoRA (--lora); expected a file that ends in .safetensors")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise ValueError(f"{path} holds several LoRAs: {names}; name the file, as --lora {path}/{files[0].name}")
+    return files[0]
+
+
+def _is_file_of_repository(path: str) -> bool:
+    repository, _, name = path.rpartition("/")
+    return not is_there(path) and names_repository(repository) and name.endswith(_ENDINGS)
 
 
 def add_loras(pipeline: Any, files: Sequence[Path], scales: Sequence[float]) -> None:
     """Load LoRAs onto the pipeline, each at its scale.
 
     Raises:
-        ValueError: one of them is none, or for another model; it names the file.
+        ValueError: one of them is not a LoRA, or for another model; it names the file.
     """
     names = [f"lora{number}" for number in range(len(files))]
     for file, name in zip(files, names, strict=True):
         try:
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
             loaded = {other for of_part in pipeline.get_list_adapters().values() for other in of_part}
-        except Exception as error:  # diffusers, peft and torch have each their own
+        except Exception as error:  # diffusers, peft and torch have their own classes
             text = " ".join(str(error).split())
             raise ValueError(
-                f"{file} is no LoRA for this model: {type(error).__name__}: {text[:300] or 'no reason given'}"
+                f"{file} is not a LoRA for this model: {type(error).__name__}: {text[:300] or 'no reason given'}"
             ) from error
         if name not in loaded:
-            raise ValueError(f"{file} is no LoRA for this model: nothing in it belongs to one of its layers")
+            raise ValueError(f"{file} is not a LoRA for this model: nothing in it belongs to one of its layers")
     if names:
         pipeline.set_adapters(names, list(scales))

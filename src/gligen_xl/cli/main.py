@@ -1,6 +1,6 @@
-"""The command line, `gligen-xl COMMAND ...`. It finds the command, runs it, and turns every error into one line.
+"""The command line, `gligen-xl COMMAND ...`: finds the command, runs it, and turns every error into one line.
 
-Wrong input ends with exit code 2, an interrupt with 130, a reader that is gone (`| head`) with 141 and no word.
+Wrong input ends with exit code 2, an interrupt with 130, a closed pipe (`| head`) with 141 and no message.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from . import (
 from .common import Parser, UsageError
 from .errors import one_line, shown
 
-TRACEBACK = "GLIGEN_XL_TRACEBACK"  # environment variable: set, errors come with where they arose, as by --traceback
-READER_GONE = 141  # 128 + SIGPIPE, what a shell gives for other programs
+TRACEBACK = "GLIGEN_XL_TRACEBACK"  # environment variable that does what --traceback does
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as for other programs
 
 COMMANDS = {
     "generate": generate,
@@ -63,17 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0 or what the command says, 2 for an error, 130 when interrupted, 141 when the reader is gone.
+        The exit code: 0 or the command's own, 2 for an error, 130 when interrupted, 141 when the pipe is closed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    whole = "--traceback" in words or bool(os.environ.get(TRACEBACK))
+    show_traceback = "--traceback" in words or bool(os.environ.get(TRACEBACK))
     words = [word for word in words if word != "--traceback"]
     name = words[0].lstrip("-") if words else ""
     _print_anything()
     try:
         with _warnings_in_one_line(name):
             code = _run(words, name)
-        sys.stdout.flush()  # here, where a reader that is gone is noticed
+        sys.stdout.flush()  # a closed pipe raises here
         return code
     except KeyboardInterrupt:
         _complain("interrupted")
@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(f"gligen-xl {printable(name)}: error: {shown(ended.code)}")
         return 2
-    except BaseException as error:  # panics of tokenizers are no Exceptions
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            return READER_GONE
-        if whole:
+    except BaseException as error:  # panics of tokenizers are not Exceptions
+        if isinstance(error, BrokenPipeError) and _pipe_is_closed():
+            return PIPE_CLOSED
+        if show_traceback:
             _complain("".join(traceback.format_exception(error)).rstrip())
         _complain(f"gligen-xl {printable(name)}: error: {one_line(error)}")
         return 2
@@ -125,7 +125,7 @@ def _overview() -> str:
 
 
 def _print_anything() -> None:
-    """A terminal that does not know a letter gets its escape; a prompt is no reason to fail."""
+    """Print escapes for letters that a terminal does not know, in place of failing."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -133,14 +133,14 @@ def _print_anything() -> None:
 
 @contextmanager
 def _warnings_in_one_line(name: str) -> Iterator[None]:
-    """Warnings are for the one who typed the command: without the line of code that they come from."""
+    """Print warnings on one line, without the line of code that they come from."""
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
         if not set(Path(filename).parts) & _NOT_FOR_USERS:
             _complain(f"gligen-xl {name}: warning: {shown(str(message))}")
 
     with warnings.catch_warnings():
-        if not sys.warnoptions:  # those of other libraries' next versions are for programmers
+        if not sys.warnoptions:  # deprecations are for programmers
             warnings.filterwarnings("ignore", category=FutureWarning, append=True)
             warnings.filterwarnings("ignore", category=DeprecationWarning, append=True)
         warnings.showwarning = show
@@ -151,18 +151,18 @@ _NOT_FOR_USERS = {"torch", "torchao", "bitsandbytes", "transformers", "accelerat
 
 
 def _complain(text: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads it
+    with suppress(OSError, ValueError):  # the pipe is closed
         print(text, file=sys.stderr, flush=True)
 
 
-def _reader_is_gone() -> bool:
-    """Whether nobody reads the standard output or error any more; nothing more is written there then."""
-    gone = False
+def _pipe_is_closed() -> bool:
+    """Whether nobody reads the standard output or error any more; then they are redirected to nowhere."""
+    closed = False
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):  # a stream without a file behind it
             waiting = select.poll()
             waiting.register(stream.fileno(), select.POLLOUT)
             if any(event & select.POLLERR for _, event in waiting.poll(0)):
-                gone = True
+                closed = True
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter flushes when it ends
-    return gone
+    return closed

@@ -1,4 +1,4 @@
-"""Schedulers by the names that people know them by: euler_a, "DPM++ 2M Karras", dpm++2m-sde, or diffusers' class."""
+"""Finds schedulers by their usual names: euler_a, "DPM++ 2M Karras", dpm++2m-sde, or diffusers' class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepSch
 _SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
 _PLUS = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 
-NAMED: Mapping[str, tuple[str, dict[str, Any]]] = {  # class, and what it is made with
+NAMED: Mapping[str, tuple[str, dict[str, Any]]] = {  # class, and settings
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
@@ -42,16 +42,16 @@ _OTHER_NAMES = {"eulerancestral": "euler_a", "dpm2ancestral": "dpm2_a", "dpmsolv
 
 
 def scheduler_settings(name: str) -> tuple[str, dict[str, Any]]:
-    """The class of a scheduler by any of its names, and what it is made with beside the model's own settings.
+    """Return the class of a scheduler by any of its names, and the settings that differ from the model's own.
 
     Raises:
-        UsageError: no scheduler is called so.
+        UsageError: no scheduler has that name.
     """
     plain = _plain(name)
     classes = {_plain(kind): kind for kind, _ in NAMED.values()}
     if plain in classes:
         return classes[plain], {}
-    if re.fullmatch(r"[A-Z]\w*Scheduler", name):  # another of diffusers', which may know more
+    if re.fullmatch(r"[A-Z]\w*Scheduler", name):  # another class of diffusers, which may have more
         return name, {}
     sigmas = next((ending for ending in _SIGMAS if plain.endswith(ending) and plain != ending), "")
     known = {_plain(other): other for other in NAMED}
@@ -73,10 +73,10 @@ def _plain(name: str) -> str:
 
 
 def new_scheduler(name: str, former: Any) -> Any:
-    """The scheduler of that name with the settings of the model's own.
+    """Make the scheduler of that name, with the settings of the model's own.
 
     Raises:
-        UsageError: the model cannot be sampled with it, it has no such sigmas, or it lacks a package.
+        UsageError: it does not suit the model, has no such sigmas, or needs a package that is missing.
     """
     import inspect
 

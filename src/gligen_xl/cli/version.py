@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .common import Parser
 
-HELP = "Versions of this program and of what it rests on."
+HELP = "Print the versions of this program and of the libraries it uses."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[()]:

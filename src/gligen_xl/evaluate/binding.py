@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..adapter.attach import adapter_config, adapter_state_dict, is_attached
-from ..adapter.fingerprint import fingerprint
+from ..adapter import adapter_config, adapter_state_dict, is_attached
+from ..adapter.weights import fingerprint
 from ..layout import Layout, write_layouts
 from ..pipelines.grounding import GroundingMixin
 from ..workdir import claim_settings, exclusive, read_settings

@@ -1,4 +1,4 @@
-"""A pipeline with its adapter as a folder that plain diffusers loads: a gated U-Net, and one file of code beside it."""
+"""Exports a pipeline and its adapter as a folder that plain diffusers loads: a gated U-Net, and one file of code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..adapter import adapter_config, fusers, inpaint_conv
+from ..adapter import GligenAdapter
+from ..hub import INDEX_NAME
 from ..io import read_json, whole_folder, write_json
 from ..redact import clean_model_folder
-from .loading import INDEX_NAME, SLOTS_SETTING, AdapterLoaderMixin
+from .loading import SLOTS_SETTING, AdapterLoaderMixin
 from .sd import StableDiffusionGLIGENPipeline
 from .sdxl import StableDiffusionXLGLIGENPipeline
 
@@ -21,38 +22,44 @@ CODE_NAME = "pipeline_gligen"
 
 
 def export_pipeline(pipeline: AdapterLoaderMixin, folder: str | Path, **saving: Any) -> None:
-    """Write a text-to-image pipeline in the published form (as `jiuntian/gligen-xl-1024`).
+    """Write a text-to-image pipeline in the published form (that of `jiuntian/gligen-xl-1024`).
 
-    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` gives it back, grounding included, where
-    gligen-xl is not installed; `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")` gives its U-Net. An
-    inpainting adapter becomes a folder for diffusers' own `StableDiffusionGLIGENPipeline`.
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads it, grounding included, where gligen-xl is
+    not installed; `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")` loads its U-Net. An inpainting
+    adapter becomes a folder for diffusers' own `StableDiffusionGLIGENPipeline`.
 
     Args:
-        saving: of diffusers' `save_pretrained`, as variant="fp16" or max_shard_size="5GB".
+        saving: of diffusers' `save_pretrained`, such as variant="fp16" or max_shard_size="5GB".
 
     Raises:
-        ValueError: no adapter, or one that diffusers' gated U-Net cannot be.
+        ValueError: the folder is not empty; there is no adapter, or one that a gated U-Net of diffusers cannot hold.
     """
     kinds = (StableDiffusionXLGLIGENPipeline, StableDiffusionGLIGENPipeline)
     if not isinstance(pipeline, kinds):
         raise ValueError(
             f"only text-to-image pipelines are exported, not {type(pipeline).__name__}; use from_pipe first"
         )
-    config = adapter_config(pipeline.unet)
+    adapter = GligenAdapter.of(pipeline.unet)
+    config = adapter.config
     if not config.published_form:
         raise ValueError(
             "diffusers' gated U-Net has a fuser on every block and no logit bias; this adapter has "
             f"every={config.every} and grounding_logit_bias={config.grounding_logit_bias:g} (blocks={config.blocks})"
         )
-    if any(fuser.scale != 1 for fuser in fusers(pipeline.unet).values()):
-        raise ValueError("the adapter's scale is not 1, which no file can say; set_gligen_adapter_scale(1) first")
+    if adapter.scale != 1:
+        raise ValueError(
+            f"the adapter's scale is {adapter.scale:g}, not 1, which no file can say; "
+            "call set_gligen_adapter_scale(1) first"
+        )
     for name, part in pipeline.components.items():
         if getattr(part, "peft_config", None):
-            raise ValueError(f"a LoRA lies on the {name}; fuse_lora() and unload_lora_weights() first, or unload it")
+            raise ValueError(
+                f"a LoRA is loaded on the {name}; fuse_lora() and unload_lora_weights() first, or unload it"
+            )
     if config.inpaint and (isinstance(pipeline, StableDiffusionXLGLIGENPipeline) or config.slots != 30):
-        raise ValueError("of inpainting adapters diffusers has a class for those of SD 1.x and 2.x with 30 slots alone")
+        raise ValueError("diffusers has a class only for inpainting adapters of SD 1.x and 2.x with 30 slots")
     check_new(folder)
-    with whole_folder(folder) as partial, _native(pipeline.unet):
+    with whole_folder(folder) as partial, _plain_conv(adapter):
         DiffusionPipeline.save_pretrained(pipeline, partial, **saving)
         index = read_json(partial / INDEX_NAME)
         if config.inpaint:
@@ -65,23 +72,23 @@ def export_pipeline(pipeline: AdapterLoaderMixin, folder: str | Path, **saving: 
 
 
 def check_new(folder: str | Path) -> None:
-    """An export takes the place of nothing."""
+    """Refuse to export into a folder that is not empty."""
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
-        raise ValueError(f"{folder} is there and not empty; export into a new folder")
+        raise ValueError(f"{folder} is not an empty folder; export into a new one")
 
 
 @contextmanager
-def _native(unet: Any) -> Iterator[None]:
-    """The U-Net as diffusers has it: an inpainting adapter's first convolution is an ordinary one of nine channels."""
-    if (conv := inpaint_conv(unet)) is None:
+def _plain_conv(adapter: GligenAdapter) -> Iterator[None]:
+    """Replace an inpainting adapter's first convolution by an ordinary one of nine channels, as diffusers has it."""
+    if (conv := adapter.inpaint_conv) is None:
         yield
         return
-    ordinary = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, device="meta")  # type: ignore[arg-type]
-    ordinary.weight, ordinary.bias = conv.weight, conv.bias
-    unet.conv_in = ordinary
-    unet.register_to_config(in_channels=conv.in_channels)
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, device="meta")  # type: ignore[arg-type]
+    plain.weight, plain.bias = conv.weight, conv.bias
+    adapter.unet.conv_in = plain
+    adapter.unet.register_to_config(in_channels=conv.in_channels)
     try:
         yield
     finally:
-        unet.conv_in = conv
-        unet.register_to_config(in_channels=4)
+        adapter.unet.conv_in = conv
+        adapter.unet.register_to_config(in_channels=4)

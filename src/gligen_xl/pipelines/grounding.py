@@ -1,8 +1,9 @@
-"""Grounding for a diffusers pipeline: layouts become tokens, and the U-Net is handed them while the schedule says so.
+"""Grounding for a diffusers pipeline: boxes become tokens (`tokens.py`), which the U-Net reads as long as the schedule
+says so.
 
 Nothing of diffusers' sampling loop is repeated here. At every step the loop reads the pipeline's property
-`cross_attention_kwargs`; the mixin overrides it and adds the grounding tokens where they are due. A callback at the
-end of each step counts the steps, and keeps the outside of the boxes when inpainting.
+`cross_attention_kwargs`; the mixin overrides it and adds the grounding tokens. A callback at the end of each step
+counts the steps, and keeps what is outside the boxes when inpainting.
 """
 
 from __future__ import annotations
@@ -16,40 +17,28 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
-from ..adapter import AdapterConfig, adapter_config, fade_adapter, inpaint_conv, is_attached
+from ..adapter import GligenAdapter
 from ..layout import Layout, validate_phrases
-from ..text_embeddings import phrase_width
 from ..worlds import all_worlds
-from .encoders import absent_encoders, check_prompt_encoders, encode_phrases
-from .inpaint import KeptImage, encode_images, fit_images, mask_as_trained, mask_outside
-from .layouts import (
-    ImageLayout,
-    embeds_a_image,
-    nested_phrases,
-    numbers_of_images,
-    one_a_image,
-    taken_apart,
-    warn_of_unused_settings,
-)
+from .encoders import check_phrase_width, check_prompt_encoders, encode_phrases, missing_encoders
+from .inpaint import KeptImage, images_to_keep, kept_image
+from .layouts import ImageLayout, image_layouts, nested_phrases, split_layouts, warn_of_unused_settings
 from .loading import AdapterLoaderMixin
 from .schedule import GroundingSchedule, step_of
-from .signature import with_merged_signature
-
-FORMER_ARGUMENTS = ("callback", "callback_steps")  # of former versions, which diffusers still reads
+from .signature import bound_arguments, with_merged_signature
+from .tokens import grounding_tokens, with_negative_half
 
 
 @dataclass
 class _Grounding:
-    """What one call of the pipeline is grounded with, and how far it has come."""
+    """The grounding of the call that runs."""
 
     tokens: dict[str, Tensor]
     schedule: GroundingSchedule
     kept: KeptImage | None = None
-    evaluation: int = 0  # of the U-Net; some schedulers ask it several times a step
+    evaluation: int = 0  # of the U-Net; some schedulers run it several times a step
 
 
 class GroundingMixin(AdapterLoaderMixin):
@@ -74,61 +63,64 @@ class GroundingMixin(AdapterLoaderMixin):
 
         Args:
             prompt: as for diffusers, whose every other argument is accepted too.
-            gligen_phrases: what stands in each box. One list serves all images; a list of lists gives one to each
-                prompt, or to each image (prompts x num_images_per_prompt).
-                Beside images with boxes, one with none is given null tokens: it is not the plain pipeline's.
+            gligen_phrases: what to draw in each box. One list serves all images; a list of lists gives one to each
+                prompt, or to each image (prompts x num_images_per_prompt). If only some images have boxes, those
+                without are given null tokens, and are not the plain pipeline's.
             gligen_boxes: nested like the phrases; a box is (x0, y0, x1, y1), 0-1, (0, 0) at the top left. It means the
                 same place at any width and height.
-            gligen_layouts: in place of both, a `Layout` for all, or a list of them. Their prompts serve where no prompt
+            gligen_layouts: instead of both, a `Layout` for all, or a list of them. Their prompts are used if no prompt
                 is given; sizes, seeds and negative prompts are the call's.
-            gligen_phrase_embeds: in place of phrases, or of those of the layouts, what `encode_gligen_phrases` gave for
-                them: (n, phrase_dim) for n boxes of all images, or a list of such, one a prompt or one an image.
-                No text encoder is asked then.
+            gligen_phrase_embeds: instead of phrases, or of those of the layouts, what `encode_gligen_phrases` returned
+                for them: (n, phrase_dim) for n boxes of all images, or a list of such, one per prompt or per image.
+                Then no text encoder is needed.
             gligen_scheduled_sampling_beta: share of the steps that are grounded, from the first on, and at least that
-                one unless it is 0; or the shares
-                (on, decay, off), the gates fading linearly in the second. Of the steps that run: with a strength or
-                `denoising_end`, of those.
+                one unless it is 0; or the shares (on, decay, off), the gates fading linearly in the second. With a
+                strength or `denoising_end`, the share is of the steps that run.
             gligen_inpaint_image: a PIL image, or one for each; cropped at the centre to the shape of the result. What
-                lies outside the boxes stays as in it. For text-to-image; pipelines that start from an image have
-                their own ways.
-            strict: more boxes than the adapter has slots are an error; otherwise the first are kept, with a warning.
+                is outside the boxes stays as in it. For text-to-image; pipelines that start from an image have
+                their own arguments.
+            strict: more boxes than the adapter has slots are an error; otherwise the first are used, with a warning.
 
         Raises:
-            ValueError: a layout that cannot be drawn, or boxes without an adapter. Nothing has run by then.
+            ValueError: a layout that cannot be drawn, or boxes without an adapter. No model has run by then.
         """
-        call = _bound(super().__call__, prompt, args, kwargs)  # type: ignore[misc]
+        plain = super().__call__  # type: ignore[misc]
+        call = bound_arguments(GroundingMixin._call, plain, prompt, args, kwargs)
         schedule = GroundingSchedule.parse(gligen_scheduled_sampling_beta)
         if gligen_layouts is not None:
             if gligen_phrases is not None or gligen_boxes is not None:
-                raise ValueError(
-                    "gligen_layouts stands in place of gligen_phrases and gligen_boxes; give one of the two"
-                )
-            prompts, gligen_phrases, gligen_boxes = taken_apart(gligen_layouts)
+                raise ValueError("gligen_layouts is used in place of gligen_phrases and gligen_boxes; give one of them")
+            prompts, gligen_phrases, gligen_boxes = split_layouts(gligen_layouts)
             warn_of_unused_settings(gligen_layouts, call)
             if call.get("prompt") is None and call.get("prompt_embeds") is None:
                 call["prompt"] = prompts
             if gligen_phrase_embeds is not None:
                 gligen_phrases = None
         self._check_parts(call)
-        layouts = self._layouts(call, gligen_phrases, gligen_boxes, gligen_phrase_embeds, strict)
+        layouts = image_layouts(call, gligen_phrases, gligen_phrase_embeds, gligen_boxes)
         grounded = any(len(layout) for layout in layouts)
-        if grounded and call.get("padding_mask_crop") is not None:
-            raise ValueError("padding_mask_crop shows the model another image than the boxes are of; crop it yourself")
+        if grounded:
+            layouts = self._fit_to_adapter(layouts, strict)
+            if call.get("padding_mask_crop") is not None:
+                raise ValueError("padding_mask_crop crops the image that the boxes refer to; crop it yourself")
         images = None
         if gligen_inpaint_image is not None:
-            images = self._images_to_keep(call, layouts, gligen_inpaint_image)
+            known = inspect.signature(plain).parameters
+            images = images_to_keep(self, call, known, layouts, gligen_inpaint_image)
         for world in all_worlds():
             world.check_call(self, call, layouts)
         if not grounded:
-            return super().__call__(**call)  # type: ignore[misc]
-        grounding = _Grounding(self._grounding_tokens(call, layouts), schedule)
+            return plain(**call)
+        lora_scale = (call.get("cross_attention_kwargs") or {}).get("scale")
+        tokens = grounding_tokens(self, layouts, GligenAdapter.of(self.unet).config, lora_scale)
+        grounding = _Grounding(tokens, schedule)
         if images is not None:
-            grounding.kept = self._kept_image(call, layouts, images)
+            grounding.kept = kept_image(self, call, layouts, images)
             call["latents"] = grounding.kept.noise
         with self._grounded(grounding):
-            return super().__call__(**self._counting(call))  # type: ignore[misc]
+            return plain(**self._with_callback(call, grounding))
 
-    __call__ = _call  # each class over one of diffusers' has one of its own, which shows the arguments of both
+    __call__ = _call  # each class over one of diffusers' has its own, which shows the arguments of both
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -144,7 +136,7 @@ class GroundingMixin(AdapterLoaderMixin):
         *,
         lora_scale: float | None = None,
     ) -> Tensor | list[Tensor]:
-        """Embed phrases ahead of a call, to be given to it as `gligen_phrase_embeds`.
+        """Embed phrases before a call, to be given to it as `gligen_phrase_embeds`.
 
         Only the text encoders and tokenizers are needed; afterwards they can be freed.
 
@@ -153,44 +145,96 @@ class GroundingMixin(AdapterLoaderMixin):
             lora_scale: of LoRAs on the text encoders, as `{"scale": ...}` of the call.
 
         Returns:
-            (n, phrase_dim) for n phrases; of a list of lists or of layouts a list, one tensor for each.
+            (n, phrase_dim) for n phrases; for a list of lists or of layouts a list, one tensor for each.
 
         Raises:
-            ValueError: a text encoder is not there, or phrases that are none.
+            ValueError: a text encoder is not loaded, or phrases are not strings.
         """
-        if absent := absent_encoders(self):
-            raise ValueError(f"phrases need {' and '.join(absent)}, which this pipeline is without; embed them before")
+        if missing := missing_encoders(self):
+            raise ValueError(f"phrases need {' and '.join(missing)}, which this pipeline is without; embed them before")
         if isinstance(phrases, Layout) or (
             isinstance(phrases, list | tuple) and any(isinstance(one, Layout) for one in phrases)
         ):
-            _, phrases, _ = taken_apart(phrases)  # type: ignore[arg-type]
+            _, phrases, _ = split_layouts(phrases)  # type: ignore[arg-type]
         if not nested_phrases(phrases):
             return encode_phrases(self, list(validate_phrases(phrases)), lora_scale)
         each = [validate_phrases(of_image) for of_image in list(phrases)]  # type: ignore[arg-type]
-        wanted = [phrase for of_image in each for phrase in of_image]
-        if not wanted:
-            raise ValueError("no phrases to embed")
-        return list(encode_phrases(self, wanted, lora_scale).split([len(of_image) for of_image in each]))
+        together = [phrase for of_image in each for phrase in of_image]
+        return list(encode_phrases(self, together, lora_scale).split([len(of_image) for of_image in each]))
+
+    # Before a model runs ----------------------------------------------------------------------------------------
+
+    def _check_parts(self, call: dict[str, Any]) -> None:
+        """Check that the parts that this call needs are loaded, and that the U-Net fits the pipeline."""
+        for name in ("unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"this pipeline is without its {name}; load it before generating")
+        if self.vae is None and call.get("output_type", "pil") != "latent":
+            raise ValueError("this pipeline is without its vae; load it, or ask for output_type='latent'")
+        if self.vae is not None and "Inpaint" not in type(self).__name__:
+            reads, given = self.unet.config["in_channels"], self.vae.config["latent_channels"]
+            if reads != given:
+                raise ValueError(
+                    f"this U-Net reads {reads} channels, and {type(self).__name__} gives it {given}; an inpainting "
+                    "model of GLIGEN needs its adapter (load_gligen_adapter), another one an Inpaint pipeline"
+                )
+        check_prompt_encoders(self, call)
+        if "gligen" in (call.get("cross_attention_kwargs") or {}):
+            raise ValueError(
+                "cross_attention_kwargs holds 'gligen', which this pipeline makes of gligen_phrases and gligen_boxes"
+            )
+
+    def _fit_to_adapter(self, layouts: list[ImageLayout], strict: bool) -> list[ImageLayout]:
+        """Check that the adapter can read the layouts, and drop the objects that it has no slots for."""
+        if (adapter := GligenAdapter.find(self.unet)) is None:
+            raise ValueError(
+                "gligen_boxes were given, but the U-Net carries no GLIGEN adapter; "
+                "call pipeline.load_gligen_adapter(folder_or_repository) first (--adapter on the command line)"
+            )
+        width, slots = adapter.config.phrase_dim, adapter.config.slots
+        embeds = [layout.embeds for layout in layouts if layout.embeds is not None]
+        if wrong := [rows for rows in embeds if rows.shape[1] != width]:
+            raise ValueError(
+                f"gligen_phrase_embeds are of width {wrong[0].shape[1]}, the adapter reads {width}; they come from "
+                "other text encoders"
+            )
+        if not embeds:
+            if missing := missing_encoders(self, width):
+                raise ValueError(
+                    f"phrases need {' and '.join(missing)}, which this pipeline is without; embed them before the "
+                    "encoders are freed (encode_gligen_phrases), and give them as gligen_phrase_embeds"
+                )
+            check_phrase_width(self, adapter.config, "the adapter")
+        longest = max(layouts, key=len)
+        if len(longest) <= slots:
+            return layouts
+        message = f"a layout has {len(longest)} objects, the adapter {slots} slots"
+        if strict:
+            raise ValueError(f"{message}; leave some out")
+        dropped = ", ".join(map(repr, longest.phrases[slots:]))
+        without = f", without {dropped if len(dropped) <= 200 else dropped[:197] + '...'}" if dropped else ""
+        warnings.warn(f"{message}; the first {slots} are kept{without}", stacklevel=4)
+        return [layout.first(slots) for layout in layouts]
+
+    # While the loop runs ----------------------------------------------------------------------------------------
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        """diffusers' own, with the grounding tokens while they are on. Read by the sampling loop at every step."""
+        """diffusers' own, with the grounding tokens while they are on. The sampling loop reads it at every step."""
         own: dict[str, Any] | None = super().cross_attention_kwargs  # type: ignore[misc]
         if (grounding := self._grounding) is None or not (evaluations := self._num_evaluations()):
             return own
-        step, steps = (step_of(self.scheduler, k) for k in (grounding.evaluation, evaluations - 1))
-        scale = grounding.schedule.scale(step, steps + 1)
+        step, last = (step_of(self.scheduler, k) for k in (grounding.evaluation, evaluations - 1))
+        scale = grounding.schedule.scale(step, last + 1)
         if not scale:
             return own
         if grounding.schedule.decay:
-            fade_adapter(self.unet, scale)
-        tokens = grounding.tokens
-        if self.do_classifier_free_guidance:  # the negative half stands first, with every slot empty
-            tokens = {name: torch.cat([torch.zeros_like(value), value]) for name, value in tokens.items()}
+            GligenAdapter.of(self.unet).fade(scale)
+        tokens = with_negative_half(grounding.tokens) if self.do_classifier_free_guidance else grounding.tokens
         return {**(own or {}), "gligen": tokens}
 
     def _num_evaluations(self) -> int:
-        """How often the loop of this call asks the U-Net; 0 before the first call has come to its loop."""
+        """How often the loop of this call runs the U-Net; 0 before the first call has reached its loop."""
         number = getattr(self, "_num_timesteps", 0)
         end = getattr(self, "denoising_end", None)
         if isinstance(end, float) and 0 < end < 1:  # the ControlNet pipeline counts before it cuts
@@ -199,151 +243,11 @@ class GroundingMixin(AdapterLoaderMixin):
             number = min(number, int((self.scheduler.timesteps >= cutoff).sum()))
         return number
 
-    def _check_channels(self) -> None:
-        """A U-Net that reads more than noisy latents belongs into another pipeline, or lacks its adapter."""
-        if self.vae is None or "Inpaint" in type(self).__name__:
-            return
-        reads, given = self.unet.config["in_channels"], self.vae.config["latent_channels"]
-        if reads != given:
-            raise ValueError(
-                f"this U-Net reads {reads} channels, and {type(self).__name__} gives it {given}; an inpainting model "
-                "of GLIGEN needs its adapter (load_gligen_adapter), another a pipeline of the Inpaint kind"
-            )
-
-    def _check_parts(self, call: dict[str, Any]) -> None:
-        """Whether the parts that this call needs are there, before any of them runs."""
-        for name in ("unet", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(f"this pipeline is without its {name}; load it before images are drawn")
-        if self.vae is None and call.get("output_type", "pil") != "latent":
-            raise ValueError("this pipeline is without its vae; load it, or ask for output_type='latent'")
-        self._check_channels()
-        check_prompt_encoders(self, call)
-        if "gligen" in (call.get("cross_attention_kwargs") or {}):
-            raise ValueError(
-                "cross_attention_kwargs holds 'gligen', which this pipeline makes of gligen_phrases and gligen_boxes"
-            )
-
-    # Layouts ----------------------------------------------------------------------------------------------------
-
-    def _layouts(self, call: dict[str, Any], phrases: Any, boxes: Any, embeds: Any, strict: bool) -> list[ImageLayout]:
-        """Checked phrases (or their embeddings) and boxes of every image of the call, in diffusers' order."""
-        if phrases is not None and embeds is not None:
-            raise ValueError("gligen_phrase_embeds stand in place of gligen_phrases; give one of the two")
-        if phrases is None and embeds is None and boxes is not None:
-            raise ValueError("gligen_boxes without gligen_phrases; give both, one box a phrase")
-        if boxes is None and (phrases is not None or embeds is not None):
-            given = "gligen_phrases" if embeds is None else "gligen_phrase_embeds"
-            raise ValueError(f"{given} without gligen_boxes; give both, one box a phrase")
-        if boxes is None:
-            return []
-        layouts = []
-        if embeds is None:
-            layouts = one_a_image(phrases, boxes, *numbers_of_images(call))
-            if not any(len(layout) for layout in layouts):
-                return layouts
-        if not is_attached(self.unet):
-            raise ValueError(
-                "gligen_boxes were given, but the U-Net carries no GLIGEN adapter; "
-                "call pipeline.load_gligen_adapter(folder_or_repository) first (--adapter on the command line)"
-            )
-        config = adapter_config(self.unet)
-        if embeds is None:
-            if absent := self._absent_for_phrases(config):
-                raise ValueError(
-                    f"phrases need {' and '.join(absent)}, which this pipeline is without; embed them before the "
-                    "encoders are freed (encode_gligen_phrases), and give gligen_phrase_embeds in their place"
-                )
-            self._check_phrase_width(config, "the adapter")
-        else:
-            layouts = embeds_a_image(embeds, boxes, *numbers_of_images(call), config.phrase_dim)
-        slots = config.slots
-        longest = max(layouts, key=len)
-        if len(longest) > slots:
-            message = f"a layout has {len(longest)} objects, the adapter {slots} slots"
-            if strict:
-                raise ValueError(f"{message}; leave some out")
-            out = ", ".join(map(repr, longest.phrases[slots:]))
-            without = f", without {out if len(out) <= 200 else out[:197] + '...'}" if out else ""
-            warnings.warn(f"{message}; the first {slots} are kept{without}", stacklevel=4)
-            layouts = [layout.first(slots) for layout in layouts]
-        return layouts
-
-    def _absent_for_phrases(self, config: AdapterConfig) -> list[str]:
-        """Text encoders that phrases need and that are not there; none where those that are give the whole width."""
-        absent, encoders = absent_encoders(self), self._text_parts()[1]
-        return absent if absent and phrase_width(encoders) != config.phrase_dim else []
-
-    @torch.no_grad()
-    def _grounding_tokens(self, call: dict[str, Any], layouts: list[ImageLayout]) -> dict[str, Tensor]:
-        """The position net's inputs for B images with N slots each.
-
-        Returns:
-            boxes (B, N, 4) float32, masks (B, N), positive_embeddings (B, N, phrase_dim).
-        """
-        config, device = adapter_config(self.unet), self._execution_device
-        given = [layout.embeds for layout in layouts if layout.embeds is not None]
-        if given:
-            embeddings = torch.cat([rows.to(device) for rows in given])
-        else:
-            wanted = [phrase for layout in layouts for phrase in layout.phrases]
-            embeddings = encode_phrases(self, wanted, (call.get("cross_attention_kwargs") or {}).get("scale"))
-        tokens = {
-            "boxes": torch.zeros(len(layouts), config.slots, 4, device=device),
-            "masks": torch.zeros(len(layouts), config.slots, device=device),
-            "positive_embeddings": torch.zeros(
-                len(layouts), config.slots, config.phrase_dim, device=device, dtype=embeddings.dtype
-            ),
-        }
-        first = 0
-        for k, layout in enumerate(layouts):
-            if n := len(layout):
-                tokens["boxes"][k, :n] = torch.tensor(layout.boxes, device=device)
-                tokens["masks"][k, :n] = 1
-                tokens["positive_embeddings"][k, :n] = embeddings[first : first + n].to(device)
-                first += n
-        return tokens
-
-    # Inpainting -------------------------------------------------------------------------------------------------
-
-    def _images_to_keep(self, call: dict[str, Any], layouts: list[ImageLayout], image: Any) -> list[Image.Image]:
-        """Of the size of the result, one for all or one for each; nothing has run yet."""
-        arguments = inspect.signature(super().__call__).parameters  # type: ignore[misc]
-        if "strength" in arguments:
-            raise ValueError(
-                f"gligen_inpaint_image is for text-to-image; {type(self).__name__} starts from its own image"
-            )
-        if "image" in arguments and not (call.get("height") and call.get("width")):
-            raise ValueError("gligen_inpaint_image beside a control image needs height and width")
-        if not all(len(layout) for layout in layouts) or not layouts:
-            raise ValueError("gligen_inpaint_image keeps what lies outside the boxes; every image needs one or more")
-        generators = call.get("generator")
-        if isinstance(generators, list) and len(generators) != len(layouts):
-            raise ValueError(f"{len(generators)} generators for {len(layouts)} images; expected one for each")
-        usual = self.unet.config.sample_size
-        usual = (usual, usual) if isinstance(usual, int) else usual
-        sizes = zip((call.get("height"), call.get("width")), usual, strict=True)
-        height, width = (given or cells * self.vae_scale_factor for given, cells in sizes)
-        if height % 8 or width % 8:
-            raise ValueError(f"height and width are {height} and {width}; expected multiples of 8")
-        return fit_images(image, len(layouts), height, width)
-
-    def _kept_image(self, call: dict[str, Any], layouts: list[ImageLayout], images: list[Image.Image]) -> KeptImage:
-        device = self._execution_device
-        latents = encode_images(self, images, device).to(self.unet.dtype)
-        if (noise := call.get("latents")) is None:
-            shape = (len(layouts), *latents.shape[1:])
-            noise = randn_tensor(shape, generator=call.get("generator"), device=device, dtype=self.unet.dtype)
-        boxes = [layout.boxes for layout in layouts]
-        mask, seen = (make(boxes, *latents.shape[2:]).to(latents) for make in (mask_outside, mask_as_trained))
-        return KeptImage(latents, noise.to(device), mask, seen)
-
-    # The schedule -----------------------------------------------------------------------------------------------
-
     @contextmanager
     def _grounded(self, grounding: _Grounding) -> Iterator[None]:
-        self._grounding = grounding
-        conv = inpaint_conv(self.unet)
+        """Ground the U-Net within the block."""
+        self._grounding, adapter = grounding, GligenAdapter.of(self.unet)
+        conv = adapter.inpaint_conv
         if conv is not None:  # for the whole call, as in GLIGEN: the schedule ends the fusers alone
             conv.active, conv.kept = True, grounding.kept.channels() if grounding.kept is not None else None
         try:
@@ -351,49 +255,28 @@ class GroundingMixin(AdapterLoaderMixin):
         finally:
             self._grounding = None
             if grounding.schedule.decay:
-                fade_adapter(self.unet, 1.0)
+                adapter.fade(1.0)
             if conv is not None:
                 conv.active, conv.kept = False, None
 
-    def _counting(self, call: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments with a callback that counts steps, keeps what is kept, and then runs the user's."""
+    def _with_callback(self, call: dict[str, Any], grounding: _Grounding) -> dict[str, Any]:
+        """Add a callback that counts steps, blends the kept image in, and then runs the user's callback."""
         users: Callable | None = call.get("callback_on_step_end")
-        wanted: list[str] = ["latents"] if users is not None else []
+        inputs: list[str] = ["latents"] if users is not None else []
         if isinstance(users, PipelineCallback | MultiPipelineCallbacks):
-            wanted = users.tensor_inputs
+            inputs = users.tensor_inputs
         elif users is not None and call.get("callback_on_step_end_tensor_inputs") is not None:
-            wanted = call["callback_on_step_end_tensor_inputs"]
-        grounding = self._grounding
-        assert grounding is not None
+            inputs = call["callback_on_step_end_tensor_inputs"]
         kept = grounding.kept
 
-        def count(pipeline: Any, evaluation: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def at_step_end(pipeline: Any, evaluation: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             grounding.evaluation = evaluation + 1
             changed = {}
             if kept is not None:
                 changed["latents"] = tensors["latents"] = kept.blend(tensors["latents"], self.scheduler, evaluation)
             if users is not None:
-                changed |= users(pipeline, evaluation, timestep, {name: tensors[name] for name in wanted})
+                changed |= users(pipeline, evaluation, timestep, {name: tensors[name] for name in inputs})
             return changed
 
-        inputs = list(dict.fromkeys([*wanted, *(["latents"] if kept is not None else [])]))
-        return {**call, "callback_on_step_end": count, "callback_on_step_end_tensor_inputs": inputs}
-
-
-# The call's arguments -----------------------------------------------------------------------------------------------
-
-
-def _bound(method: Callable, prompt: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, as diffusers' own call would take them; what it does not know is a TypeError."""
-    signature = inspect.signature(method)
-    given = ([prompt] if prompt is not None or args else []) + list(args)
-    call = signature.bind_partial(*given, **kwargs).arguments
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # diffusers' own ignores in silence what it does not know
-            further = call.pop(name, {})
-            if unknown := sorted(set(further) - set(FORMER_ARGUMENTS)):
-                known = [*signature.parameters, *inspect.signature(GroundingMixin._call).parameters]
-                own = [name for name in dict.fromkeys(known) if name not in ("self", "args", "kwargs")]
-                raise TypeError(f"unknown arguments {unknown}; this pipeline takes {', '.join(own)}")
-            call |= further
-    return call
+        names = list(dict.fromkeys([*inputs, *(["latents"] if kept is not None else [])]))
+        return {**call, "callback_on_step_end": at_step_end, "callback_on_step_end_tensor_inputs": names}

@@ -1,4 +1,4 @@
-"""The layouts of one call: given for all images, for each prompt or for each image; one for each image after."""
+"""The layouts of one call: given for all images, for each prompt or for each image; afterwards one for each image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS = {"width": "width", "height": "height", "negative_prompt": "negative_p
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Of one image: boxes, and for each its phrase, or the phrase's embedding (n, phrase_dim)."""
+    """The boxes of one image, with a phrase for each or the phrases' embeddings, (n, phrase_dim)."""
 
     boxes: tuple[Box, ...]
     phrases: tuple[str, ...] = ()
@@ -31,21 +31,21 @@ class ImageLayout:
         return ImageLayout(self.boxes[:number], self.phrases[:number], embeds)
 
 
-def taken_apart(layouts: Layout | Sequence[Layout]) -> tuple[Any, Any, Any]:
-    """Prompts, phrases and boxes of one layout or of a list."""
+# The argument gligen_layouts ----------------------------------------------------------------------------------------
+
+
+def split_layouts(layouts: Layout | Sequence[Layout]) -> tuple[Any, Any, Any]:
+    """Split one layout, or a list of them, into prompts, phrases and boxes."""
     if isinstance(layouts, Layout):
         return layouts.prompt, list(layouts.phrases), [list(box) for box in layouts.boxes]
     if not isinstance(layouts, list | tuple) or not layouts or not all(isinstance(one, Layout) for one in layouts):
         raise ValueError(f"gligen_layouts is {layouts!r:.80}; expected a Layout or a list of them")
-    return (
-        [layout.prompt for layout in layouts],
-        [list(layout.phrases) for layout in layouts],
-        [[list(box) for box in layout.boxes] for layout in layouts],
-    )
+    prompts, phrases, boxes = zip(*(split_layouts(layout) for layout in layouts), strict=True)
+    return list(prompts), list(phrases), list(boxes)
 
 
 def warn_of_unused_settings(layouts: Layout | Sequence[Layout], call: dict[str, Any]) -> None:
-    """Settings of layouts are not those of a call: one call has one size, and generators of its own."""
+    """Warn of settings of layouts that a call does not read: it has one size, and its own generators."""
     each = [layouts] if isinstance(layouts, Layout) else layouts
     unused = [
         f"{setting} (give {argument})"
@@ -56,71 +56,68 @@ def warn_of_unused_settings(layouts: Layout | Sequence[Layout], call: dict[str, 
         warnings.warn(f"gligen_layouts hold settings that a call does not read: {', '.join(unused)}", stacklevel=4)
 
 
-def numbers_of_images(call: dict[str, Any]) -> tuple[int, int]:
-    """Prompts of the call, and images for each."""
-    prompt, embeds = call.get("prompt"), call.get("prompt_embeds")
-    number = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, list | tuple) else 1
-    return number, call.get("num_images_per_prompt") or 1
+# Phrases, embeddings and boxes --------------------------------------------------------------------------------------
 
 
-def one_a_image(phrases: Any, boxes: Any, num_prompts: int, per_prompt: int) -> list[ImageLayout]:
-    """Checked layouts for every image, of one for all, one a prompt, or one an image.
+def image_layouts(call: dict[str, Any], phrases: Any, embeds: Any, boxes: Any) -> list[ImageLayout]:
+    """Check the phrases (or their embeddings) and boxes of a call, and give every image its layout.
 
-    Raises:
-        ValueError: a layout that cannot be drawn, another number of them, or other nesting.
-    """
+    Args:
+        call: arguments of the call by name; they say how many images there are.
+        phrases, embeds, boxes: the arguments gligen_phrases, gligen_phrase_embeds and gligen_boxes, or None.
 
-    def checked(of_image: Any, its_boxes: Any) -> ImageLayout:
-        valid_phrases, valid_boxes = validate(of_image, its_boxes)
-        return ImageLayout(valid_boxes, valid_phrases)
-
-    phrases = _plain(phrases)
-    return _for_each(phrases, _is_nested(phrases), boxes, num_prompts, per_prompt, checked, "gligen_phrases")
-
-
-def embeds_a_image(embeds: Any, boxes: Any, num_prompts: int, per_prompt: int, phrase_dim: int) -> list[ImageLayout]:
-    """As `one_a_image`, for embeddings of phrases: (n, phrase_dim) for all images, or a list of such.
+    Returns:
+        One layout for each image, in diffusers' order; nothing if there are no boxes at all.
 
     Raises:
-        ValueError: as there; or embeddings that are no finite numbers, or of another width.
+        ValueError: a layout that cannot be drawn, another number of them, or different nesting.
     """
-
-    def checked(of_image: Any, its_boxes: Any) -> ImageLayout:
-        valid_boxes = validate_boxes(its_boxes)
-        rows = _tensor(of_image)
-        if not valid_boxes and not rows.numel():
-            return ImageLayout(())
-        if rows.ndim != 2 or len(rows) != len(valid_boxes):
-            raise ValueError(
-                f"gligen_phrase_embeds of shape {tuple(rows.shape)} for {len(valid_boxes)} boxes; expected "
-                f"({len(valid_boxes)}, {phrase_dim}), one row a box"
-            )
-        if rows.shape[1] != phrase_dim:
-            raise ValueError(
-                f"gligen_phrase_embeds are of width {rows.shape[1]}, the adapter reads {phrase_dim}; they come from "
-                "other text encoders"
-            )
-        if not rows.isfinite().all():
-            raise ValueError("gligen_phrase_embeds hold values that are no finite numbers")
-        return ImageLayout(valid_boxes, embeds=rows)
-
-    nested = len(embeds) > 0 if isinstance(embeds, list | tuple) else _tensor(embeds).ndim == 3
-    return _for_each(embeds, nested, boxes, num_prompts, per_prompt, checked, "gligen_phrase_embeds")
+    if phrases is not None and embeds is not None:
+        raise ValueError("gligen_phrase_embeds replace gligen_phrases; give one of the two")
+    objects, name = (phrases, "gligen_phrases") if embeds is None else (embeds, "gligen_phrase_embeds")
+    if (objects is None) != (boxes is None):
+        present, absent = ("gligen_boxes", "gligen_phrases") if objects is None else (name, "gligen_boxes")
+        raise ValueError(f"{present} without {absent}; give both, one box per phrase")
+    if boxes is None:
+        return []
+    if embeds is None:
+        objects = _plain(phrases)
+        nested, check = _is_nested(objects), _check_phrases
+    else:
+        nested = len(embeds) > 0 if isinstance(embeds, list | tuple) else _tensor(embeds).ndim == 3
+        check = _check_embeds
+    return _per_image(objects, nested, _plain(boxes), call, check, name)
 
 
-def _for_each(
-    objects: Any,
-    nested: bool,
-    boxes: Any,
-    num_prompts: int,
-    per_prompt: int,
-    checked: Callable[[Any, Any], ImageLayout],
-    name: str,
+def _check_phrases(phrases: Any, boxes: Any) -> ImageLayout:
+    valid_phrases, valid_boxes = validate(phrases, boxes)
+    return ImageLayout(valid_boxes, valid_phrases)
+
+
+def _check_embeds(embeds: Any, boxes: Any) -> ImageLayout:
+    valid_boxes, rows = validate_boxes(boxes), _tensor(embeds)
+    number = len(valid_boxes)
+    if not number and not rows.numel():
+        return ImageLayout(())
+    if rows.ndim != 2 or len(rows) != number:
+        raise ValueError(
+            f"gligen_phrase_embeds of shape {tuple(rows.shape)} for {number} boxes; expected ({number}, phrase_dim), "
+            "one row per box"
+        )
+    if not rows.isfinite().all():
+        raise ValueError("gligen_phrase_embeds hold values that are not finite numbers")
+    return ImageLayout(valid_boxes, embeds=rows)
+
+
+def _per_image(
+    objects: Any, nested: bool, boxes: Any, call: dict[str, Any], check: Callable[[Any, Any], ImageLayout], name: str
 ) -> list[ImageLayout]:
-    boxes = _plain(boxes)
+    prompt, embeds = call.get("prompt"), call.get("prompt_embeds")
+    num_prompts = len(embeds) if embeds is not None else len(prompt) if isinstance(prompt, list | tuple) else 1
+    per_prompt = call.get("num_images_per_prompt") or 1
     num_images = num_prompts * per_prompt
     if not nested:
-        return [_named(checked, objects, boxes, "")] * num_images
+        return [_named(check, objects, boxes, "")] * num_images
     if not _is_nested(boxes, depth=3):
         raise ValueError(f"{name} is a list of lists; gligen_boxes must nest alike, a list of boxes each")
     if len(objects) != len(boxes):
@@ -128,24 +125,24 @@ def _for_each(
     if len(objects) not in (num_prompts, num_images):
         raise ValueError(
             f"{len(objects)} layouts for {num_prompts} prompts x {per_prompt} images; expected one layout "
-            f"for all, {num_prompts} (one a prompt) or {num_images} (one an image)"
+            f"for all, {num_prompts} (one per prompt) or {num_images} (one per image)"
         )
     pairs = zip(objects, boxes, strict=True)
-    layouts = [_named(checked, of_image, its, f"layout {k}: ") for k, (of_image, its) in enumerate(pairs)]
-    repeats = num_images // len(layouts)
-    return [layout for layout in layouts for _ in range(repeats)]
+    layouts = [_named(check, of_image, its_boxes, f"layout {k}: ") for k, (of_image, its_boxes) in enumerate(pairs)]
+    return [layout for layout in layouts for _ in range(num_images // len(layouts))]
 
 
-def _named(checked: Callable[[Any, Any], ImageLayout], objects: Any, boxes: Any, where: str) -> ImageLayout:
+def _named(check: Callable[[Any, Any], ImageLayout], objects: Any, boxes: Any, where: str) -> ImageLayout:
+    """Run a check whose errors say which layout is wrong."""
     try:
-        return checked(objects, boxes)
+        return check(objects, boxes)
     except ValueError as error:
         prefix = where if str(error).startswith("gligen") else f"gligen {where}"
         raise ValueError(f"{prefix}{error}") from error
 
 
 def _tensor(value: Any) -> Tensor:
-    """Embeddings as a tensor of floating-point numbers, where they are."""
+    """Convert embeddings to a tensor of floating-point numbers."""
     try:
         tensor = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError):
@@ -160,7 +157,7 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and tensors, also in lists, as lists of numbers."""
+    """Convert arrays and tensors, also within lists, to lists of numbers."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -168,14 +165,12 @@ def _plain(value: Any) -> Any:
 
 def _is_nested(value: Any, depth: int = 2) -> bool:
     """Whether a list holds lists, `depth` deep, as far as its first non-empty items tell."""
-    if depth == 1:
-        return isinstance(value, Sequence) and not isinstance(value, str)
     if isinstance(value, str) or not isinstance(value, Sequence):
         return False
+    if depth == 1:
+        return True
     inner = [item for item in value if isinstance(item, str) or not isinstance(item, Sequence) or len(item)]
-    if not inner:
-        return len(value) > 0
-    return all(_is_nested(item, depth - 1) for item in inner)
+    return all(_is_nested(item, depth - 1) for item in inner) if inner else len(value) > 0
 
 
 def nested_phrases(phrases: Any) -> bool:

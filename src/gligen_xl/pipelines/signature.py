@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layout import Layout
 
 P = ParamSpec("P")
+FORMER_ARGUMENTS = ("callback", "callback_steps")  # of earlier versions, which diffusers still reads
 
 
 class GroundedCall(Protocol[P]):
@@ -35,14 +36,14 @@ class GroundedCall(Protocol[P]):
 
 
 def grounded_call(method: Callable[Concatenate[Any, P], Any]) -> Callable[[Any], GroundedCall[P]]:
-    """Give a declaration the type of a call with grounding over diffusers' `method`; the call comes with the class."""
-    raise NotImplementedError  # never run: it stands under TYPE_CHECKING
+    """Give a declaration the type of a grounded call over diffusers' `method`."""
+    raise NotImplementedError  # never run: it is used under TYPE_CHECKING only
 
 
 def with_merged_signature(own: Callable, plain: Callable) -> Callable:
-    """`own`, a call that hands on to `plain` what it does not know, showing the arguments of both.
+    """Make `own`, a call that passes on to `plain` what it does not know, show the arguments of both.
 
-    Those of `plain` come first and keep their order, so that arguments by position mean the same; then those that
+    Those of `plain` come first and keep their order, so that positional arguments mean the same; then those that
     `own` adds, by name alone.
     """
 
@@ -63,3 +64,22 @@ def with_merged_signature(own: Callable, plain: Callable) -> Callable:
     of_plain = f"All other arguments are those of {plain.__qualname__}:"
     __call__.__doc__ = f"{inspect.getdoc(own)}\n\n{of_plain}\n\n{inspect.getdoc(plain) or ''}"
     return __call__
+
+
+def bound_arguments(own: Callable, plain: Callable, prompt: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a call as diffusers' method `plain` would take them.
+
+    Raises:
+        TypeError: neither `plain` nor `own` has such an argument; diffusers itself ignores some silently.
+    """
+    signature = inspect.signature(plain)
+    positional = ([prompt] if prompt is not None or args else []) + list(args)
+    call = signature.bind_partial(*positional, **kwargs).arguments
+    further = [name for name, value in signature.parameters.items() if value.kind is inspect.Parameter.VAR_KEYWORD]
+    for extra in (call.pop(name, {}) for name in further):
+        if unknown := sorted(set(extra) - set(FORMER_ARGUMENTS)):
+            known = dict.fromkeys([*signature.parameters, *inspect.signature(own).parameters])
+            names = ", ".join(name for name in known if name not in ("self", "args", "kwargs"))
+            raise TypeError(f"unknown arguments {unknown}; this pipeline takes {names}")
+        call |= extra
+    return call

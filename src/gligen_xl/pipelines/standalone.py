@@ -1,6 +1,6 @@
 """Phrases in boxes for Stable Diffusion (XL): a pipeline in one file, which needs diffusers and transformers only.
 
-`gligen-xl export` puts it into the folders that it writes, beside a U-Net with `attention_type="gated"`:
+`gligen-xl export` writes it into its folders, together with a U-Net with `attention_type="gated"`:
 
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     image = pipeline("grass with a dog", gligen_phrases=["a dog"], gligen_boxes=[[0.1, 0.6, 0.4, 0.9]]).images[0]
@@ -25,7 +25,7 @@ class GroundingMixin:
     _grounding = None  # of the call that runs: tokens, shares of the steps, U-Net evaluations so far
 
     def __init_subclass__(cls, **settings):
-        """The call of each class shows diffusers' arguments and then these."""
+        """Show diffusers' arguments and then these in the signature of each class's call."""
         super().__init_subclass__(**settings)
         own = GroundingMixin.__call__
         theirs = inspect.signature(super().__call__)
@@ -53,20 +53,20 @@ class GroundingMixin:
 
         Args:
             gligen_phrases: a list of strings for all images, or a list of them for each prompt or image.
-            gligen_boxes: nested alike; a box is (x0, y0, x1, y1), 0-1, from the top left.
-            gligen_phrase_embeds: in place of phrases, what `encode_gligen_phrases` gave for them: (n, phrase_dim), or a
-                list of such. The text encoders may be freed by then.
+            gligen_boxes: nested like the phrases; a box is (x0, y0, x1, y1), 0-1, from the top left.
+            gligen_phrase_embeds: instead of phrases, what `encode_gligen_phrases` returned for them: (n, phrase_dim),
+                or a list of such. Then no text encoder is needed.
             gligen_scheduled_sampling_beta: share of the steps that are grounded, or shares (on, decay, off).
 
         Raises:
-            ValueError: boxes that cannot be drawn; nothing has run by then.
+            ValueError: boxes that cannot be drawn; no model has run by then.
         """
         call = inspect.signature(super().__call__).bind_partial(*args, **kwargs).arguments
         call |= call.pop("kwargs", {})
         on, decay = _shares(gligen_scheduled_sampling_beta)
         if gligen_phrase_embeds is not None:
             if gligen_phrases is not None:
-                raise ValueError("gligen_phrase_embeds stand in place of gligen_phrases; give one of the two")
+                raise ValueError("gligen_phrase_embeds replace gligen_phrases; give one of the two")
             gligen_phrases = self._checked_embeds(gligen_phrase_embeds)
         layouts = self._layouts(call, gligen_phrases, gligen_boxes)
         if not any(len(phrases) for phrases, _ in layouts):
@@ -92,7 +92,7 @@ class GroundingMixin:
 
     @torch.no_grad()
     def encode_gligen_phrases(self, phrases):
-        """(n, phrase_dim) for n phrases, a list of such for lists of them: for `gligen_phrase_embeds` of a call."""
+        """Embed phrases, for `gligen_phrase_embeds` of a call: (n, phrase_dim), or a list of such for lists of them."""
         if isinstance(phrases, str) or not len(phrases):
             raise ValueError(f"phrases is {phrases!r}; expected a list of strings")
         if isinstance(phrases[0], str):
@@ -112,7 +112,7 @@ class GroundingMixin:
 
     @property
     def cross_attention_kwargs(self):
-        """diffusers' own, with the grounding tokens while they are on. Its loop reads it at every step."""
+        """diffusers' own, with the grounding tokens while they are on. The sampling loop reads it at every step."""
         own, grounding = super().cross_attention_kwargs, self._grounding
         if grounding is None or not getattr(self, "_num_timesteps", 0):
             return own
@@ -130,7 +130,7 @@ class GroundingMixin:
         return {**(own or {}), "gligen": tokens}
 
     def _step(self, evaluation):
-        """The step of a U-Net evaluation: some schedulers ask twice a step, PNDM in its first."""
+        """Return the step of a U-Net evaluation: some schedulers run it twice a step, PNDM in its first."""
         if isinstance(self.scheduler, PNDMScheduler):
             if self.scheduler.config.skip_prk_steps:
                 return max(evaluation - 1, 0)
@@ -138,9 +138,9 @@ class GroundingMixin:
         return evaluation // self.scheduler.order
 
     def _layouts(self, call, phrases, boxes):
-        """Checked (phrases, boxes) for every image of the call."""
+        """Check the layouts, and return (phrases, boxes) for every image of the call."""
         if (phrases is None) != (boxes is None):
-            raise ValueError("give gligen_phrases and gligen_boxes together, one box a phrase")
+            raise ValueError("give gligen_phrases and gligen_boxes together, one box per phrase")
         if phrases is None or not len(phrases):
             return []
         if isinstance(phrases, str):
@@ -154,25 +154,27 @@ class GroundingMixin:
             if len(phrases) != len(boxes) or len(phrases) not in (number, images):
                 raise ValueError(
                     f"{len(phrases)} lists of phrases and {len(boxes)} of boxes for {number} prompts, {images} "
-                    "images; expected one list for all, one a prompt, or one an image"
+                    "images; expected one list for all, one per prompt, or one per image"
                 )
             repeats = images // len(phrases)
             layouts = [layout for layout in zip(phrases, boxes) for _ in range(repeats)]  # noqa: B905
         slots = self.config.gligen_slots
         for of_image, its_boxes in layouts:
             if len(of_image) != len(its_boxes):
-                raise ValueError(f"{len(of_image)} phrases but {len(its_boxes)} boxes; give one box a phrase")
+                raise ValueError(f"{len(of_image)} phrases but {len(its_boxes)} boxes; give one box per phrase")
             if len(of_image) > slots:
                 raise ValueError(f"a layout has {len(of_image)} objects, the model {slots} slots")
             for box in its_boxes:
                 x0, y0, x1, y1 = (float(value) for value in box)
                 if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):  # NaN fails too
-                    raise ValueError(f"the box {list(box)} is not (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1, y alike")
+                    raise ValueError(
+                        f"the box {list(box)} is not (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1"
+                    )
         return layouts
 
     @torch.no_grad()
     def _tokens(self, layouts):
-        """The position net's inputs: boxes (B, N, 4), masks (B, N), positive_embeddings (B, N, D), all float32."""
+        """Make the position net's inputs: boxes (B, N, 4), masks (B, N), positive_embeddings (B, N, D), all float32."""
         slots, device = self.config.gligen_slots, self._execution_device
         if any(isinstance(phrases, torch.Tensor) for phrases, _ in layouts):
             embeddings = torch.cat([rows.to(device) for rows, _ in layouts]).float()
@@ -194,7 +196,7 @@ class GroundingMixin:
         return tokens
 
     def _embed(self, phrases, device):
-        """Pooled output of each text encoder; projected where the encoder is one with a projection."""
+        """Embed phrases by the pooled output of each text encoder, projected if the encoder has a projection."""
         parts = []
         for number in ("", "_2"):
             encoder, tokenizer = getattr(self, f"text_encoder{number}", None), getattr(self, f"tokenizer{number}", None)
@@ -214,7 +216,7 @@ class GroundingMixin:
 
     @contextmanager
     def _exact_boxes(self):
-        """The position net in float32 for the while: in half precision a box would be off by a hundredth."""
+        """Run the position net in float32 within the block: in half precision a box would be off by a hundredth."""
         net, dtype = self.unet.position_net, self.unet.dtype
         net.float()
         handle = net.register_forward_hook(lambda module, inputs, output: output.to(dtype))
@@ -226,7 +228,7 @@ class GroundingMixin:
 
     @contextmanager
     def _faded(self):
-        """Yields a function that multiplies every gate, tanh(alpha), from what it was; at the end it is that again."""
+        """Yield a function that multiplies every gate, tanh(alpha), as trained; at the end the gates are as trained."""
         alphas = [value for name, value in self.unet.named_parameters() if ".fuser.alpha_" in name]
         trained = [value.detach().clone() for value in alphas]
 
@@ -285,7 +287,7 @@ class StableDiffusionGLIGENPipeline(GroundingMixin, StableDiffusionPipeline):
 
 
 def _shares(beta):
-    """(on, decay) from a share of the steps or a triple (on, decay, off)."""
+    """Return (on, decay) for a share of the steps or a triple (on, decay, off)."""
     numbers = [float(value) for value in (beta if isinstance(beta, (list, tuple)) else [beta])]
     if len(numbers) not in (1, 3) or not all(math.isfinite(value) and 0 <= value <= 1 for value in numbers):
         raise ValueError(f"gligen_scheduled_sampling_beta is {beta!r}; expected 0 to 1, or three such (on, decay, off)")

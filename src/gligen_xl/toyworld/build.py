@@ -24,13 +24,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..adapter import adapter_about, save_adapter
+from ..adapter import GligenAdapter
 from ..data.dataset import Augmentation, Batch, ShardDataset
 from ..data.loader import batches
 from ..data.shards import find_shards
 from ..io import read_json, whole_folder, write_json
 from ..pipelines import StableDiffusionXLGLIGENPipeline
-from ..pipelines.loading import ADAPTER_SUBFOLDER
+from ..pipelines.folder import ADAPTER_SUBFOLDER
 from ..text_embeddings import embed_phrases
 from ..train.objective import denoising_loss
 from .data import images, write_shards
@@ -234,10 +234,10 @@ def pack(base: str | Path, adapter: str | Path, out: Path) -> Path:
     """A base folder and an adapter that fits it as one pipeline folder, in float16: the form of the shipped weights."""
     pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained(base, dtype=torch.float16)
     pipeline.load_gligen_adapter(adapter)
-    about = {**adapter_about(pipeline.unet), "base_model": "shapes"}
+    about = {**GligenAdapter.of(pipeline.unet).about, "base_model": "shapes"}
     with whole_folder(out) as partial:
         pipeline.save_pretrained(partial)
-        save_adapter(pipeline.unet, partial / ADAPTER_SUBFOLDER, dtype=torch.float16, metadata=about)
+        GligenAdapter.of(pipeline.unet).save(partial / ADAPTER_SUBFOLDER, dtype=torch.float16, metadata=about)
         for file in partial.rglob("*.json"):  # where the base came from is a path of this machine
             if "_name_or_path" in (settings := read_json(file)):
                 write_json(file, {name: value for name, value in settings.items() if name != "_name_or_path"})

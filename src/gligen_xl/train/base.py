@@ -15,6 +15,7 @@ from ..hub import INDEX_NAME, check_variant
 from ..io import read_json
 from ..pipelines import GroundingMixin
 from ..pipelines.auto import load_pipeline
+from ..pipelines.encoders import encoder_names, text_parts
 from ..text_embeddings import phrase_width
 from ..worlds import drawn_count, find_world
 from .agreement import check_form
@@ -34,7 +35,7 @@ def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) 
     check_base_files(config)
     loading = {"variant": config.variant} if config.variant else {}
     pipeline: Any = load_pipeline(config.model, dtype=dtype, **loading)
-    for name in (*pipeline._expected_encoders(), "unet", "vae"):
+    for name in (*encoder_names(pipeline), "unet", "vae"):
         if getattr(pipeline, name) is None:
             raise ValueError(f"{config.model} has no {name}, which training needs; expected a whole pipeline")
     if getattr(pipeline, "safety_checker", None) is not None:
@@ -78,7 +79,7 @@ def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterCo
     initialised from the seed."""
     torch.manual_seed(config.seed)
     weights = None
-    phrase_dim = phrase_width(pipeline._text_parts()[1])
+    phrase_dim = phrase_width(text_parts(pipeline)[1])
     if form is not None:
         pass
     elif config.init_adapter:

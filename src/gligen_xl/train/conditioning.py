@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.dataset import Batch
 from ..device import to_device
 from ..pipelines import GroundingMixin
+from ..pipelines.encoders import text_parts
 from ..text_embeddings import embed_phrases, phrase_width
 from .phrase_cache import PhraseCache
 
@@ -39,7 +40,7 @@ class Conditioner:
     def __init__(self, pipeline: GroundingMixin, cache_size: int = 20_000):
         self._is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
         self._zero_for_dropped = self._is_xl and pipeline.config["force_zeros_for_empty_prompt"]
-        self._tokenizers, self._text_encoders = pipeline._text_parts()
+        self._tokenizers, self._text_encoders = text_parts(pipeline)
         width = phrase_width(self._text_encoders)
         self._cache = PhraseCache(cache_size, width, self.device, self._text_encoders[0].dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..adapter.fingerprint import fingerprint
+from ..adapter.weights import fingerprint
 from ..data.box_statistics import BoxStatistics, of_shards
 from ..data.dataset import ShardDataset
 from ..data.held_out import HeldOut

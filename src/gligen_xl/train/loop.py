@@ -34,8 +34,8 @@ from ..adapter import (
     save_adapter,
     set_grounding_logit_bias,
 )
-from ..adapter.fingerprint import fingerprint
 from ..adapter.io import CONFIG_NAME, describe_adapter
+from ..adapter.weights import fingerprint
 from ..data.dataset import Batch
 from ..data.loader import batches
 from ..device import deterministic_algorithms
