@@ -166,7 +166,7 @@ class PrepareProgress:
 
     def __init__(self, bar: Any, check: Callable[[], None]):
         self.bar, self.check, self.images, self.weight, self.before = bar, check, 0, 0, 0
-        self.began = self.said = time.monotonic()
+        self.began = self.printed = time.monotonic()
         self._silent = getattr(bar, "disable", False)  # tqdm has no clock then
 
     def __call__(self, weight: int, images: int) -> None:
@@ -182,8 +182,8 @@ class PrepareProgress:
         if not self._silent:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(weight)
-        elif now - self.said >= self.EVERY:
-            self.said = now
+        elif now - self.printed >= self.EVERY:
+            self.printed = now
             print(f"{text}, {100 * self.weight / max(self.bar.total or 0, 1):.0f}%", file=sys.stderr, flush=True)
 
 

@@ -120,7 +120,8 @@ class UnitReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UnitReport:
-        return cls(**values | {name: Counter(values.get(name, {})) for name in _COUNTERS})
+        counters: dict[str, Any] = {name: Counter(values.get(name, {})) for name in _COUNTERS}
+        return cls(**values | counters)
 
     def lines(self) -> Iterator[str]:
         """Describe it for a reader, a line at a time."""

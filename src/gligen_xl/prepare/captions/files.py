@@ -43,9 +43,9 @@ def survey(source: Path) -> tuple[Reader, str]:
     sums: dict[Reader, int] = {}
     for file in _files(source):
         if reader := _reader(file):
-            facts = file.stat()
+            stat = file.stat()
             name = os.fsencode(file.relative_to(source) if file != source else file.name)
-            digest = hashlib.sha256(b"%s\0%d\0%d" % (name, facts.st_size, facts.st_mtime_ns)).digest()
+            digest = hashlib.sha256(b"%s\0%d\0%d" % (name, stat.st_size, stat.st_mtime_ns)).digest()
             sums[reader] = sums.get(reader, 0) + int.from_bytes(digest, "big")  # the same in whatever order
     for reader in _READERS.values():
         if reader in sums:

@@ -64,23 +64,25 @@ def columns_of(file: Path, schema: pa.Schema) -> Columns:
     if not any(key in BOX_KEYS for key in flat):
         flat = ()
     features = _features(schema)
-    said = features.get(objects) if objects else {key: features.get(key) for key in flat}
+    described = features.get(objects) if objects else {key: features.get(key) for key in flat}
     others = (*ID_KEYS, *CAPTION_KEYS, "width", "height", "box_format")
     return Columns(
         image=image,
         objects=objects,
         flat=flat,
-        names=_class_names(said),
+        names=_class_names(described),
         others=tuple(key for key in others if key in schema.names and key not in (image, objects, *flat)),
     )
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """Return the column that is described as one of images, or is called so."""
+    """Return the column that is described as one of images, or is named so."""
     features = _features(schema)
-    said = [name for name in schema.names if isinstance(f := features.get(name), dict) and f.get("_type") == "Image"]
-    called = [name for name in IMAGE_KEYS if name in schema.names and _may_hold_image(schema.field(name).type)]
-    return next(iter([*said, *called]), None)
+    described = [
+        name for name in schema.names if isinstance(f := features.get(name), dict) and f.get("_type") == "Image"
+    ]
+    named = [name for name in IMAGE_KEYS if name in schema.names and _may_hold_image(schema.field(name).type)]
+    return next(iter([*described, *named]), None)
 
 
 def _may_hold_image(kind: pa.DataType) -> bool:

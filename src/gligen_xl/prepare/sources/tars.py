@@ -238,7 +238,7 @@ def _members(file: BufferedReader[Any]) -> Iterator[_Member]:
     if not magic:
         raise _Damaged("is empty")
     stream: IO[bytes] = gzip.GzipFile(fileobj=file) if magic == GZIP else file  # type: ignore[assignment]
-    first, said = True, {}
+    first, extended = True, {}
     zeros = 0  # blocks of them in a row: two end an archive
     while True:
         block = stream.read(BLOCK)
@@ -261,25 +261,25 @@ def _members(file: BufferedReader[Any]) -> Iterator[_Member]:
         if info.size < 0:
             raise _Damaged(f"is damaged (a member of {info.size} bytes)")
         if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):  # of the next member
-            said |= _read_header(info, stream)
+            extended |= _read_header(info, stream)
             continue
-        yield _member(info, said, block, stream)
-        said = {}
+        yield _member(info, extended, block, stream)
+        extended = {}
 
 
-def _member(info: tarfile.TarInfo, said: dict[str, str], block: bytes, stream: IO[bytes]) -> _Member:
-    sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said)
+def _member(info: tarfile.TarInfo, extended: dict[str, str], block: bytes, stream: IO[bytes]) -> _Member:
+    sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in extended)
     if info.type == tarfile.GNUTYPE_SPARSE:  # its map goes on in further blocks
         more = block[482]
         while more:
             more = _exactly(stream, BLOCK)[504]
     try:
-        size = int(said.get("size", info.size)) if info.type not in _WITHOUT_DATA else 0
+        size = int(extended.get("size", info.size)) if info.type not in _WITHOUT_DATA else 0
     except ValueError as error:
-        raise _Damaged(f"is damaged (a member of {said['size'][:40]!r} bytes)") from error
+        raise _Damaged(f"is damaged (a member of {extended['size'][:40]!r} bytes)") from error
     if size < 0:
         raise _Damaged(f"is damaged (a member of {size} bytes)")
-    return _Member(said.get("path", info.name), size, info.type in tarfile.REGULAR_TYPES and not sparse, stream)
+    return _Member(extended.get("path", info.name), size, info.type in tarfile.REGULAR_TYPES and not sparse, stream)
 
 
 def _read_header(info: tarfile.TarInfo, stream: IO[bytes]) -> dict[str, str]:
@@ -290,15 +290,15 @@ def _read_header(info: tarfile.TarInfo, stream: IO[bytes]) -> dict[str, str]:
     _skip(stream, -info.size % BLOCK)
     if info.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": contents.rstrip(b"\0").decode("utf-8", "replace")}
-    said, place = {}, 0
+    extended, place = {}, 0
     while place < len(contents) and contents[place]:
         length, space, _ = contents[place : place + 20].partition(b" ")  # "LENGTH KEY=VALUE\n", all of it counted
         if not space or not length.isdigit() or int(length) <= len(length) + 1:
             raise _Damaged("is damaged (a pax header that cannot be read)")
         key, _, value = contents[place + len(length) + 1 : place + int(length) - 1].partition(b"=")
-        said[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        extended[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         place += int(length)
-    return said
+    return extended
 
 
 def _exactly(stream: IO[bytes], size: int) -> bytes:
