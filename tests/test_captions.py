@@ -403,7 +403,7 @@ def test_a_kept_table_needs_no_writable_cache(tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", rows("id", "text"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"the folder for the table of captions, .*file/c, cannot be written"):
+    with pytest.raises(ValueError, match=r"the folder .*file/c cannot be made or written"):
         CaptionTable.open(tmp_path / "a.jsonl", tmp_path / "file" / "c")
 
 
@@ -412,7 +412,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-        "from gligen_xl.prepare.captions import CaptionTable\n"
+        "from gligen_xl.prepare.captions.table import CaptionTable\n"
         "try: CaptionTable.open(sys.argv[1], sys.argv[2])\n"
         "except OSError as error: print(type(error).__name__, error)\n"
     )
@@ -425,7 +425,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
 def test_killed_and_run_again_the_table_is_whole(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"id": str(k), "text": f"caption {k}"} for k in range(60_000)])
     code = (
-        "import sys; from gligen_xl.prepare.captions import CaptionTable\n"
+        "import sys; from gligen_xl.prepare.captions.table import CaptionTable\n"
         "CaptionTable.open(*sys.argv[1:], progress=lambda number: print(number, flush=True))\n"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "a.jsonl"), str(tmp_path / "c")]
@@ -510,7 +510,7 @@ def test_a_closed_table_says_so(table):
 def test_memory_does_not_grow_with_the_captions(tmp_path):
     """Of a tar.gz as published: ten times the captions, the same memory."""
     code = (
-        "import resource, sys; from gligen_xl.prepare.captions import CaptionTable\n"
+        "import resource, sys; from gligen_xl.prepare.captions.table import CaptionTable\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "table = CaptionTable.open(*sys.argv[1:])\n"
         "print(len(table), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"

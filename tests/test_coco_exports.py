@@ -11,9 +11,9 @@ from pycocotools import mask as masks
 
 from gligen_xl.evaluate.protocols import find_protocol
 from gligen_xl.prepare.sources import open_source, recognise
-from gligen_xl.prepare.sources.coco import NO_BOX, NO_CATEGORY, NO_IMAGE
-from gligen_xl.prepare.sources.image_paths import ImageFinder
-from gligen_xl.prepare.sources.segments import segment_box
+from gligen_xl.prepare.sources.coco import NO_CATEGORY, NO_IMAGE
+from gligen_xl.prepare.sources.coco_file import NO_BOX, segment_box
+from gligen_xl.prepare.sources.paths import ImageFinder
 
 BOXES = {"a.jpg": [(1, [20, 10, 60, 30]), (0, [0, 0, 8, 8])], "b.jpg": [(0, [40, 20, 80, 40])], "c.jpg": []}
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gligen_xl.cli.errors import one_line, shown
 from gligen_xl.cli.main import COMMANDS, main
-from gligen_xl.cli.prepare import _Shown
+from gligen_xl.cli.prepare import PrepareProgress
 from gligen_xl.images.draw import METADATA_KEY, draw_boxes
 from gligen_xl.io import reading
 from gligen_xl.toyworld import model_folder
@@ -205,11 +205,11 @@ def test_imports_and_success_are_silent(good, tmp_path):
 def test_preparing_needs_no_bar(capsys, monkeypatch):
     """As where TQDM_DISABLE is set: a bar without a clock, and a line a minute in its place."""
     with tqdm(total=4, disable=True) as bar:
-        progress = _Shown(bar, lambda: None)
+        progress = PrepareProgress(bar, lambda: None)
         progress(1, 0)
         progress(1, 5)
         assert capsys.readouterr().err == ""
-        monkeypatch.setattr(_Shown, "EVERY", 0.0)
+        monkeypatch.setattr(PrepareProgress, "EVERY", 0.0)
         progress(1, 5)
     assert capsys.readouterr().err.endswith("/s, 75%\n")
 

@@ -127,7 +127,7 @@ def test_a_second_source_of_that_name_is_refused(capsys, source, tiny, tmp_path,
 def test_the_annotations_are_part_of_what_a_coco_source_is():
     (arguments,) = command.parse(Parser(), ["x", "--out", "y", "--instances", "/a.json"])
     (others,) = command.parse(Parser(), ["x", "--out", "y", "--instances", "/b.json"])
-    assert command._name(arguments) != command._name(others)
+    assert command._source_name(arguments) != command._source_name(others)
 
 
 def test_a_source_without_a_image_is_an_error(capsys, tiny, tmp_path):
@@ -240,7 +240,7 @@ class Bar:
 
 def test_the_bar_counts_no_speed_for_what_was_done_before():
     bar = Bar()
-    shown = command._Shown(bar, lambda: None)
+    shown = command.PrepareProgress(bar, lambda: None)
     for weight, images in ((50, 0), (5, 1), (5, 1)):
         shown(weight, images)
     assert (bar.n, bar.initial) == (60, 50)

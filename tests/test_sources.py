@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gligen_xl.images.decode import DAMAGED
-from gligen_xl.prepare.item import BAD_TEXT, Item, Skipped
-from gligen_xl.prepare.sources import open_source, recognise, row_chunks, rows
-from gligen_xl.prepare.sources.folders import find_images
+from gligen_xl.prepare.item import BAD_TEXT, TWICE, Item, Skipped
+from gligen_xl.prepare.sources import open_source, recognise, rows, tables
 from gligen_xl.prepare.sources.json_members import members
+from gligen_xl.prepare.sources.paths import find_images
 from gligen_xl.prepare.sources.rows import BOX_FORMATS, convert_boxes
 from gligen_xl.prepare.sources.tars import DOTS
 
@@ -354,7 +354,7 @@ def test_bad_rows_are_told_apart(tmp_path):
         | {"long": "file cannot be read (File name too long)"}
         | {"loop": "file cannot be read (Too many levels of symbolic links)"}
         | {"shares": rows.SHARES, "number": rows.NUMBERS}
-        | {"damaged": DAMAGED, "pixels": rows.PIXELS, "format": rows.NO_FORMAT, "good": rows.TWICE}
+        | {"damaged": DAMAGED, "pixels": rows.PIXELS, "format": rows.NO_FORMAT, "good": TWICE}
         | dict.fromkeys(["few", "text", "bool", "nan", "inf", "huge", "bare", "object"], rows.WRONG_BOXES)
         | dict.fromkeys(["more", "no-phrases"], rows.UNEQUAL)
         | {"string": rows.WRONG_PHRASES, "caption": rows.WRONG_CAPTION, "size": rows.WRONG_SIZE}
@@ -415,7 +415,7 @@ def test_a_first_row_that_is_damaged_is_one_row(tmp_path, row):
 def test_no_more_than_the_first_rows_are_looked_at(tmp_path, monkeypatch):
     folder(tmp_path, [{"file_name": "a.jpg"}] * 1000)
     asked = []
-    monkeypatch.setattr(row_chunks, "read_row", lambda line: asked.append(line) or json.loads(line))
+    monkeypatch.setattr(tables, "read_row", lambda line: asked.append(line) or json.loads(line))
     open_source(tmp_path)
     assert len(asked) <= rows.FIRST_ROWS + 1
 
@@ -501,7 +501,7 @@ def test_a_folder_of_images_alone(tmp_path):
         assert [item.image_id for item in found] == expected
         assert found[0].caption == "a caption"
         assert [unit.name for unit in units] == [f"set-{k:05d}" for k in range(-(-7 // unit_size))]
-    assert reasons(found) == {"b": rows.TWICE}
+    assert reasons(found) == {"b": TWICE}
     before = [unit.identity() for unit in open_source(tmp_path / "set", unit_size=3)]
     put(tmp_path / "set/c.tiff", image() + b"more")
     after = [unit.identity() for unit in open_source(tmp_path / "set", unit_size=3)]

@@ -11,8 +11,8 @@ from helpers.source_items import dataset, image, images, in_pixels, items, put, 
 
 from gligen_xl.prepare.captions.table import CaptionTable
 from gligen_xl.prepare.sources import open_source, recognise
-from gligen_xl.prepare.sources.rows import LABELS
-from gligen_xl.prepare.sources.yolo_rows import BAD_CLASS, BAD_ROW, OUTSIDE_SHARES, PIXELS, looks_like_rows, read_rows
+from gligen_xl.prepare.sources.rows import LABELS, looks_like_labels
+from gligen_xl.prepare.sources.yolo import BAD_CLASS, BAD_ROW, OUTSIDE_SHARES, PIXELS, YoloReader
 
 BOXES = {"a.jpg": [(1, [20, 10, 60, 30]), (0, [0, 0, 8, 8])], "b.jpg": [(0, [40, 20, 80, 40])], "c.jpg": []}
 ROW = "1 0.5 0.5 0.5 0.5\n"  # the middle of the image
@@ -284,10 +284,10 @@ def test_rows_that_can_be_used():
         "\n1 0.5 0.5 0.5 0.5 0.87\n\t1.0  0.25 0.5 0.5 1.0\r\n0 0.1 0.2 0.3 0.2 0.3 0.4\n"
         "0 0.1 0.1 0.3 0.1 0.3 0.4 0.1 0.4\n1 0.5 0.5 1.004 1\n"
     )
-    rows = read_rows(text, names)
+    rows = YoloReader(phrases=names).read_rows(text)
     assert not rows.dropped
-    assert rows.classes == [1, 1, 0, 0, 1]
-    assert rows.scores == [0.87, 1, 1, 1, 1]
+    assert rows.phrases == ("dog", "dog", "cat", "cat", "dog")
+    assert rows.scores == (0.87, 1, 1, 1, 1)
     expected = [
         (0.25, 0.25, 0.75, 0.75),
         (0, 0, 0.5, 1),
@@ -341,10 +341,10 @@ def test_a_label_that_is_mended_makes_another_unit(tmp_path):
 
 
 def test_rows_are_told_from_captions():
-    assert looks_like_rows(ROW)
-    assert looks_like_rows("0 100 200 50 60\n\n1 10 10 5 5")
+    assert looks_like_labels(ROW)
+    assert looks_like_labels("0 100 200 50 60\n\n1 10 10 5 5")
     for caption in ("", "a cat", "3 cats 0.5 0.5 0.2", "2 0 2 0", "1 2 3 4 5 Go!", "0 0.5 0.5 0.2 0.2\na cat"):
-        assert not looks_like_rows(caption)
+        assert not looks_like_labels(caption)
 
 
 def test_rows_never_become_captions(tmp_path):

@@ -1,4 +1,4 @@
-"""gligen-xl import"""
+"""gligen-xl import: the published sets of SA-1B to shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HELP = "The published sets of SA-1B latents and boxes (.npy) to shards; nothing 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
     parser.add_argument("latents", help="folder of sa1b-sdxl-latents-512 or -1024: sa_000000.npy, ...")
     parser.add_argument("boxes", help="folder of sa-1b_boxes or sa-1b_boxes_sdxl: sa_000000.npy, ...")
-    parser.add_argument("--sizes", help="folder of tables of six columns: the original sizes that others lack")
+    parser.add_argument("--sizes", help="folder of tables of six columns, for the original sizes that others lack")
     parser.add_argument("--out", required=True, help="folder for the shards; those of the same files are kept")
     parser.add_argument("--without_boxes", action="store_true", help=WITHOUT_BOXES)
     arguments = parser.parse_args(words)
@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> None:
         progress=lambda names: watched(names, "import", len(names), unit="archive"),
     )
     say(f"{report}\nin {arguments.out}")
-    if any(what not in ("written", "already there") for what in report.archives.values()):
+    if report.failed:
         raise ValueError("not every archive became a shard; the same command tries those again")
     if not arguments.without_boxes:
         report.statistics.check(arguments.boxes, "its tables hold none, or none with a phrase within the image")

@@ -1,4 +1,4 @@
-"""gligen-xl show"""
+"""gligen-xl show: samples of shards as an image."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ HELP = "Images of shards, decoded, with boxes, phrases and captions: whether box
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
-    parser.add_argument("folder", help="of shards")
-    parser.add_argument("--index", type=int, help="one sample, by number; by default a grid of them")
-    parser.add_argument("--grid", type=count, default=16, help="how many samples, evenly over all")
+    parser.add_argument("folder", help="folder of shards")
+    parser.add_argument("--index", type=int, help="number of one sample; by default a grid of several")
+    parser.add_argument("--grid", type=count, default=16, help="samples in the grid, spread evenly over all")
     parser.add_argument("--vae", help="folder or repository of the VAE; by default the one that the shards name")
     parser.add_argument("--min_score", type=float, default=0.0, help="leave out boxes of lower confidence")
     parser.add_argument("--out", default="samples.png", help="the image to write")

@@ -12,7 +12,7 @@ from PIL import Image
 from ..images.crop import Frame, square_frame
 from ..images.decode import decode, framed, image_size
 from ..layout import Box, Layout
-from ..prepare.sources.folders import find_images
+from ..prepare.sources.paths import find_images
 
 RESOLUTION = 512  # pixels, both ways: GLIGEN's images, and those that COCO-MIG's evaluation looks at
 

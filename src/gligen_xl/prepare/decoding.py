@@ -1,4 +1,4 @@
-"""Images read and decoded ahead of the device: a thread reads, processes decode, and their order stays."""
+"""Reads and decodes images ahead of the device: a thread reads, processes decode, and their order stays."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from .framing import Framed, Framing, Reason, begin_process, frame_image
 from .item import Item, Skipped
 from .report import UnitReport
 
-Taken = tuple[Item | Skipped, Framed | Reason | None]  # an image, and itself in its frames, or why not
-
+Decoded = tuple[Item | Skipped, Framed | Reason | None]  # an image, and its frames, or why it has none
 
 LONGEST = 600.0  # seconds for an image, after which its process is taken to be stuck
 LONGEST_READ = 10.0  # seconds that an end waits for the reading thread
 
 
 class Decoders:
-    """Decoding processes, started once; none of them (0) decodes here.
+    """Decoding processes, which are started once; with none of them (0) this process decodes.
 
     Args:
         ahead: images that may be decoded before they are asked for.
@@ -34,16 +33,16 @@ class Decoders:
         self.workers, self.framing, self.ahead = workers, framing, ahead
         self._pool: ProcessPoolExecutor | None = None
 
-    def decode(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
-        """Images and their frames, in order.
+    def decode(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Decoded]:
+        """Give images and their frames, in order.
 
         Args:
-            report: its seconds `wait` grow while there is nothing to hand out.
+            report: its seconds of `wait` grow while nothing is ready.
 
         Raises:
             RuntimeError: a process died. Whatever `items` raises.
         """
-        return self._there(items, report) if self.workers else self._here(items, report)
+        return self._decode_ahead(items, report) if self.workers else self._decode_here(items, report)
 
     def close(self) -> None:
         """End the processes, also one that is stuck in an image: the program would wait for it when it ends."""
@@ -54,7 +53,7 @@ class Decoders:
                 process.kill()
             self._pool = None
 
-    def _here(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
+    def _decode_here(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Decoded]:
         for item in items:
             if isinstance(item, Skipped):
                 yield item, None
@@ -63,7 +62,7 @@ class Decoders:
                     framed = frame_image(item.image, item.size, self.framing)
                 yield item, framed
 
-    def _there(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Taken]:
+    def _decode_ahead(self, items: Iterator[Item | Skipped], report: UnitReport) -> Iterator[Decoded]:
         stop = threading.Event()
         entries: queue.Queue[Any] = queue.Queue(self.ahead + 2 * self.workers)
 
@@ -112,7 +111,7 @@ class Decoders:
                 thread.join(LONGEST_READ)  # from a disk that hangs it may never come
 
     def _result(self, item: Item, future: Future[Framed | Reason]) -> Framed | Reason:
-        """The frames of an image, or why there are none.
+        """Return the frames of an image, or why there are none.
 
         Raises:
             RuntimeError: a process is stuck in it.

@@ -1,6 +1,6 @@
-"""Images to latents, with any `AutoencoderKL`.
+"""Encodes images to latents, with any `AutoencoderKL`.
 
-The same image gives the same bits, whoever it shares a batch with: noise follows from (seed, name of the image),
+The same image gives the same bits, whatever it shares a batch with: noise follows from (seed, name of the image),
 and images pass the VAE one by one unless more are asked for, as the last bit of a convolution depends on how many
 there are.
 """
@@ -42,10 +42,10 @@ SDXL_VAE_CONFIG = {
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """A VAE in float32: a folder of it or of a pipeline, one file of SDXL's, a Hub repository, or "shapes".
+    """Load a VAE in float32: a folder of it or of a pipeline, one file of SDXL's, a Hub repository, or "shapes".
 
     Raises:
-        ValueError: there is none of that name, or it lacks weights.
+        ValueError: it could not be loaded, or lacks weights.
     """
     if Path(name).is_file():
         return _load_vae_file(Path(name))
@@ -68,12 +68,12 @@ def load_vae(name: str) -> AutoencoderKL:
 
 
 def _vae_files(files: list[str]) -> list[str]:
-    """Of a repository of a VAE, or of a pipeline."""
+    """Choose the files of a VAE's, or a pipeline's, repository."""
     return model_files(files) if "config.json" in files else [n for n in pipeline_files(files, None) if n[:4] == "vae/"]
 
 
 def _load_vae_file(path: Path) -> AutoencoderKL:
-    """A VAE in one file, which does not say of what form it is: SDXL's is expected."""
+    """Load a VAE in one file, which does not say what form it has: SDXL's is expected."""
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", SDXL_VAE_CONFIG)
         try:
@@ -87,7 +87,7 @@ def _load_vae_file(path: Path) -> AutoencoderKL:
 
 
 class Encoder:
-    """A VAE that makes latents as training wants them.
+    """A VAE that makes latents as training needs them.
 
     Args:
         dtype: to compute in; the weights stay in float32. Where half precision overflows, float32 takes over.
@@ -114,7 +114,7 @@ class Encoder:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What shards say of their latents, beside the name of the VAE."""
+        """What shards say of their latents, with the name of the VAE."""
         values = {"scaling_factor": repr(self.scale), "latents": "mean" if self.seed is None else "sample"}
         values |= {"seed": str(self.seed)} if self.seed is not None else {}
         values |= {"shift_factor": repr(self.shift)} if self.shift else {}
@@ -122,10 +122,10 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Latents of images of one size, and which of them can be trained on.
+        """Encode images of one size, and say which of them can be trained on.
 
         Args:
-            images: (h, w, 3) uint8 each. names: their noise follows from it.
+            images: (h, w, 3) uint8 each. names: of the images, from which their noise follows.
 
         Returns:
             (B, C, h / 8, w / 8) float16, scaled; (B,) bool, False where they are not finite, in float32 either.
@@ -134,8 +134,8 @@ class Encoder:
         for first in range(0, len(images), self.at_once):
             part = slice(first, first + self.at_once)
             latents.append(self._encode(np.stack(images[part]), names[part]))
-        made = torch.cat(latents).half().cpu().numpy()
-        return made, np.asarray(np.isfinite(made).all(axis=(1, 2, 3)))
+        result = torch.cat(latents).half().cpu().numpy()
+        return result, np.asarray(np.isfinite(result).all(axis=(1, 2, 3)))
 
     def _encode(self, images: np.ndarray, names: Sequence[str]) -> Tensor:
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -149,7 +149,7 @@ class Encoder:
         return latents
 
     def _posterior(self, pixels: Tensor, names: Sequence[str], dtype: torch.dtype) -> Tensor:
-        """Scaled latents in float32."""
+        """Return scaled latents in float32."""
         half = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
         with half:
             posterior = self.vae.encode(pixels, return_dict=False)[0]
@@ -161,7 +161,7 @@ class Encoder:
 
 
 def posterior_noise(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise of an image, float32: the same on every device."""
+    """Draw the standard normal noise of an image, float32: the same on every device."""
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()[:16]
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     return rng.standard_normal(shape, np.float32)

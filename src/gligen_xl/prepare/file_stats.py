@@ -1,4 +1,4 @@
-"""Whether the files that a unit is made of are still the same, told by a look at the disk that opens none of them.
+"""Says whether the files that a unit is made of are still the same, by a look at the disk that opens none of them.
 
 files_identity(folder, ["a.jpg", "b/c.jpg"])  # another string once one of them is mended, replaced, added or gone
 """
@@ -15,29 +15,28 @@ from .settings import Settings
 
 
 def files_identity(folder: Path, names: Iterable[str]) -> str:
-    """Of names, sizes and times of change (nanoseconds) of files, in their order; links are followed.
+    """Checksum names, sizes and times of change (nanoseconds) of files, in their order; links are followed.
 
-    A file that is not there, or cannot be looked at, counts as such. Measured: 10,000 files in 0.1 s on a local disk.
+    A file that is missing, or cannot be looked at, counts as such. Measured: 10,000 files in 0.1 s on a local disk.
 
     Args:
-        names: paths below `folder`, each with what stands in its row.
+        names: paths below `folder`.
     """
     digest, root = hashlib.sha256(), os.fspath(folder)
     for name in names:
         try:
-            facts = os.stat(f"{root}/{name}")  # noqa: PTH116, a Path for each takes twice the time
-            told = f"{facts.st_size} {facts.st_mtime_ns}"
+            stat = os.stat(f"{root}/{name}")  # noqa: PTH116, a Path for each takes twice the time
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
         except (OSError, ValueError):  # ValueError: a name that no file can have
-            told = "absent"
-        digest.update(f"{name}\0{told}\n".encode("utf-8", "surrogatepass"))
+            state = "absent"
+        digest.update(f"{name}\0{state}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 def weights_of(settings: Settings) -> dict[str, str]:
-    """Of the contents of the VAE and of the detector ("vae", "detector"), where these are local folders or files.
+    """Checksum the contents of the VAE and of the detector ("vae", "detector"), if these are local folders or files.
 
-    A copy is the same. Another that has taken the place of the first, under the same name, is not. Of repositories of
-    the Hub nothing is said.
+    A copy has the same checksum; another model under the same name has not. Repositories of the Hub are left out.
     """
     world = find_world(settings.vae)
     vae = world.model_folder() if world else Path(settings.vae)

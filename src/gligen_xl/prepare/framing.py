@@ -1,4 +1,4 @@
-"""Encoded images to what the VAE sees: decoded once, framed for every resolution. Runs in processes of its own.
+"""Turns encoded images into what the VAE sees: decoded once, framed for every resolution, in processes of its own.
 
 Nothing here needs torch: a decoding process starts in a fraction of a second.
 """
@@ -60,16 +60,16 @@ class Reason(str):
     detail: str
 
     def __new__(cls, reason: str, detail: str = "") -> Reason:
-        made = super().__new__(cls, reason)
-        made.detail = detail
-        return made
+        self = super().__new__(cls, reason)
+        self.detail = detail
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Reason, (str(self), self.detail)
 
 
 def frame_image(source: bytes | Path, stated: tuple[int, int] | None, framing: Framing) -> Framed | Reason:
-    """Decode an image and frame it; or why that cannot be.
+    """Decode an image and frame it, or return the reason why that cannot be done.
 
     Args:
         stated: (height, width) that its annotations are made for, None for any.
@@ -78,17 +78,16 @@ def frame_image(source: bytes | Path, stated: tuple[int, int] | None, framing: F
     try:
         size = image_size(source)
         if stated is not None and size != stated:
-            told = f"it is {size[1]} x {size[0]} (width x height), its annotation states {stated[1]} x {stated[0]}"
-            return Reason("its size is not what its annotation states", told)
+            detail = f"it is {size[1]} x {size[0]} (width x height), its annotation states {stated[1]} x {stated[0]}"
+            return Reason("its size is not what its annotation states", detail)
         if min(size) < framing.min_side:
-            return Reason(
-                "too small", f"it is {size[1]} x {size[0]}; expected at least {framing.min_side} pixels a side"
-            )
+            detail = f"it is {size[1]} x {size[0]}; expected at least {framing.min_side} pixels a side"
+            return Reason("too small", detail)
         frames = framing.frames(*size)
         if max(height * width for height, width in (frame.resized for frame in frames)) > MAX_PIXELS:
             # It is resized before it is cut: a line of pixels would fill the memory.
-            told = f"it is {size[1]} x {size[0]}; expected at most {MAX_PIXELS} pixels once it is resized"
-            return Reason("too long and narrow", told)
+            detail = f"it is {size[1]} x {size[0]}; expected at most {MAX_PIXELS} pixels once it is resized"
+            return Reason("too long and narrow", detail)
         least = tuple(max(frame.resized[axis] for frame in frames) for axis in range(2))
         image = decode(source, at_least=least if framing.fast_jpeg else None)  # type: ignore[arg-type]
         pixels = [framed(image, frame) for frame in frames]
@@ -102,7 +101,7 @@ def frame_image(source: bytes | Path, stated: tuple[int, int] | None, framing: F
 
 
 def begin_process() -> None:
-    """For a process that decodes: Ctrl-C is for the one that began it, and when that one dies, so does this."""
+    """Prepare a decoding process: it ignores Ctrl-C, which is for its parent, and ends when its parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
 

@@ -1,4 +1,4 @@
-"""Samples of shards as images: latents decoded, with what their table says drawn over them."""
+"""Shows samples of shards as images: latents decoded, with what their table says drawn over them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .unit import WORK_FOLDER
 def show_samples(
     folder: str | Path, *, index: int | None = None, count: int = 16, vae: str | None = None, min_score: float = 0.0
 ) -> tuple[Image.Image, list[str]]:
-    """An image of one sample, or of `count` spread evenly over all; and a line about each.
+    """Draw one sample, or `count` spread evenly over all; and describe each in a line.
 
     Args:
         index: number of the sample, counted through the shards by name.
@@ -59,8 +59,8 @@ def show_samples(
 
 
 def _prepared_with(shard: Shard) -> str:
-    """The VAE of the preparation whose notes lie beside the shards, if it is the one that the shard names: the shard
-    itself has only the last name of a folder."""
+    """Return the VAE of the preparation whose settings lie beside the shards, if it is the one that the shard names:
+    the shard itself has only the last name of a folder."""
     for folder in (shard.stem.parent, shard.stem.parent.parent):  # each resolution may have a folder of its own
         if (file := folder / WORK_FOLDER / "settings.json").is_file():
             settings = read_json(file)

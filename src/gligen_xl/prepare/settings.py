@@ -1,4 +1,4 @@
-"""All that shards depend on, beside their source."""
+"""The settings of a preparation."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Settings:
         self._check_detector()
 
     def _check_detector(self) -> None:
-        """What is of a detector goes with one that heeds it. Its thresholds become numbers."""
+        """Refuse settings that the detector does not use, and fill in its thresholds."""
         for name in ("detect_text", *_THRESHOLDS):
             value = getattr(self, name)
             if value is not None and self.detector is None:
@@ -93,7 +93,7 @@ class Settings:
         return {**values.pop("framing"), **values} | {"resolutions": list(self.framing.resolutions)}
 
     def shared(self) -> dict[str, Any]:
-        """What all shards of a folder have in common; the rest may be another for another source."""
+        """Return what all shards of a folder have in common; the rest may differ between its sources."""
         return {name: value for name, value in self.to_dict().items() if name not in _OF_A_SOURCE}
 
     @property

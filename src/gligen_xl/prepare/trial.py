@@ -1,4 +1,4 @@
-"""The first images of a source, tried before anything is begun: a fault of all of them is told in a second."""
+"""Tries the first images of a source before anything is begun: a fault that all of them have shows within a second."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from .captions.table import CaptionTable
-from .framing import Reason, frame_image
-from .item import Item, Skipped, Unit, items_of
+from .framing import Framed, Reason, frame_image
+from .item import Item, Skipped, Unit, items_of, skipped
 from .report import UnitReport
 from .settings import Settings
 from .sources.rows import check_not_all_alike
@@ -31,23 +31,26 @@ def check_first_images(units: Iterable[Unit], settings: Settings, out: Path) -> 
 
 
 def _tried(units: Iterable[Unit], settings: Settings, captions: CaptionTable | None) -> Iterator[Item | Skipped]:
-    for given in items_of(units):
-        item = captioned(given, captions, needed=captions is not None)
+    for source_item in items_of(units):
+        item = captioned(source_item, captions, needed=captions is not None)
         if isinstance(item, Skipped):
             yield item
             continue
         framed = frame_image(item.image, item.size, settings.framing)
         if isinstance(framed, Reason):
-            yield Skipped(image_id=item.image_id, reason=framed, detail=framed.detail, where=item.place)
-            continue
-        report = UnitReport()
-        pairs = zip(framed.frames, framed.pixels, strict=True)
-        if settings.detector is None and not any(
-            list(views(item, frame, pixels, settings, report)) for frame, pixels in pairs
-        ):
-            dropped = next(iter(report.dropped_examples.items()), None)
-            told = f"{dropped[0]}: {dropped[1].removeprefix(f'{item.place}: ')}" if dropped else "no more"
-            detail = f"it has {len(item.boxes)} boxes, {told}; expected {settings.min_boxes}"
-            yield Skipped(image_id=item.image_id, reason=TOO_FEW, detail=detail, where=item.place)
-            continue
-        yield item
+            yield skipped(item, framed, framed.detail)
+        elif fault := _lacks_boxes(item, framed, settings):
+            yield skipped(item, TOO_FEW, fault)
+        else:
+            yield item
+
+
+def _lacks_boxes(item: Item, framed: Framed, settings: Settings) -> str:
+    """Say why an image has too few boxes in all resolutions; empty if it has enough, or is still to be detected in."""
+    report = UnitReport()
+    pairs = zip(framed.frames, framed.pixels, strict=True)
+    if settings.detector is not None or any(list(views(item, *pair, settings, report)) for pair in pairs):
+        return ""
+    dropped = next(iter(report.dropped_examples.items()), None)
+    what = f"{dropped[0]}: {dropped[1].removeprefix(f'{item.place}: ')}" if dropped else "no more"
+    return f"it has {len(item.boxes)} boxes, {what}; expected {settings.min_boxes}"

@@ -1,4 +1,4 @@
-"""A framed image to the rows that training reads: boxes moved into the frame, the mirror image beside it."""
+"""Turns a framed image into the rows that training reads: boxes moved into the frame, and the mirror image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards|side)?\b", re.IGNORECA
 def views(
     item: Item, frame: Frame, pixels: np.ndarray, settings: Settings, report: UnitReport
 ) -> Iterator[tuple[np.ndarray, Row]]:
-    """What of an image goes into one resolution: it, or its mirror image, or both; nothing if it has too few boxes.
+    """Give what of an image goes into one resolution: it, or its mirror image, or both; nothing with too few boxes.
 
     Args:
         pixels: the image in the frame, (h, w, 3) uint8.
@@ -51,7 +51,7 @@ def views(
 
 
 def _described(item: Item, which: int, frame: Frame) -> str:
-    """A box as it stands in its source, as far as that is known: for the one who has to mend it."""
+    """Describe a box as it is in its source, as far as that is known, for the one who has to mend it."""
     box, (height, width) = item.boxes[which], frame.original
     shares, pixels = ([round(float(v * s), 3) for v, s in zip(box, scale, strict=True)] for scale in (
         (1, 1, 1, 1), (width, height, width, height))
@@ -64,7 +64,7 @@ def _described(item: Item, which: int, frame: Frame) -> str:
 
 
 def mirror(row: Row, frame: Frame) -> Row:
-    """The row of the mirrored image."""
+    """Return the row of the mirrored image."""
     return replace(
         row,
         image_id=row.image_id + MIRRORED,
@@ -74,7 +74,7 @@ def mirror(row: Row, frame: Frame) -> Row:
 
 
 def _sides(item: Item, settings: Settings) -> tuple[bool, ...]:
-    """Which of (as it is, mirrored) are wanted of an image."""
+    """Say for each row of an image whether it is mirrored."""
     if settings.flip == "no" or any(_SIDES.search(text) for text in (item.caption, *item.phrases)):
         return (False,)
     if settings.flip == "both":

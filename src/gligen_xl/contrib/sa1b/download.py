@@ -1,4 +1,4 @@
-"""The published sets of SA-1B, from the Hub: which files, whether they fit, and whether they came whole."""
+"""Downloads the published sets of SA-1B from the Hub, and checks that they fit on the disk and came whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from ...hub import reaching
-from ...io import read_json, write_json
+from ...io import checksum, read_json, write_json
 from ...suggestions import did_you_mean
 
 SETS = {
@@ -42,8 +42,8 @@ def download(
     token: str | None = None,
     progress: Callable[[list[RemoteFile]], Iterable[RemoteFile]] = list,
 ) -> list[Path]:
-    """Fetch a set, or the archives of it that are named, into `out`; a file that came whole is not fetched again, one
-    that came in part is continued.
+    """Fetch a set, or some of its archives, into `out`. A file that came whole is not fetched again, one that came in
+    part is continued.
 
     Args:
         which: a name of `SETS`, or a dataset repository of files of the same names.
@@ -74,17 +74,17 @@ def download(
                 repository, file.name, repo_type="dataset", revision=revision, token=token, local_dir=str(out)
             )
         path = Path(fetched)
-        found = _sha256(path)
-        if path.stat().st_size != file.size or found != (file.sha256 or found) or not _is_blob(path, file):
+        sha256 = checksum(path)
+        if path.stat().st_size != file.size or sha256 != (file.sha256 or sha256) or not _is_blob(path, file):
             path.unlink()
             raise ValueError(f"{file.name} did not come as the Hub has it, and was removed; run the same command again")
-        manifest[file.name] = found
+        manifest[file.name] = sha256
         write_json(out / MANIFEST_NAME, manifest)
     return [out / file.name for file in files]
 
 
 def archive_numbers(text: str) -> set[int]:
-    """ "0-2,7" -> {0, 1, 2, 7}."""
+    """Read numbers and ranges: "0-2,7" -> {0, 1, 2, 7}."""
     numbers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
@@ -133,13 +133,8 @@ def _is_there(file: RemoteFile, out: Path, manifest: dict[str, str]) -> bool:
 
 
 def _is_blob(path: Path, file: RemoteFile) -> bool:
-    """Whether a file that is not in large-file storage is the one that the repository holds, by git's checksum."""
+    """Whether a file that is not in large-file storage is the one of the repository, by git's checksum."""
     if file.blob is None:
         return True
     contents = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(contents) + contents, usedforsecurity=False).hexdigest() == file.blob
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,9 +1,9 @@
-"""Object arrays of `.npy` files, read without running the pickles that they are.
+"""Reads object arrays of `.npy` files without running the pickles that they are.
 
 A pickle is a program, and `numpy.load` would run it; numpy's own unpickling even trusts pointers and sizes that a file
-states. Here each name that such a file may call stands for a function of this module, which takes down what is asked
-for: no class of numpy or torch is at hand while a file is read. The arrays are made at the end, of what was taken down,
-and only where type, shape and number of bytes agree.
+states. Here each name that such a file may call stands for a function of this module, which records what is asked for:
+no class of numpy or torch can be reached while a file is read. The arrays are made at the end, of what was recorded,
+and only if type, shape and number of bytes agree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEPTH = 16  # of lists within lists; the published files have four
 
 
 def read_object_array(path: str | Path) -> np.ndarray:
-    """The object array of a `.npy` file; what is in it are numbers, texts, lists, dictionaries and arrays of such.
+    """Read the object array of a `.npy` file, of numbers, texts, lists, dictionaries and arrays of such.
 
     Raises:
         ValueError: not such a file, damaged, or asking for more than arrays.
@@ -68,15 +68,15 @@ class _Dtype(Placeholder):
     order: str = "|"  # as the name says
 
     def set(self, state: Any) -> None:
-        """As numpy writes it: (3, order, subarray, names, fields, size, alignment, flags); the last three follow from
-        the name, and are not believed."""
+        """Read (3, order, subarray, names, fields, size, alignment, flags), as numpy writes it; the last three follow
+        from the name, and are not trusted."""
         if type(state) is not tuple or len(state) != 8 or state[0] != 3 or state[1] not in ("<", ">", "|", "="):
             raise Refused(f"asks for the array type {self.name} in a way that is not known")
         if state[2:5] != (None, None, None):
             raise Refused(f"asks for the array type {self.name} with fields")
         self.order = state[1]
 
-    def made(self) -> np.dtype:
+    def to_numpy(self) -> np.dtype:
         return np.dtype(self.name).newbyteorder(self.order)  # type: ignore[arg-type]
 
 
@@ -99,19 +99,19 @@ def _dtype(name: str, align: Any = False, copy: Any = True) -> _Dtype:
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    """An empty array, whose contents come in the next step: numpy writes it no other way."""
+    """Begin an array, whose contents come in the next step: numpy writes it no other way."""
     if kind is not _NDARRAY:
         raise Refused("asks for an array of another class")
     return _Array()
 
 
 def _scalar(dtype: _Dtype, data: bytes) -> Any:
-    made = dtype.made()
-    if made.hasobject:
+    kind = dtype.to_numpy()
+    if kind.hasobject:
         raise Refused("asks for a scalar that is an object")
-    if type(data) is not bytes or len(data) != made.itemsize:
-        raise ValueError(f"a {made} of another number of bytes")
-    return np.ndarray((), made, data)[()]
+    if type(data) is not bytes or len(data) != kind.itemsize:
+        raise ValueError(f"a {kind} of another number of bytes")
+    return np.ndarray((), kind, data)[()]
 
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
@@ -125,11 +125,11 @@ def _no_bytes() -> bytes:
 
 
 def _no_hooks() -> None:
-    """The gradient hooks of a tensor, which one in a file has none of."""
+    """Stand for the gradient hooks of a tensor; one in a file has none."""
 
 
 def _storage(data: bytes) -> np.ndarray:
-    """A tensor's numbers, from pickles within the pickle: tried here first, then read by torch's restricted reader."""
+    """Read a tensor's numbers, pickles within the pickle: tried here first, then read by torch's restricted reader."""
     import torch  # takes seconds, and few files need it
 
     stream = io.BytesIO(data)
@@ -144,7 +144,7 @@ def _storage(data: bytes) -> np.ndarray:
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
-    """A view of the storage. Torch would let a storage grow to what a view asks for; here it has to lie within."""
+    """Make a view of the storage. Torch would let a storage grow to what a view asks for; here it has to lie within."""
     if not (isinstance(storage, np.ndarray) and storage.ndim == 1 and _are_sides((offset,))):
         raise ValueError("a tensor without its storage")
     if not (_are_sides(size) and _are_sides(stride) and len(size) == len(stride)):
@@ -218,20 +218,20 @@ class _Resolver:
     def _array(self, shape: Any, dtype: _Dtype, fortran: Any, data: Any, *, depth: int) -> np.ndarray:
         if not _are_sides(shape):
             raise ValueError("an array whose shape is not whole numbers")
-        count, made = math.prod(shape), dtype.made()
-        if made.hasobject:
+        count, kind = math.prod(shape), dtype.to_numpy()
+        if kind.hasobject:
             if type(data) is not list or len(data) != count:
                 raise ValueError(f"an array {shape} of another number of objects")
             items = np.empty(count, object)
             for k, item in enumerate(data):  # in C order, whatever the array's
                 items[k] = self.resolve(item, depth + 1)
             return items.reshape(shape)
-        if type(data) is not bytes or len(data) != count * made.itemsize or not made.itemsize:
-            raise ValueError(f"an array {shape} of {made} with another number of bytes")
+        if type(data) is not bytes or len(data) != count * kind.itemsize or not kind.itemsize:
+            raise ValueError(f"an array {shape} of {kind} with another number of bytes")
         self._spend(count)
-        if made.kind in "SU":
+        if kind.kind in "SU":
             self._spend_text(len(data))
-        return np.ndarray(shape, made, data, order="F" if fortran else "C")
+        return np.ndarray(shape, kind, data, order="F" if fortran else "C")
 
     def _spend_text(self, length: int) -> None:
         self.text_budget -= length

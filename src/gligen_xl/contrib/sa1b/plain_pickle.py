@@ -1,4 +1,4 @@
-"""Pickles of plain values: read by a machine that has only the instructions such files need.
+"""Reads pickles of plain values, by a machine that has only the instructions such files need.
 
 A pickle is a program for a stack machine. Python's own has instructions that import, call and change anything; this one
 makes numbers, texts, lists, tuples and dictionaries, and calls the functions that it is given, by the names that stand
@@ -22,10 +22,10 @@ class Refused(Exception):
 
 
 class Placeholder:
-    """Stands for what a pickle asks for; the file says in two steps what that is."""
+    """What a pickle asks for; the file says in two steps what that is."""
 
     def set(self, state: Any) -> None:
-        """The second step. Raises `Refused` where the state is not one that may be asked for."""
+        """Do the second step; raise `Refused` if the state is not one that may be asked for."""
         raise NotImplementedError
 
 
@@ -42,7 +42,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_pickle(file: IO[bytes], size: int, names: Names) -> Any:
-    """What a pickle describes: numbers, texts, lists, dictionaries with texts as keys, and what functions made of such.
+    """Read what a pickle describes: numbers, texts, lists, dictionaries with texts as keys, and what functions return.
 
     Args:
         size: of the file, in bytes. `HANDED` times as much may be handed to functions, but not the same megabyte over

@@ -1,4 +1,4 @@
-"""The field's published `.npy` files of latents and boxes, read without running the pickles that they are.
+"""Reads the published `.npy` files of latents and boxes, without running the pickles that they are.
 
 `jiuntian/sa1b-sdxl-latents-{512,1024}` hold a dictionary of indices and latents, `longlian/sa-1b_boxes` and
 `jiuntian/sa-1b_boxes_sdxl` a table of five or six columns, both as object arrays: `numpy.load` would want
@@ -30,7 +30,7 @@ class PublishedLatents:
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """Boxes of one image, xyxy, 0-1 in the square centre crop, as they stand there: not clipped, not filtered.
+    """Boxes of one image, xyxy, 0-1 in the square centre crop, as the file has them: not clipped, not filtered.
 
     original_size is (height, width) in pixels, or None where the table has five columns.
     """
@@ -44,7 +44,7 @@ class PublishedRow:
 
 
 def read_latents(path: str | Path) -> PublishedLatents:
-    """The latents of `sa_000000.npy`.
+    """Read the latents of `sa_000000.npy`.
 
     Raises:
         ValueError: not such a file, damaged, or asking for more than arrays.
@@ -66,7 +66,7 @@ def read_latents(path: str | Path) -> PublishedLatents:
 
 
 def read_boxes(path: str | Path) -> list[PublishedRow]:
-    """The rows of a table of boxes, five columns (index, caption, boxes, scores, phrases) or six (and original size).
+    """Read a table of boxes, of five columns (index, caption, boxes, scores, phrases) or six (and original size).
 
     Raises:
         ValueError: not such a table, damaged, or asking for more than arrays; it names the row.
@@ -103,7 +103,7 @@ def _row(columns: list[Any]) -> PublishedRow:
 
 
 def _numbers(values: Any) -> np.ndarray:
-    """A number, an array of them, or lists of them."""
+    """Convert a number, an array of them, or lists of them."""
     array = np.asarray(values) if _are_numbers(values) else None
     if array is None or (array.dtype.kind not in "iuf" and array.size):
         raise ValueError(f"{_kind(values)}; expected numbers")
@@ -126,5 +126,5 @@ def _texts(values: Any) -> list[str]:
 
 
 def _kind(value: Any) -> str:
-    """A few words for a value that may be of any size."""
+    """Describe a value that may be of any size in a few words."""
     return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"{value!r:.60}"

@@ -1,4 +1,4 @@
-"""The files that captions come in: a source is one of them, or a folder of one kind (the first that it holds).
+"""Reads the files that captions come in: a source is one of them, or a folder of one kind (the first that it holds).
 
     .parquet              columns of ids and of texts (IDS and TEXTS below)
     .tar, .tar.gz, .tgz   members ID.txt: SAM-LLaVA-Captions10M as published, or a webdataset
@@ -6,7 +6,7 @@
     .txt                  one caption; its path below the source, without the ending, is the id
     .json                 COCO captions (the caption of the lowest annotation id is taken), or one object {id: caption}
 
-All but .json are read in bounded memory. Ids are kept as they stand there: they may be paths.
+All but .json are read in bounded memory. Ids are kept as they are: they may be paths.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import pyarrow.parquet as pq
 
 from ...io import decode_text
 from ..item import text_fault
-from ..sources.links import leaves
-from ..sources.rows import clean, text_id
+from ..sources.paths import leaves
+from ..sources.rows import clean, looks_like_labels, text_id
 from ..sources.tars import read_samples
-from ..sources.yolo_rows import looks_like_rows
 
 IDS = ("__key__", "image_id", "id", "key")
 TEXTS = ("txt", "caption", "text", "prompt")
@@ -38,15 +37,15 @@ Reader = Callable[[Path, Path], Iterator[Pair]]  # of a file, in the folder that
 
 
 def survey(source: Path) -> tuple[Reader, str]:
-    """The reader of a source's files, and a fingerprint of them. No list of them is made: they may be millions."""
+    """Return the reader of a source's files, and their fingerprint. No list is made of them: they may be millions."""
     if not source.exists():
         raise FileNotFoundError(f"no captions {source}; expected a file or a folder ({', '.join(_READERS)})")
     sums: dict[Reader, int] = {}
     for file in _files(source):
         if reader := _reader(file):
-            facts = file.stat()
+            stat = file.stat()
             name = os.fsencode(file.relative_to(source) if file != source else file.name)
-            digest = hashlib.sha256(b"%s\0%d\0%d" % (name, facts.st_size, facts.st_mtime_ns)).digest()
+            digest = hashlib.sha256(b"%s\0%d\0%d" % (name, stat.st_size, stat.st_mtime_ns)).digest()
             sums[reader] = sums.get(reader, 0) + int.from_bytes(digest, "big")  # the same in whatever order
     for reader in _READERS.values():
         if reader in sums:
@@ -56,7 +55,7 @@ def survey(source: Path) -> tuple[Reader, str]:
 
 
 def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
-    """Every caption that `reader` finds in a source, in an order that is the same every time where ids repeat.
+    """Give every caption that `reader` finds in a source, in an order that is the same every time where ids repeat.
 
     Raises:
         ValueError: names the file that is cut short, damaged, not text, or without what is expected in it.
@@ -71,13 +70,13 @@ def pairs_of(source: Path, reader: Reader) -> Iterator[Pair]:
                 image_id.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{file}: the caption of {image_id!r} is not Unicode text: {error}") from error
-            no_caption = length > LONGEST or text_fault(caption or "") or looks_like_rows(caption or "")
+            no_caption = length > LONGEST or text_fault(caption or "") or looks_like_labels(caption or "")
             yield image_id, None if no_caption else caption
 
 
 def _files(source: Path) -> Iterator[Path]:
-    """The file, or those of the folder and the folders in it, by name; texts as they come, since they may be millions
-    and their order matters to none."""
+    """Give the file, or those of the folder and the folders in it, by name; texts in any order, as they may be
+    millions."""
     yield from _files_below(source, source) if source.is_dir() else [source]
 
 
@@ -141,30 +140,28 @@ def _read_jsonl(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _choose(where: str | Path, names: list[str]) -> tuple[str, str]:
-    """The names of the id and of the text."""
-    found = [next((name for name in expected if name in names), None) for expected in (IDS, TEXTS)]
-    if found[0] is None or found[1] is None:
+    """Return the names of the id and of the text."""
+    image_id, text = (next((name for name in expected if name in names), None) for expected in (IDS, TEXTS))
+    if image_id is None or text is None:
         raise ValueError(
             f"{where} has {', '.join(names) or 'nothing'}; expected ids in {' or '.join(IDS)}, "
             f"and texts in {' or '.join(TEXTS)}"
         )
-    return found[0], found[1]
+    return image_id, text
 
 
 def _pair(where: str, names: tuple[str, str], values: Iterable[Any]) -> Pair:
-    given, caption = values
-    image_id = given
-    if not isinstance(image_id, str):
-        image_id = text_id(image_id)
+    value, caption = values
+    image_id = value if isinstance(value, str) else text_id(value)
     if not image_id:
-        raise ValueError(f"{where}: {names[0]} is {given!r:.80}; expected the id of an image")
+        raise ValueError(f"{where}: {names[0]} is {value!r:.80}; expected the id of an image")
     if not isinstance(caption, str | None):
         raise ValueError(f"{where}: {names[1]} is {str(caption)[:80]!r}; expected a caption")
     return image_id, caption or ""
 
 
 def _read_json(path: Path, folder: Path) -> Iterator[Pair]:
-    """The only kind of file that is read whole."""
+    """Read JSON, the only kind of file that is read whole."""
     try:
         content = json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
@@ -188,7 +185,7 @@ def _read_json(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _in_order(number: int | str) -> tuple[int, str]:
-    """Ids that are numbers, as such or as text, in their order, and words behind them."""
+    """Sort ids that are numbers, as such or as text, in their order, and words after them."""
     text = str(number)
     return (int(text), "") if text.isdecimal() and len(text) < 20 else (2**64, text)
 

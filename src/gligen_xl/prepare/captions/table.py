@@ -3,7 +3,7 @@
     with CaptionTable.open("SAM-LLaVA-Captions10M.tar.gz", cache) as captions:
         captions.get("sa_123")
 
-What may be a source, see `caption_files`. Captions have ids as their source names them, images as theirs, and either
+`captions.files` says what may be a source. Captions have ids as their source names them, images as theirs, and either
 may have folders that the other lacks. One rule joins them: the parts of one id end with those of the other.
 """
 
@@ -13,15 +13,14 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from filelock import FileLock
-
 from ...io import whole_file
+from ...workdir import FOREVER, exclusive
 from .files import LONGEST, Pair, pairs_of, survey
 
 _VERSION = 3  # of the tables: one of another version is built anew
@@ -35,8 +34,8 @@ class Counts:
     Args:
         captions: images that have one.
         duplicates: other texts for an image that had one already: the first is kept.
-        empty: left out. refused: too, as too long, with control characters, or in an archive no file or of a name that
-            leads elsewhere.
+        empty: left out. refused: left out too, as they are too long, have control characters, or are in an archive no
+            file or of a name that leads elsewhere.
         example: the id of one that was refused.
     """
 
@@ -48,7 +47,7 @@ class Counts:
 
 
 class CaptionTable:
-    """A built table, open for reading; in another thread or process too (it can be pickled).
+    """A table that is built, open for reading; in another thread or process too (it can be pickled).
 
     Raises:
         ValueError: the file is no such table.
@@ -72,32 +71,35 @@ class CaptionTable:
         *,
         progress: Callable[[int], None] | None = None,
     ) -> CaptionTable:
-        """The table of `source`, built in the folder `cache` where it is not there yet.
+        """Open the table of `source`, and build it in the folder `cache` first if it is missing.
 
-        It is built anew when a file of the source is another (name, size, time). Of several processes that ask at
+        It is built anew when a file of the source is another (name, size, time). Of several processes that open it at
         once one builds, the others wait.
 
         Args:
-            progress: told now and then how many captions were read.
+            progress: called now and then with the number of captions that were read.
 
         Raises:
             FileNotFoundError: no such source.
-            ValueError: it holds no captions, is cut short or damaged, or lacks the columns.
-            OSError: the cache cannot be written.
+            ValueError: it holds no captions, is cut short or damaged, or lacks the columns; or the cache cannot be
+                written.
+            OSError: the disk is full.
         """
         source, cache = Path(source).expanduser(), Path(cache).expanduser()
         reader, fingerprint = survey(source)
         path = cache / f"captions-{_VERSION}-{fingerprint}.sqlite"
         if not path.is_file():
-            with _alone(path):
-                if not path.is_file():  # else another process, that was waited for, has built it
+            with exclusive(path.with_name(path.name + ".lock"), "", FOREVER):
+                for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+                    left.unlink()
+                if not path.is_file():  # else another process has built it meanwhile
                     _build(path, source, pairs_of(source, reader), progress or (lambda number: None))
         return cls(path)
 
     def get(self, image_id: str) -> str | None:
-        """The caption of one image, if it has one.
+        """Return the caption of one image, if it has one.
 
-        Of `a/0` it is that of `a/0`; else that of `x/a/0`, whatever x is, if there is only one; else that of `0`.
+        For `a/0` it is that of `a/0`; else that of `x/a/0`, whatever x is, if there is only one; else that of `0`.
         """
         key = _backwards(image_id)
         found = self._query("SELECT caption FROM captions WHERE id = ?", [key])
@@ -147,53 +149,41 @@ class CaptionTable:
 # Building -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; what killed ones left beside `path` is cleared away."""
+def _build(path: Path, source: Path, pairs: Iterable[Pair], progress: Callable[[int], None]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(path.name + ".lock"))
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        raise OSError(f"the folder for the table of captions, {path.parent}, cannot be written: {error}") from error
-    try:
-        for left in path.parent.glob(f".{path.name}.*"):
-            left.unlink()
-        yield
+        with whole_file(path) as partial, closing(sqlite3.connect(partial, isolation_level=None)) as table:
+            _fill(table, source, pairs, progress)
     except sqlite3.Error as error:
         raise OSError(f"the table of captions cannot be written in {path.parent} (full?): {error}") from error
-    finally:
-        lock.release()
 
 
-def _build(path: Path, source: Path, pairs: Iterable[Pair], progress: Callable[[int], None]) -> None:
-    """Captions are appended as they come and their ids indexed at the end, sorted on the disk.
+def _fill(table: sqlite3.Connection, source: Path, pairs: Iterable[Pair], progress: Callable[[int], None]) -> None:
+    """Append captions as they come, and index their ids at the end, sorted on the disk.
 
     A table ordered by id (WITHOUT ROWID) is written all over when ids come unordered: measured 60,000 captions a second
     against 200,000 at two million, falling as it grows.
     """
     counts = Counts()
-    with whole_file(path) as partial, closing(sqlite3.connect(partial, isolation_level=None)) as table:
-        # What is not whole is thrown away: nothing is journaled, nothing flushed before its end.
-        for pragma in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE", "cache_size = -8192"):
-            table.execute(f"PRAGMA {pragma}")
-        table.execute("CREATE TABLE captions (number INTEGER PRIMARY KEY, id TEXT NOT NULL, caption TEXT NOT NULL)")
-        table.execute("BEGIN")
-        table.executemany("INSERT INTO captions (id, caption) VALUES (?, ?)", _stored(pairs, counts, progress))
-        table.execute("CREATE INDEX by_id ON captions (id)")
-        _keep_first(table, counts)
-        if not counts.captions:
-            raise ValueError(
-                f"{source} holds no captions: {counts.empty} empty, {counts.refused} over {LONGEST} bytes, "
-                "rows of YOLO labels, with control characters, no files, or of names that lead elsewhere"
-            )
-        table.execute("CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER)")
-        table.executemany("INSERT INTO counts VALUES (?, ?)", asdict(counts).items())
-        table.execute("COMMIT")
+    # What is not whole is thrown away: nothing is journaled, nothing flushed before its end.
+    for pragma in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE", "cache_size = -8192"):
+        table.execute(f"PRAGMA {pragma}")
+    table.execute("CREATE TABLE captions (number INTEGER PRIMARY KEY, id TEXT NOT NULL, caption TEXT NOT NULL)")
+    table.execute("BEGIN")
+    table.executemany("INSERT INTO captions (id, caption) VALUES (?, ?)", _stored(pairs, counts, progress))
+    table.execute("CREATE INDEX by_id ON captions (id)")
+    _keep_first(table, counts)
+    if not counts.captions:
+        raise ValueError(
+            f"{source} holds no captions: {counts.empty} empty, {counts.refused} over {LONGEST} bytes, "
+            "rows of YOLO labels, with control characters, no files, or of names that lead elsewhere"
+        )
+    table.execute("CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER)")
+    table.executemany("INSERT INTO counts VALUES (?, ?)", asdict(counts).items())
+    table.execute("COMMIT")
 
 
 def _stored(pairs: Iterable[Pair], counts: Counts, progress: Callable[[int], None]) -> Iterator[tuple[str, str]]:
-    """Ids, backwards, and captions to store, in one line each; the others are counted."""
+    """Give ids, backwards, and captions to store, in one line each, and count the others."""
     number = 0
     for number, (image_id, caption) in enumerate(pairs, start=1):
         if number % _REPORT_EVERY == 0:
@@ -209,12 +199,12 @@ def _stored(pairs: Iterable[Pair], counts: Counts, progress: Callable[[int], Non
 
 
 def _backwards(image_id: str) -> str:
-    """Its last part first, without the "." of "./a": ids with the same end then stand together in the index."""
+    """Put the last part of an id first, without the "." of "./a": ids with the same end are then next to each other."""
     return "/".join(part for part in reversed(image_id.split("/")) if part not in ("", "."))
 
 
 def _keep_first(table: sqlite3.Connection, counts: Counts) -> None:
-    """Of several captions of an image the first stays; those that say something else are counted."""
+    """Keep the first of several captions of an image, and count those that say something else."""
     table.execute(
         "CREATE TEMP TABLE repeated AS SELECT captions.number, captions.caption <> kept.caption AS other FROM "
         "(SELECT id, min(number) AS first FROM captions GROUP BY id HAVING count(*) > 1) AS twice "

@@ -11,18 +11,19 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..item import Unit, items_of
 from .archives import Archive, archive_name, find_archives, is_archive
-from .coco_source import is_coco, open_coco
-from .folders import find_images, image_chunks
+from .coco import is_coco, open_coco
+from .folders import image_chunks
 from .hugging_face import is_hugging_face, open_hugging_face
-from .links import refuse_leaving
 from .options import Kind, SourceOptions
 from .other_annotations import describe, find_unread
-from .row_chunks import METADATA, check_rows, row_chunks
+from .paths import find_images, refuse_leaving
 from .rows import BOX_FORMATS, check_not_all_alike
+from .tables import METADATA, row_chunks
 from .voc import is_voc_folder, open_voc
 from .yolo import first_label, is_yolo, open_yolo
 
@@ -43,13 +44,13 @@ def open_source(
     unit_size: int = UNIT_SIZE,
     other_uses: Sequence[str | Path] = (),
 ) -> list[Unit]:
-    """Units of a source, in an order that is the same every time.
+    """Cut a source into units, in an order that is the same every time.
 
     Args:
         kind: one of `KINDS`; "auto" recognises it.
         box_format: one of `BOX_FORMATS`, of rows that do not name their own. Layouts are "xyxy" by default.
         instances: COCO's annotations of the images in `path`. classes: category name to phrase.
-        images: folder of the images, where they do not stand with their annotations.
+        images: folder of the images, where they do not lie with their annotations.
         split: the part of the source that is taken, as "train"; all of it by default.
         unit_size: images in a unit; an archive is always one.
         other_uses: files and folders that may lie among the images and are no annotations of theirs, as captions that
@@ -60,9 +61,9 @@ def open_source(
         ValueError: it is nothing of the kind, an argument does not go with it, or all rows have a fault.
     """
     path = Path(path)
-    given = {"instances": instances, "classes": classes, "images": images}
-    files = {name: None if other is None else Path(other) for name, other in given.items()}
-    for file in (path, *(other for other in files.values() if other is not None)):
+    paths = {"instances": instances, "classes": classes, "images": images}
+    files = {name: None if other is None else Path(other) for name, other in paths.items()}
+    for file in (path, *filter(None, files.values())):
         if not file.exists():
             raise FileNotFoundError(f"there is no {file}")
     if files["images"] is not None and not files["images"].is_dir():
@@ -80,16 +81,17 @@ def open_source(
 
 
 def recognise(path: Path, other_uses: Sequence[Path] = ()) -> str:
-    """The kind of a source.
+    """Return the kind of a source.
 
     Raises:
-        ValueError: none of them, or several; it says what was found and what is expected.
+        ValueError: none of them, or several; the error says what there is and what is expected.
     """
     if path.is_file():
         kinds = [name for name, kind in KINDS.items() if kind.recognises(path)]
         if not kinds:
-            told = describe(path)
-            raise ValueError(f"{path} is a file of no known kind{f' ({told})' if told else ''}; {expected()}")
+            description = describe(path)
+            shown = f" ({description})" if description else ""
+            raise ValueError(f"{path} is a file of no known kind{shown}; {_expected()}")
         return kinds[0]
     if any(path.joinpath(name).is_file() for name in METADATA):
         return "imagefolder"
@@ -103,18 +105,18 @@ def recognise(path: Path, other_uses: Sequence[Path] = ()) -> str:
         return kinds[0]
     if unread := find_unread(path, other_uses):
         raise ValueError(
-            f"{unread} may hold annotations, and is not read ({describe(unread)}); {expected()}\n"
+            f"{unread} may hold annotations, and is not read ({describe(unread)}); {_expected()}\n"
             "Move it elsewhere, or say --kind imagefolder, if images and captions are all that is wanted"
         )
     if next(find_images(path), None) is not None:
         return "imagefolder"
-    found = sorted(file.name for file in path.iterdir())
-    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-    raise ValueError(f"{path} holds {shown or 'nothing'}; {expected()}")
+    names = sorted(file.name for file in path.iterdir())
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise ValueError(f"{path} holds {shown or 'nothing'}; {_expected()}")
 
 
-def expected() -> str:
-    """The kinds of sources, in words."""
+def _expected() -> str:
+    """Name the kinds of sources."""
     return "\n".join(["expected one of", *(f"  {name:<12} {kind.description}" for name, kind in KINDS.items())])
 
 
@@ -141,33 +143,23 @@ def _kind_of_archives(files: list[Path]) -> str:
     return "sa1b" if all(re.fullmatch(r"sa_\d+", archive_name(file)) for file in files) else "webdataset"
 
 
-def _is_sa1b(path: Path) -> bool:
-    return is_archive(path) and _kind_of_archives([path]) == "sa1b"
+def _is_archive_of(kind: str, path: Path) -> bool:
+    return is_archive(path) and _kind_of_archives([path]) == kind
 
 
-def _archives(options: SourceOptions, kind: str) -> list[Archive]:
+def _open_archives(kind: str, options: SourceOptions) -> list[Archive]:
     archives = [Archive(path=file, kind=kind, box_format=options.box_format) for file in find_archives(options.path)]
     if not archives:
-        raise ValueError(f"{options.path} holds no .tar, .tar.gz or .tgz; {expected()}")
+        raise ValueError(f"{options.path} holds no .tar, .tar.gz or .tgz; {_expected()}")
     archives[0].check()
     return archives
-
-
-def _open_sa1b(options: SourceOptions) -> Sequence[Unit]:
-    return _archives(options, "sa1b")
-
-
-def _open_webdataset(options: SourceOptions) -> Sequence[Unit]:
-    return _archives(options, "webdataset")
 
 
 def _open_layouts(options: SourceOptions) -> Sequence[Unit]:
     path = options.path
     if not path.is_file():
-        raise ValueError(f"{path} is not a file; {expected()}")
-    units = row_chunks(path, path.stem, "layouts", options.box_format or "xyxy", options.unit_size)
-    check_rows(units)
-    return units
+        raise ValueError(f"{path} is not a file; {_expected()}")
+    return row_chunks(path, path.stem, "layouts", options.box_format or "xyxy", options.unit_size)
 
 
 def _open_imagefolder(options: SourceOptions) -> Sequence[Unit]:
@@ -179,20 +171,18 @@ def _open_imagefolder(options: SourceOptions) -> Sequence[Unit]:
         if path.is_dir():
             refuse_leaving(path, files[0])
         name = files[0].absolute().parent.name
-        chunks = row_chunks(files[0], name, "imagefolder", options.box_format, options.unit_size)
-        check_rows(chunks)
-        return chunks
+        return row_chunks(files[0], name, "imagefolder", options.box_format, options.unit_size)
     _refuse_other_metadata(path)
-    alone = image_chunks(path, path.absolute().name, options.unit_size)
-    if not alone:
-        raise ValueError(f"{path} holds no images; {expected()}")
+    chunks = image_chunks(path, path.absolute().name, options.unit_size)
+    if not chunks:
+        raise ValueError(f"{path} holds no images; {_expected()}")
     if label := first_label(path):
         raise ValueError(f"{label} holds rows of YOLO labels and no caption; leave out --kind, or say --kind yolo")
-    return alone
+    return chunks
 
 
 def _refuse_other_metadata(folder: Path) -> None:
-    """What would be overlooked if its images were taken alone."""
+    """Refuse what would be overlooked if its images were taken alone."""
     if folder.joinpath("metadata.csv").is_file():
         raise ValueError(f"{folder}/metadata.csv: a table of text cannot hold boxes; write the rows as metadata.jsonl")
     deeper = sorted(str(file.parent) for name in METADATA for file in folder.glob(f"*/{name}"))
@@ -205,13 +195,13 @@ _ELSEWHERE = ("classes", "images", "split")
 KINDS: Mapping[str, Kind] = {
     "sa1b": Kind(
         description="sa_000000.tar ..., or a folder of them (plain or gzip)",
-        recognises=_is_sa1b,
-        open=_open_sa1b,
+        recognises=partial(_is_archive_of, "sa1b"),
+        open=partial(_open_archives, "sa1b"),
     ),
     "webdataset": Kind(
         description="any other .tar, or a folder of them: images with .txt and .json beside them",
-        recognises=lambda path: is_archive(path) and not _is_sa1b(path),
-        open=_open_webdataset,
+        recognises=partial(_is_archive_of, "webdataset"),
+        open=partial(_open_archives, "webdataset"),
         takes=("box_format",),
     ),
     "imagefolder": Kind(

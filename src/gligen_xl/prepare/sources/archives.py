@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...images.decode import ENDINGS, MAX_BYTES
-from ...io import decode_text
-from ..item import BAD_TEXT, Item, Skipped, text_fault, unique
+from ...io import checksum
+from ..item import Item, Skipped, unique
 from .json_members import members
-from .rows import (
-    CAPTION_NOT_UTF8,
-    RowError,
-    check_caption,
-    check_first,
-    item_or_why_not,
-    read_annotation,
-    read_row,
-    stated_size,
-)
+from .rows import RowError, check_first, item_or_skipped, read_annotation, read_caption, read_row, stated_size
 from .tars import DOTS, Reading, TarSample, count_unread, read_samples, returning_member
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -52,7 +42,6 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """The file's, without its ending."""
         return archive_name(self.path)
 
     @property
@@ -60,21 +49,20 @@ class Archive:
         return self.path.stat().st_size
 
     def identity(self) -> dict[str, Any]:
-        facts = self.path.stat()
-        identity = {"kind": self.kind, "file": self.path.name, "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+        stat = self.path.stat()
+        identity = {"kind": self.kind, "file": self.path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         return identity if self.kind == "sa1b" else identity | {"box_format": self.box_format}
 
     def sha256(self) -> str:
-        """Of the file as it lies on the disk now; it is read whole."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Checksum of the file as it lies on the disk now; it is read whole."""
+        return checksum(self.path)
 
     def items(self) -> Iterator[Item | Skipped]:
         return unique(self._items())
 
     def check(self) -> None:
-        """Raises ValueError where its first samples have a fault that all have, see `check_first`, or where one of its
-        samples comes back: most likely, those of the other archives do.
+        """Raise ValueError if its first samples have a fault that all have, see `check_first`, or if one of its samples
+        comes back: most likely, those of the other archives do.
 
         An archive that cannot be read is another matter.
         """
@@ -83,11 +71,14 @@ class Archive:
                 raise self._comes_back(*returning)
             check_first(self._readers())
 
-    def _readers(self) -> Iterator[tuple[str, Callable[[], Item]]]:
+    def _readers(self) -> Iterator[tuple[str, partial[Item]]]:
         try:
             for sample in self._samples():
                 if (ending := sample.image) in sample.files:
-                    yield f"{self.path}, sample {sample.key}", partial(webdataset_item, sample, ending, self.box_format)
+                    yield (
+                        f"{self.path}, sample {sample.key}",
+                        partial(_webdataset_item, sample, ending, self.box_format),
+                    )
         except ValueError:
             return
 
@@ -96,8 +87,8 @@ class Archive:
         return self._adjacent(samples) if self.kind == "webdataset" else samples
 
     def _adjacent(self, samples: Iterable[TarSample]) -> Iterator[TarSample]:
-        """Raises ValueError where a sample comes back: an image would be used without its boxes. (SA-1B's JSON holds
-        a size that the image has too.)"""
+        """Raise ValueError if a sample comes back: an image would be used without its boxes. (SA-1B's JSON holds a size
+        that the image has too.)"""
         seen: set[str] = set()
         for sample in samples:
             if sample.key in seen:
@@ -127,31 +118,43 @@ class Archive:
             detail = f"{sample.key}.{ending}; expected a file of at most {LIMITS.get(ending, 0)} bytes, below the root"
             yield Skipped(image_id=sample.key, reason=sample.refused[ending], detail=detail)
         elif self.kind == "sa1b":
-            yield sa1b_item(sample, ending)
+            yield _sa1b_item(sample, ending)
         else:
-            read = partial(webdataset_item, sample, ending, self.box_format)
-            yield item_or_why_not(read, sample.key, sample.done, where)
+            read = partial(_webdataset_item, sample, ending, self.box_format)
+            yield item_or_skipped(read, sample.key, sample.done, where)
 
     def _without_image(self, sample: TarSample) -> Iterator[Skipped]:
         dotted = [ending for ending, why in sample.refused.items() if why == DOTS]
         for ending in dotted:
             yield Skipped(image_id=f"{sample.key}.{ending}", reason=DOTS, detail=f"it is {sample.key}.{ending}")
-        if not dotted and self.kind == "webdataset":  # SA-1B's JSON, where it stands elsewhere, is no loss
-            found = ", ".join(f".{ending}" for ending in (*sample.files, *sample.refused, *sample.unread))
-            detail = f"it has {found}; expected an image of the same name"
+        if not dotted and self.kind == "webdataset":  # SA-1B's JSON, where it is elsewhere, is no loss
+            endings = ", ".join(f".{ending}" for ending in (*sample.files, *sample.refused, *sample.unread))
+            detail = f"it has {endings}; expected an image of the same name"
             yield Skipped(image_id=sample.key, reason=NO_IMAGE_BESIDE, detail=detail)
 
 
-def sa1b_item(sample: TarSample, ending: str) -> Item:
-    """The image, and its size where its JSON stands beside it. SA-1B's masks have no phrases, so no boxes."""
+def _sa1b_item(sample: TarSample, ending: str) -> Item:
+    """Read the image, and its size if its JSON lies beside it. SA-1B's masks have no phrases, so no boxes."""
     size = _sa1b_size(sample.files["json"]) if "json" in sample.files else None
     image_id = sample.key.rpartition("/")[2]
     return Item(image_id=image_id, image=sample.files[ending], size=size, done=sample.done)
 
 
-def webdataset_item(sample: TarSample, ending: str, box_format: str | None) -> Item:
-    """An image with its `.txt` (or another of `CAPTION_ENDINGS`), or the caption of its `.json`; boxes as in a row of
-    metadata.jsonl.
+def _sa1b_size(contents: bytes) -> tuple[int, int] | None:
+    """Read the size in `{"image": {"width": ..., "height": ...}, "annotations": [...]}`, without its annotations.
+
+    JSON that is damaged, or lacks the size, says nothing: the image's own header then does.
+    """
+    try:
+        image = next((value for key, value in members(contents.decode("utf-8-sig", "replace")) if key == "image"), None)
+    except ValueError:
+        return None
+    return stated_size(image) if isinstance(image, dict) else None
+
+
+def _webdataset_item(sample: TarSample, ending: str, box_format: str | None) -> Item:
+    """Read an image with its `.txt` (or another of `CAPTION_ENDINGS`), or the caption of its `.json`; boxes as in a row
+    of metadata.jsonl.
 
     Raises:
         RowError, ImageError: as `read_annotation`.
@@ -161,38 +164,27 @@ def webdataset_item(sample: TarSample, ending: str, box_format: str | None) -> I
         if why := sample.refused.get(text):
             raise RowError(f"its .{text}: {why}", f"expected at most {LIMITS[text]} bytes, in a plain file")
     row = read_row(sample.files["json"]) if "json" in sample.files else {}
-    known = read_annotation(row, image, box_format)
+    annotation = read_annotation(row, image, box_format)
     text = next((ending for ending in CAPTION_ENDINGS if ending in sample.files), None)
     if text is not None:
-        known = replace(known, caption=_caption(f"{sample.key}.{text}", sample.files[text]))
-    return Item(image_id=sample.key, image=image, done=sample.done, **vars(known))
-
-
-def _caption(name: str, contents: bytes) -> str:
-    try:
-        caption = decode_text(contents).strip()
-    except ValueError as error:
-        raise RowError(CAPTION_NOT_UTF8, f"{name}: {error}") from error
-    if fault := text_fault(caption):
-        raise RowError(BAD_TEXT, f"{name}: {fault}")
-    check_caption(caption, name)
-    return caption
+        annotation = replace(annotation, caption=read_caption(sample.files[text], f"{sample.key}.{text}"))
+    return Item(image_id=sample.key, image=image, done=sample.done, **vars(annotation))
 
 
 def find_archives(path: Path) -> list[Path]:
-    """The archive itself, or those of a folder by name.
+    """Return the archive itself, or those of a folder by name.
 
     Raises:
         ValueError: two of them would have the same name.
     """
-    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if is_archive(file))
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if is_archive(file))
     by_name: dict[str, Path] = {}
-    for file in found:
+    for file in files:
         name = archive_name(file)
         if name in by_name:
             raise ValueError(f"{by_name[name]} and {file.name} would both be called {name}; leave one of them out")
         by_name[name] = file
-    return found
+    return files
 
 
 def is_archive(path: Path) -> bool:
@@ -200,17 +192,6 @@ def is_archive(path: Path) -> bool:
 
 
 def archive_name(path: Path) -> str:
+    """Return the name of an archive without its ending."""
     ending = next((ending for ending in TARS if path.name.lower().endswith(ending)), "")
     return path.name[: len(path.name) - len(ending)]
-
-
-def _sa1b_size(contents: bytes) -> tuple[int, int] | None:
-    """Of `{"image": {"width": ..., "height": ...}, "annotations": [...]}`, without its annotations.
-
-    JSON that is damaged, or lacks the size, says nothing: the image's own header then does.
-    """
-    try:
-        image = next((value for key, value in members(contents.decode("utf-8-sig", "replace")) if key == "image"), None)
-    except ValueError:
-        return None
-    return stated_size(image) if isinstance(image, dict) else None

@@ -1,4 +1,4 @@
-"""A big JSON object, member by member: no more than one of them is built at a time.
+"""Reads a big JSON object member by member: no more than one of them is built at a time.
 
 COCO's annotations take 450 MB of text and ten times that as Python objects; SA-1B's carry 100 kB of masks an image.
 """
@@ -15,7 +15,7 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def members(text: str) -> Iterator[tuple[str, Any]]:
-    """(key, value) of each member in its order; a member that is a list gives (key, item) for each of its items.
+    """Give (key, value) of each member in its order; a member that is a list gives (key, item) for each of its items.
 
     Raises:
         ValueError: at the place where the text is not JSON; what stands before it has been given by then.
@@ -57,7 +57,7 @@ def _value(text: str, place: int) -> tuple[Any, int]:
 
 
 def _after(text: str, place: int, mark: str) -> int:
-    """The next place of interest behind `mark`."""
+    """Return the place of the next token after `mark`."""
     place = _SPACE.match(text, place).end()  # type: ignore[union-attr]
     if text[place : place + 1] != mark:
         raise ValueError(f"not JSON: {text[place : place + 20]!r} where {mark} is expected (character {place})")

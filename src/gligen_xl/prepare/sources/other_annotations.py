@@ -8,19 +8,44 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..settings import WORK_FOLDER
-from .label_files import head_of
+from .paths import read_head
 
-# Endings of files that describe images, in programs of this field.
-ENDINGS = (
-    ".json", ".jsonl", ".ndjson", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".parquet", ".arrow", ".tfrecord",
-    ".tfrecords", ".record", ".mat",
-)  # fmt: skip
 HEAD = 2**16  # bytes by which a file is known
 _CONVERT = "export it as COCO, YOLO or Pascal VOC from the program that made it, or by supervision or labelme2coco"
 
+_TABLE = "a table; boxes are written as rows of metadata.jsonl, captions as .jsonl or .parquet for --captions; or "
+_TABLE += _CONVERT
+_IMAGELESS = "a table without images; rows about files are called metadata.parquet, captions go by --captions"
+_YAML = "YAML without names of classes; YOLO's data.yaml has names"
+_OTHER_FORMAT = f"not a format that is read here; {_CONVERT}"
+_OTHER_JSON = "JSON of no known form; rows about files are called metadata.jsonl"
+_OTHER_XML = f"XML that is none of Pascal VOC; {_CONVERT}"
+
+# Endings of files that describe images, in programs of this field; and what such a file seems to be.
+_BY_ENDING = {
+    ".json": _OTHER_JSON, ".jsonl": _OTHER_JSON, ".ndjson": _OTHER_JSON, ".xml": _OTHER_XML, ".csv": _TABLE,
+    ".tsv": _TABLE, ".yaml": _YAML, ".yml": _YAML, ".parquet": _IMAGELESS, ".arrow": _IMAGELESS,
+    ".tfrecord": _OTHER_FORMAT, ".tfrecords": _OTHER_FORMAT, ".record": _OTHER_FORMAT, ".mat": _OTHER_FORMAT,
+}  # fmt: skip
+
+# Keys that are all in the begin of a JSON file, and what it then is; the first that fits.
+_BY_KEYS = [
+    ({"shapes", "imagePath"}, f"LabelMe; {_CONVERT}"),
+    ({"shapes", "flags"}, f"LabelMe; {_CONVERT}"),
+    ({"regions", "shape_attributes"}, f"VGG Image Annotator (VIA); {_CONVERT}"),
+    ({"regions", "file_attributes"}, f"VGG Image Annotator (VIA); {_CONVERT}"),
+    ({"coordinates", "annotations"}, f"CreateML; {_CONVERT}"),
+    ({"coordinates", "annotation"}, f"CreateML; {_CONVERT}"),
+    ({"annotations", "result"}, f"Label Studio's own JSON; {_CONVERT}"),
+    ({"completions", "result"}, f"Label Studio's own JSON; {_CONVERT}"),
+    ({"images", "annotations"}, "COCO, as it seems; name it by --instances, or captions by --captions"),
+    ({"annotations", "categories"}, "COCO, as it seems; name it by --instances, or captions by --captions"),
+    ({"objects", "classTitle"}, f"Supervisely; {_CONVERT}"),
+]
+
 
 def find_unread(folder: Path, other_uses: Sequence[Path] = ()) -> Path | None:
-    """The first file of annotations below a folder of images; hidden ones and folders of shards are left out.
+    """Return the first file of annotations below a folder of images; not hidden ones, nor those in folders of shards.
 
     Args:
         other_uses: files and folders that are of other use.
@@ -31,62 +56,26 @@ def find_unread(folder: Path, other_uses: Sequence[Path] = ()) -> Path | None:
             name
             for name in folders
             if not name.startswith(".")
-            and os.path.realpath(os.path.join(where, name)) not in exempt  # noqa: PTH118
-            and not os.path.isdir(os.path.join(where, name, WORK_FOLDER))  # noqa: PTH112, PTH118
+            and os.path.realpath(Path(where, name)) not in exempt
+            and not Path(where, name, WORK_FOLDER).is_dir()
         )
         for name in sorted(names):
-            file = Path(where, name)
-            if name.startswith(".") or not name.lower().endswith(ENDINGS) or os.path.realpath(file) in exempt:
-                continue
-            return file
+            hidden = name.startswith(".") or not name.lower().endswith(tuple(_BY_ENDING))
+            if not hidden and os.path.realpath(file := Path(where, name)) not in exempt:
+                return file
     return None
 
 
 def describe(file: Path) -> str:
-    """What a file seems to hold, and what can be done with it."""
+    """Say what a file seems to hold, and what can be done with it; empty if that is not known."""
     ending = file.suffix.lower()
-    if ending == ".xml":
-        return _describe_xml(_head(file))
-    if ending in (".json", ".jsonl", ".ndjson"):
-        return _describe_json(_head(file))
-    if ending in (".csv", ".tsv"):
-        return (
-            "a table; boxes are written as rows of metadata.jsonl, captions as .jsonl or .parquet for --captions; or "
-            f"{_CONVERT}"
-        )
-    if ending in (".parquet", ".arrow"):
-        return "a table without images; rows about files are called metadata.parquet, captions go by --captions"
-    if ending in (".yaml", ".yml"):
-        return "YAML without names of classes; YOLO's data.yaml has names"
-    if ending in (".tfrecord", ".tfrecords", ".record", ".mat"):
-        return f"not a format that is read here; {_CONVERT}"
-    return ""
-
-
-def _head(file: Path) -> str:
-    return head_of(file, HEAD).decode("utf-8", "replace")
-
-
-def _describe_xml(head: str) -> str:
-    if re.search(r"<annotations\b", head):
+    description = _BY_ENDING.get(ending, "")
+    head = read_head(file, HEAD).decode("utf-8", "replace") if description in (_OTHER_JSON, _OTHER_XML) else ""
+    if description == _OTHER_XML and re.search(r"<annotations\b", head):
         return f"CVAT's own XML, or one like it; {_CONVERT}"
-    return f"XML that is none of Pascal VOC; {_CONVERT}"
-
-
-def _describe_json(head: str) -> str:
-    def has(*keys: str) -> bool:
-        return all(re.search(rf'"{key}"\s*:', head) for key in keys)
-
-    if has("shapes") and (has("imagePath") or has("flags")):
-        return f"LabelMe; {_CONVERT}"
-    if "_via_" in head or has("regions", "shape_attributes") or has("regions", "file_attributes"):
+    if "_via_" in head and description == _OTHER_JSON:
         return f"VGG Image Annotator (VIA); {_CONVERT}"
-    if has("coordinates") and (has("annotations") or has("annotation")):
-        return f"CreateML; {_CONVERT}"
-    if has("annotations", "result") or has("completions", "result"):
-        return f"Label Studio's own JSON; {_CONVERT}"
-    if has("images", "annotations") or has("annotations", "categories"):
-        return "COCO, as it seems; name it by --instances, or captions by --captions"
-    if has("objects", "classTitle"):
-        return f"Supervisely; {_CONVERT}"
-    return "JSON of no known form; rows about files are called metadata.jsonl"
+    if description == _OTHER_JSON:
+        keys = set(re.findall(r'"(\w+)"\s*:', head))
+        return next((text for needed, text in _BY_KEYS if needed <= keys), description)
+    return description

@@ -1,4 +1,4 @@
-"""Archives of samples (webdataset, SA-1B): read in one pass from front to back, plain or gzip, never unpacked.
+"""Reads archives of samples (webdataset, SA-1B) in one pass from front to back, plain or gzip, never unpacked.
 
     for sample in read_samples(path, {"jpg": 2**29, "json": 2**24}):
         sample.key, sample.files["jpg"]
@@ -61,11 +61,11 @@ class TarSample:
 
 
 class Reading:
-    """What was seen of an archive, once it is read to its end.
+    """What is known of an archive once it is read to its end.
 
     Attributes:
         sha256: of the file as it lies on the disk.
-        unread: files of no use, by ending, where there was no sample that could tell them.
+        unread: files of no use, by ending, that no sample counts.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Reading:
 def read_samples(
     path: Path, limits: Mapping[str, int], *, dotted: bool = False, reading: Reading | None = None
 ) -> Iterator[TarSample]:
-    """Samples of an archive, in its order. Of several images of a sample the first is read, the others are not.
+    """Give samples of an archive, in its order. Of several images of a sample only the first is read.
 
     Args:
         limits: endings of the files that are read, each with the bytes that such a file may have.
@@ -116,13 +116,13 @@ def read_samples(
             if sample is not None:
                 yield sample
     except (_Damaged, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} {_told(error)}, after {count} samples; fetch it again") from error
+        raise ValueError(f"{path} {_describe(error)}, after {count} samples; fetch it again") from error
 
 
 def returning_member(path: Path, limits: Mapping[str, int]) -> tuple[str, str] | None:
-    """Key and ending of the first file that belongs to a sample before the last one, told by the headers alone.
+    """Return key and ending of the first file that belongs to a sample before the last one; only headers are read.
 
-    None, too, of an archive that is packed or damaged: whoever reads it will see.
+    None, too, for an archive that is packed or damaged: reading it will show that.
     """
     seen: set[str] = set()
     last = ""
@@ -155,7 +155,7 @@ def _shown(ending: str) -> str:
 
 
 def _split(name: str, dotted: bool) -> tuple[str, str]:
-    """Key and ending. Hidden files, as macOS adds them (`._a.jpg`), have no ending.
+    """Split a name into key and ending. Hidden files, as macOS adds them (`._a.jpg`), have no ending.
 
     Characters that would disturb a table or a terminal are shown as question marks.
     """
@@ -170,7 +170,7 @@ def _split(name: str, dotted: bool) -> tuple[str, str]:
 
 
 def _dotted_image(ending: str, limits: Mapping[str, int]) -> bool:
-    """Whether what is asked for is an image `0.png`, and this is one of `a.2020.0.png`."""
+    """Whether this is the ending of an image whose name has several dots, as `2020.0.png` of `a.2020.0.png`."""
     last = ending.rpartition(".")[2]
     return last in ENDINGS and last in limits
 
@@ -205,7 +205,7 @@ class _Damaged(Exception):
     """What is wrong with an archive, as the end of "the archive ..."."""
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, EOFError):
         return "is cut short"
     return str(error) if isinstance(error, _Damaged) else f"is damaged ({error})"
@@ -219,7 +219,7 @@ class _Member:
     stream: IO[bytes]
 
     def read(self) -> bytes:
-        """Its contents; either this or `skip` is called, once."""
+        """Read its contents; either this or `skip` is called, once."""
         contents = _exactly(self.stream, self.size)
         _skip(self.stream, -self.size % BLOCK)
         return contents
@@ -229,7 +229,7 @@ class _Member:
 
 
 def _members(file: BufferedReader[Any]) -> Iterator[_Member]:
-    """Members with their contents still to be read. tarfile's own streams take a cut archive for a whole one.
+    """Give members with their contents still to be read. tarfile's own streams take a cut archive for a whole one.
 
     Raises:
         _Damaged, EOFError, zlib.error, gzip.BadGzipFile: the archive is not whole.
@@ -238,7 +238,7 @@ def _members(file: BufferedReader[Any]) -> Iterator[_Member]:
     if not magic:
         raise _Damaged("is empty")
     stream: IO[bytes] = gzip.GzipFile(fileobj=file) if magic == GZIP else file  # type: ignore[assignment]
-    first, said = True, {}
+    first, extended = True, {}
     zeros = 0  # blocks of them in a row: two end an archive
     while True:
         block = stream.read(BLOCK)
@@ -261,44 +261,44 @@ def _members(file: BufferedReader[Any]) -> Iterator[_Member]:
         if info.size < 0:
             raise _Damaged(f"is damaged (a member of {info.size} bytes)")
         if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):  # of the next member
-            said |= _said(info, stream)
+            extended |= _read_header(info, stream)
             continue
-        yield _member(info, said, block, stream)
-        said = {}
+        yield _member(info, extended, block, stream)
+        extended = {}
 
 
-def _member(info: tarfile.TarInfo, said: dict[str, str], block: bytes, stream: IO[bytes]) -> _Member:
-    sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said)
+def _member(info: tarfile.TarInfo, extended: dict[str, str], block: bytes, stream: IO[bytes]) -> _Member:
+    sparse = info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in extended)
     if info.type == tarfile.GNUTYPE_SPARSE:  # its map goes on in further blocks
         more = block[482]
         while more:
             more = _exactly(stream, BLOCK)[504]
     try:
-        size = int(said.get("size", info.size)) if info.type not in _WITHOUT_DATA else 0
+        size = int(extended.get("size", info.size)) if info.type not in _WITHOUT_DATA else 0
     except ValueError as error:
-        raise _Damaged(f"is damaged (a member of {said['size'][:40]!r} bytes)") from error
+        raise _Damaged(f"is damaged (a member of {extended['size'][:40]!r} bytes)") from error
     if size < 0:
         raise _Damaged(f"is damaged (a member of {size} bytes)")
-    return _Member(said.get("path", info.name), size, info.type in tarfile.REGULAR_TYPES and not sparse, stream)
+    return _Member(extended.get("path", info.name), size, info.type in tarfile.REGULAR_TYPES and not sparse, stream)
 
 
-def _said(info: tarfile.TarInfo, stream: IO[bytes]) -> dict[str, str]:
-    """What a pax header or a long name says of the member behind it."""
+def _read_header(info: tarfile.TarInfo, stream: IO[bytes]) -> dict[str, str]:
+    """Read what a pax header or a long name says of the member after it."""
     if info.size > MAX_HEADER:
         raise _Damaged(f"is damaged (a header of {info.size} bytes)")
     contents = _exactly(stream, info.size)
     _skip(stream, -info.size % BLOCK)
     if info.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": contents.rstrip(b"\0").decode("utf-8", "replace")}
-    said, place = {}, 0
+    extended, place = {}, 0
     while place < len(contents) and contents[place]:
         length, space, _ = contents[place : place + 20].partition(b" ")  # "LENGTH KEY=VALUE\n", all of it counted
         if not space or not length.isdigit() or int(length) <= len(length) + 1:
             raise _Damaged("is damaged (a pax header that cannot be read)")
         key, _, value = contents[place + len(length) + 1 : place + int(length) - 1].partition(b"=")
-        said[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        extended[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         place += int(length)
-    return said
+    return extended
 
 
 def _exactly(stream: IO[bytes], size: int) -> bytes:

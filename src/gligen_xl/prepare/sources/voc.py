@@ -10,9 +10,8 @@ Objects that are difficult or truncated are taken; boxes of their parts are not.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,31 +20,27 @@ from typing import Any
 from ...images.decode import ENDINGS, image_size
 from ...io import read_text
 from ..item import BAD_TEXT, Annotation, text_fault
-from .class_phrases import LEFT_OUT, check_words, class_phrases
-from .folders import find_images
-from .image_paths import ImageFinder
-from .label_files import (
-    MAX_LABEL,
-    LabelledChunk,
-    LabelledImage,
-    check_boxes,
-    find_files,
-    head_of,
-    labelled_chunks,
-    relative,
+from .labelled import MAX_LABEL, LabelledChunk, LabelledImage, labelled_chunks
+from .options import (
+    LEFT_OUT,
+    SourceOptions,
+    check_words,
+    class_phrases,
     split_name,
-    splits_in,
-    tell_splits,
+    splits_by_folder,
+    warn_of_all_splits,
 )
-from .options import SourceOptions
+from .paths import ImageFinder, find_files, find_images, read_head, relative, stem, without_ending
 from .rows import NO_PHRASE, SHARES, RowError
 from .voc_xml import VocAnnotation, XmlError, is_voc, read_xml
 
 BAD_XML = "its XML is none of Pascal VOC"  # why an image is left out
 NO_BOX = "its box is wrong"  # why a box is dropped
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "img")
-LOOKED_AT = 100  # files, where a set is looked for
+MASK_FOLDERS = {"SegmentationClass", "SegmentationObject"}  # which stand beside VOC's photographs
+FIRST_FILES = 100  # in which a set is looked for
 _BOX = ("xmin", "ymin", "xmax", "ymax")
+_Corners = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,46 +48,45 @@ class VocReader:
     """Reads annotations of Pascal VOC.
 
     Args:
-        phrases: of classes, None for those that are left out; one that does not stand there is its name.
+        phrases: of classes, None for those that are left out; the phrase of one that it lacks is its name.
     """
 
     phrases: Mapping[str, str | None] = field(default_factory=dict)
 
     def read(self, label: bytes, image: Path) -> Annotation:
-        """Objects of an image; those that cannot be used are counted as dropped boxes."""
+        """Read the objects of an image; those that cannot be used are counted as dropped boxes."""
         try:
-            given = read_xml(label)
+            annotation = read_xml(label)
         except XmlError as error:
             raise RowError(BAD_XML, str(error)) from error
-        size = _size(given)
+        size = _size(annotation)
         height, width = size or image_size(image)
+        corners = [_corners(entry) for entry in annotation.objects]
+        sound = [box for box in corners if box is not None]
+        if sound and 0 < (highest := max(map(max, sound))) <= 1:
+            raise RowError(SHARES, f"no number is above {highest:g}; Pascal VOC's boxes are in pixels")
+        shift = 1.0 if _counts_from_one(sound) else 0.0
         boxes, phrases = [], []
         dropped: Counter[str] = Counter()
         examples: dict[str, str] = {}
-        corners = [_corners(entry) for entry in given.objects]
-        if (sound := [box for box in corners if box is not None]) and 0 < max(map(max, sound)) <= 1:
-            raise RowError(SHARES, f"no number is above {max(map(max, sound)):g}; Pascal VOC's boxes are in pixels")
-        shift = 1.0 if _counts_from_one(sound) else 0.0
-        for number, (entry, box) in enumerate(zip(given.objects, corners, strict=True), start=1):
+        for number, (entry, box) in enumerate(zip(annotation.objects, corners, strict=True), start=1):
             name = entry.get("name", "")
             if fault := text_fault(name):
                 raise RowError(BAD_TEXT, fault)
             phrase = self.phrases.get(name, name)
-            if box is None:
-                told = ", ".join(f"{side} {entry.get(side, 'missing')[:20]}" for side in _BOX)
-                reason, told = NO_BOX, f"{told}; expected <bndbox> with four numbers"
-            elif phrase is None:
-                reason, told = LEFT_OUT, ""
-            elif not phrase:
-                reason, told = NO_PHRASE, "it has no <name>"
-            else:
+            if box is not None and phrase:
                 x0, y0, x1, y1 = box
                 boxes.append(((x0 - shift) / width, (y0 - shift) / height, x1 / width, y1 / height))
                 phrases.append(phrase)
                 continue
+            if box is None:
+                values = ", ".join(f"{side} {entry.get(side, 'missing')[:20]}" for side in _BOX)
+                reason, detail = NO_BOX, f"{values}; expected <bndbox> with four numbers"
+            else:
+                reason, detail = (LEFT_OUT, "") if phrase is None else (NO_PHRASE, "it has no <name>")
             dropped[reason] += 1
-            if told:
-                examples.setdefault(reason, f"object {number}, {name!r:.40}: {told}")
+            if detail:
+                examples.setdefault(reason, f"object {number}, {name!r:.40}: {detail}")
         return Annotation(
             boxes=tuple(boxes),
             phrases=tuple(phrases),
@@ -106,13 +100,39 @@ class VocReader:
         return {"classes": dict(self.phrases)}
 
 
+def _corners(entry: Mapping[str, str]) -> _Corners | None:
+    try:
+        x0, y0, x1, y1 = (float(entry[side]) for side in _BOX)
+    except (KeyError, ValueError):
+        return None
+    return (x0, y0, x1, y1) if all(abs(value) < 1e9 for value in (x0, y0, x1, y1)) else None
+
+
+def _counts_from_one(boxes: list[_Corners]) -> bool:
+    return all(value == int(value) for box in boxes for value in box) and all(min(box[:2]) >= 1 for box in boxes)
+
+
+def _size(annotation: VocAnnotation) -> tuple[int, int] | None:
+    """Return (height, width) that the file states; None if it states none, or 0 as some programs do."""
+    try:
+        height, width = (int(float(annotation.image.get(side, "0"))) for side in ("height", "width"))
+    except (ValueError, OverflowError):
+        return None
+    return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else None
+
+
+# Sets ---------------------------------------------------------------------------------------------------------------
+
+
 def is_voc_folder(path: Path) -> bool:
-    """Whether a folder holds annotations of Pascal VOC; looked for in its first hundred XML files."""
-    return path.is_dir() and any(map(_is_voc_file, islice(_annotations(path), LOOKED_AT)))
+    """Whether a folder holds annotations of Pascal VOC, in its first hundred XML files."""
+    return path.is_dir() and any(
+        is_voc(read_head(file, 4096)) for file in islice(find_files(path, ".xml"), FIRST_FILES)
+    )
 
 
 def open_voc(options: SourceOptions) -> list[LabelledChunk]:
-    """Units of a Pascal VOC set.
+    """Cut a Pascal VOC set into units.
 
     Raises:
         ValueError: it has no annotations, no such split; or none of its boxes can be used.
@@ -120,142 +140,96 @@ def open_voc(options: SourceOptions) -> list[LabelledChunk]:
     root = options.path
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder of Pascal VOC: Annotations/*.xml and JPEGImages/, or both beside")
-    labels = [relative(file, root) for file in _annotations(root)]
+    labels = [relative(file, root) for file in find_files(root, ".xml")]
     paths = [relative(path, root) for path in find_images(options.images or root)]
-    images = _joined(root, labels, [path for path in paths if not _is_mask(path)], options.images)
+    images = _joined(root, labels, [path for path in paths if not MASK_FOLDERS & set(path.split("/"))], options.images)
     images = _of_split(options, images)
     if not any(entry.label for entry in images):
         raise ValueError(f"{root} holds no annotations of Pascal VOC (.xml)")
-    phrases = _phrases(root, images, options.classes)
-    chunks = labelled_chunks("voc", root, images, VocReader(phrases=phrases), options.unit_size, options.split)
-    check_boxes(chunks)
-    return chunks
-
-
-def _annotations(folder: Path) -> Iterator[Path]:
-    return find_files(folder, ".xml")
-
-
-def _is_voc_file(file: Path) -> bool:
-    return is_voc(head_of(file, 4096))
-
-
-def _is_mask(path: str) -> bool:
-    """Whether an image is a segmentation of VOC's, which stand beside its photographs."""
-    return any(part in ("SegmentationClass", "SegmentationObject") for part in path.split("/"))
+    reader = VocReader(phrases=_phrases(root, images, options.classes))
+    return labelled_chunks("voc", root, images, reader, options.unit_size, options.split)
 
 
 def _joined(root: Path, labels: list[str], paths: list[str], images: Path | None) -> list[LabelledImage]:
-    """Each image with its annotations: those beside it; those of the same name in a folder of annotations; or those
+    """Give each image its annotations: those beside it; those of the same name in a folder of annotations; or those
     that name it."""
     finder = ImageFinder(images or root)
     by_stem: dict[str, list[str]] = {}
     for path in paths:
-        by_stem.setdefault(_stem(path), []).append(path)
-    taken: dict[str, str] = {}
+        by_stem.setdefault(stem(path), []).append(path)
+    label_of: dict[str, str] = {}
     orphans = []
     for label in labels:
-        image = _image_of(root, label, by_stem, finder, images)
-        if image is None or image in taken:
+        image = _image_of(root, label, by_stem.get(stem(label), []), finder)
+        if image is None or image in label_of:
             orphans.append(label)
         else:
-            taken[image] = label
-    joined = [LabelledImage(path, taken.get(path, "")) for path in dict.fromkeys([*paths, *taken])]
+            label_of[image] = label
+    joined = [LabelledImage(path, label_of.get(path, "")) for path in dict.fromkeys([*paths, *label_of])]
     joined += [LabelledImage("", label) for label in orphans]
-    return sorted(joined, key=lambda entry: (entry.image or entry.label).split("/"))
+    return sorted(joined, key=lambda entry: entry.path.split("/"))
 
 
-def _image_of(
-    root: Path, label: str, by_stem: Mapping[str, list[str]], finder: ImageFinder, images: Path | None
-) -> str | None:
-    stem = label[: -len(".xml")]
-    same = by_stem.get(_stem(label), [])
-    beside = [path for path in same if os.path.splitext(path)[0] == stem]  # noqa: PTH122
+def _image_of(root: Path, label: str, same: list[str], finder: ImageFinder) -> str | None:
+    """Return the image of a file of annotations.
+
+    Args:
+        same: images of the same name, in whatever folders.
+    """
+    beside = [path for path in same if without_ending(path) == without_ending(label)]
     if len(beside) == 1 or len(same) == 1:
         return (beside or same)[0]
-    if same:  # of one name in several folders: that of the folder of images nearest to the annotations
-        above = stem.rpartition("/")[0]
-        near = [path for path in same if _is_near(path, above)]
-        if len(near) == 1:
-            return near[0]
-    said = _filename(root / label)
-    found = finder.find(said) if said else None
+    # Of one name in several folders: that of the folder of images nearest to the annotations.
+    near = [path for path in same if _is_near(path, label)]
+    if len(near) == 1:
+        return near[0]
+    try:
+        name = read_xml(read_head(root / label, MAX_LABEL)).image.get("filename", "")
+    except XmlError:
+        return None
+    found = finder.find(name) if name else None
     return relative(finder.root / found, root) if found and found.rpartition(".")[2].lower() in ENDINGS else None
 
 
-def _is_near(path: str, annotations: str) -> bool:
-    """Whether an image stands in `x/JPEGImages/y` for annotations in `x/Annotations/y`."""
-    image, label = path.split("/")[:-1], annotations.split("/") if annotations else []
-    if len(image) != len(label):
+def _is_near(path: str, label: str) -> bool:
+    """Whether an image lies in `x/JPEGImages/y` for annotations in `x/Annotations/y`."""
+    image, annotations = path.split("/")[:-1], label.split("/")[:-1]
+    if len(image) != len(annotations):
         return False
-    other = [(a, b) for a, b in zip(image, label, strict=True) if a != b]
-    return len(other) <= 1 and all(a in IMAGE_FOLDERS for a, _ in other)
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(path)[0].rpartition("/")[2]  # noqa: PTH122
-
-
-def _filename(file: Path) -> str:
-    try:
-        return read_xml(head_of(file, MAX_LABEL)).image.get("filename", "")
-    except XmlError:
-        return ""
+    other = [a for a, b in zip(image, annotations, strict=True) if a != b]
+    return len(other) <= 1 and all(name in IMAGE_FOLDERS for name in other)
 
 
 def _of_split(options: SourceOptions, images: list[LabelledImage]) -> list[LabelledImage]:
-    """Of ImageSets/Main/<split>.txt, or of the folders of that name."""
+    """Return the images that ImageSets/Main/<split>.txt names, or those in the folders of that name."""
     root, split = options.path, options.split
     lists = {file.stem: file for file in sorted(root.glob("**/ImageSets/Main/*.txt"))}
     if split is not None and split in lists:
         names = {line.split()[0] for line in read_text(lists[split]).splitlines() if line.strip()}
-        chosen = [entry for entry in images if _stem(entry.image or entry.label) in names]
-        there = {_stem(entry.image or entry.label) for entry in chosen}
-        chosen += [LabelledImage(f"{name}.jpg", "") for name in sorted(names - there)]
-        return chosen
-    split_of = splits_in([entry.image or entry.label for entry in images])
-    counts = Counter(split_of.get(entry.image or entry.label, "without a split") for entry in images)
+        chosen = [entry for entry in images if stem(entry.path) in names]
+        missing = names - {stem(entry.path) for entry in chosen}
+        return chosen + [LabelledImage(f"{name}.jpg", "") for name in sorted(missing)]
+    split_of = splits_by_folder([entry.path for entry in images])
+    counts = Counter(split_of.get(entry.path, "without a split") for entry in images)
     if split is None:
-        tell_splits(root, dict(counts))
+        warn_of_all_splits(root, counts)
         return images
-    split = split_name(split)
-    if split not in counts:
+    if (name := split_name(split)) not in counts:
         known = ", ".join([*lists, *counts])
         raise ValueError(f"{root} has no split {split} in ImageSets/Main or as a folder; it has {known}")
-    return [entry for entry in images if split_of.get(entry.image or entry.label) == split]
+    return [entry for entry in images if split_of.get(entry.path) == name]
 
 
 def _phrases(root: Path, images: list[LabelledImage], classes: Path | None) -> dict[str, str | None]:
-    """Of all classes, where a mapping is to be checked against them; else nothing, and names are phrases."""
+    """Return the phrases of all classes, if a mapping is to be checked against them; else none: names are phrases."""
     labels = [root / entry.label for entry in images if entry.label]
     names: set[str] = set()
-    for file in labels if classes is not None else labels[:LOOKED_AT]:
+    for file in labels if classes is not None else labels[:FIRST_FILES]:
         try:
-            names |= {entry.get("name", "") for entry in read_xml(head_of(file, MAX_LABEL)).objects}
+            names |= {entry.get("name", "") for entry in read_xml(read_head(file, MAX_LABEL)).objects}
         except XmlError:
             continue
     names.discard("")
     phrases = class_phrases(names, classes) if classes is not None else {}
     check_words([phrases.get(name, name) for name in sorted(names)], str(root))
     return phrases
-
-
-def _corners(entry: Mapping[str, str]) -> tuple[float, float, float, float] | None:
-    try:
-        values = [float(entry[side]) for side in _BOX]
-    except (KeyError, ValueError):
-        return None
-    return (values[0], values[1], values[2], values[3]) if all(abs(value) < 1e9 for value in values) else None
-
-
-def _counts_from_one(boxes: list[tuple[float, float, float, float]]) -> bool:
-    return all(value == int(value) for box in boxes for value in box) and all(min(box[:2]) >= 1 for box in boxes)
-
-
-def _size(given: VocAnnotation) -> tuple[int, int] | None:
-    """(height, width) that it states; None where it states none, or 0 as some programs do."""
-    try:
-        height, width = (int(float(given.image.get(side, "0"))) for side in ("height", "width"))
-    except (ValueError, OverflowError):
-        return None
-    return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else None

@@ -1,4 +1,4 @@
-"""One annotation of Pascal VOC: an XML file, read without entities and without anything but itself.
+"""Reads an annotation of Pascal VOC: an XML file, without entities and without any other file.
 
 <annotation>
   <filename>a.jpg</filename>
@@ -33,14 +33,14 @@ class XmlError(ValueError):
 
 @dataclass
 class VocAnnotation:
-    """Texts of an annotation: of the image, and of each of its objects. What is not said is lacking."""
+    """Texts of an annotation: of the image, and of each of its objects. What the file does not say is missing."""
 
     image: dict[str, str] = field(default_factory=dict)
     objects: list[dict[str, str]] = field(default_factory=list)
 
 
 def read_xml(contents: bytes) -> VocAnnotation:
-    """An annotation.
+    """Read an annotation.
 
     Raises:
         XmlError: it is no XML, declares a document type or entities, is none of Pascal VOC, or is out of bounds.
@@ -58,8 +58,8 @@ def read_xml(contents: bytes) -> VocAnnotation:
     except (expat.ExpatError, LookupError, ValueError) as error:
         if isinstance(error, XmlError):
             raise
-        told = f"it is no XML that can be read: {error}; expected UTF-8, or the encoding that it declares"
-        raise XmlError(told) from error
+        message = f"it is no XML that can be read: {error}; expected UTF-8, or the encoding that it declares"
+        raise XmlError(message) from error
     return reader.annotation
 
 
