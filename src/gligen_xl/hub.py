@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 )
 
 from .io import first_line, names_repository
-from .limits import check_model_settings, check_safetensors
+from .limits import check_safetensors
+from .model_settings import check_model_settings
 
 INDEX_NAME = "model_index.json"  # of a pipeline: names its parts
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
