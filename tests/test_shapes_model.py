@@ -90,7 +90,7 @@ def test_the_demonstration(tmp_path):
 
 def test_training_on_it_measures_boxes(tmp_path):
     """A few steps, for what a validation says; that it learns is in test_slow.py."""
-    validation = Validation(data="shapes:8", every=8, loss_samples=8, images=2, steps=2, detector="shapes")
+    validation = Validation(data="shapes:8", every=8, loss_samples=8, pictures=2, steps=2, detector="shapes")
     config = TrainConfig(
         model="shapes", data="shapes:32", out=str(tmp_path), samples=8, batch_size=8, track=[], validation=validation
     )

@@ -19,8 +19,9 @@ import torch.distributed
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..train.checkpoint import last_whole, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from ..train.checkpoint import last_whole, save_checkpoint
 from ..train.ema import EMA
+from ..train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from ..pipelines.auto import load_pipeline
 from ..pipelines.encoders import encoder_names, text_parts
 from ..text_embeddings import phrase_width
 from ..worlds import drawn_count, find_world
-from .agreement import check_form
 from .config import TrainConfig
 
 
@@ -84,7 +83,7 @@ def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterCo
         pass
     elif config.init_adapter:
         form, weights, _ = read_published(config.init_adapter)
-        check_form(form, config, phrase_dim)
+        check_adapter_form(form, config, phrase_dim)
         form = replace(form, slots=config.augmentation.slots)
     else:
         form = AdapterConfig(
@@ -99,6 +98,28 @@ def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterCo
     if weights is not None:
         load_adapter_state_dict(pipeline.unet, weights, source=str(config.init_adapter))
     pipeline.unet.train()
+
+
+def check_adapter_form(form: AdapterConfig, config: TrainConfig, phrase_dim: int | None = None) -> None:
+    """Checks that `config.init_adapter` has the form that the run asks for.
+
+    Args:
+        form: the configuration of that adapter.
+        phrase_dim: width of the base's phrase embeddings; None does not compare it.
+    """
+    if form.inpaint:
+        raise ValueError(
+            f"{config.init_adapter} is an inpainting adapter, whose first convolution cannot be trained here; "
+            "begin from one for text and boxes"
+        )
+    if phrase_dim not in (None, form.phrase_dim):
+        raise ValueError(
+            f"{config.init_adapter} reads phrase embeddings of width {form.phrase_dim}, the base's text encoders "
+            f"give {phrase_dim}: it is for another base model"
+        )
+    for name in ("blocks", "every", "grounding_logit_bias"):
+        if (its := getattr(form, name)) != (ours := getattr(config.adapter, name)):
+            raise ValueError(f"{config.init_adapter} has {name} {its}, the run adapter.{name} {ours}; set them alike")
 
 
 def check_fit(dataset: ShardDataset, pipeline: GroundingMixin, resolution: int | None = None) -> None:

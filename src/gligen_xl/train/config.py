@@ -88,11 +88,11 @@ class AdapterOptions:
         if self.grounding_share is not None and self.grounding_logit_bias:
             raise ValueError("grounding_share and grounding_logit_bias are two ways to the same; choose one")
 
-    def logit_bias(self, position: int, samples: int) -> float:
-        """The logit bias at `position` of `samples`."""
+    def logit_bias(self, samples_seen: int, samples: int) -> float:
+        """Returns the logit bias after `samples_seen` of `samples`."""
         if self.bias_share is None:
             return self.grounding_logit_bias
-        return self.grounding_logit_bias * max(0.0, 1 - position / (self.bias_share * samples))
+        return self.grounding_logit_bias * max(0.0, 1 - samples_seen / (self.bias_share * samples))
 
     @property
     def starts_fresh(self) -> bool:
@@ -125,11 +125,11 @@ class Objective:
         if self.noisy_share is not None and not self.noisy_bias:
             raise ValueError("objective.noisy_share is set, but noisy_bias is 0: there is nothing to fade out")
 
-    def at(self, position: int, samples: int) -> Objective:
-        """The objective at `position` of `samples`, whose bias stays."""
+    def at(self, samples_seen: int, samples: int) -> Objective:
+        """Returns the objective after `samples_seen` of `samples`, with a constant bias."""
         if self.noisy_share is None:
             return self
-        left = max(0.0, 1 - position / (self.noisy_share * samples))
+        left = max(0.0, 1 - samples_seen / (self.noisy_share * samples))
         return replace(self, noisy_bias=self.noisy_bias * left, noisy_share=None)
 
 
@@ -183,15 +183,15 @@ class Optimization:
             attention_share=SHARE_OF_RUN,
         )
 
-    def attention(self, position: int, samples: int) -> float:
-        """Weight of the attention supervision at `position` of `samples`."""
-        return self.attention_weight * max(0.0, 1 - position / max(self.attention_share * samples, 1))
+    def attention(self, samples_seen: int, samples: int) -> float:
+        """Returns the weight of the attention supervision after `samples_seen` of `samples`."""
+        return self.attention_weight * max(0.0, 1 - samples_seen / max(self.attention_share * samples, 1))
 
-    def rate(self, position: int, samples: int) -> float:
-        """Factor on the learning rates at `position` of `samples`."""
-        warm = min(1.0, (position + 1) / max(self.warmup_samples, 1))
+    def rate(self, samples_seen: int, samples: int) -> float:
+        """Returns the factor on the learning rates after `samples_seen` of `samples`."""
+        warm = min(1.0, (samples_seen + 1) / max(self.warmup_samples, 1))
         decay_samples = self.decay_share * samples
-        return warm * min(1.0, (samples - position) / decay_samples if decay_samples else 1.0)
+        return warm * min(1.0, (samples - samples_seen) / decay_samples if decay_samples else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ class TrainConfig:
         batch_size: samples of one optimizer step, over all processes.
         micro_batch: samples of one forward pass on one process; by default its whole share of the batch. Less takes
             less memory and gives the same step.
-        seed: everything random follows from it and the position.
+        seed: everything random follows from it and the number of samples seen.
         precision: of the frozen base and the computation: no (float32), fp16 or bf16, by any of their names; the
             adapter itself is kept in float32.
         deterministic: kernels that add in the same order each time, so that a run on a GPU that was stopped ends with
@@ -345,7 +345,7 @@ class TrainConfig:
                 f"a positive multiple of 8 pixels, up to {MAX_SIDE}",
                 lambda value: 0 < value <= MAX_SIDE and value % 8 == 0,
             ),
-            samples=up_to(2**62),  # a position is a number of 64 bits
+            samples=up_to(2**62),  # samples seen are a number of 64 bits
             batch_size=up_to(MAX_BATCH),
             micro_batch=up_to(MAX_BATCH),
             seed=Expected("0 to 2**31 - 1", lambda value: 0 <= value < 2**31),

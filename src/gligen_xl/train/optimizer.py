@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from .checkpoint import load_optimizer_tensors, optimizer_tensors
 from .config import Optimization
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused AdamW
@@ -119,3 +118,41 @@ def _eight_bit(groups: list[dict[str, Any]], betas: tuple[float, float], device:
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, betas=betas)
+
+
+# The state as tensors ------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Returns the state of an optimizer of torch or bitsandbytes as flat named tensors: "<parameter number>.<name>".
+
+    Args:
+        parameters: what the numbers count, if the optimizer has only some of them; by default its own.
+    """
+    parameters = _parameters(optimizer) if parameters is None else parameters
+    return {
+        f"{number}.{name}": value.clone() if name.startswith("qmap") else torch.as_tensor(value)  # qmaps are shared
+        for number, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor] | None = None
+) -> None:
+    """Restores what `optimizer_tensors` returned, for the same parameters in the same order, or for some of them."""
+    own = {parameter: index for index, parameter in enumerate(_parameters(optimizer))}
+    parameters = list(own) if parameters is None else parameters
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        if (parameter := parameters[int(number)]) in own:
+            counter = value.dim() == 0 and not value.is_floating_point()  # a number of steps, as bitsandbytes keeps it
+            state.setdefault(own[parameter], {})[name] = int(value) if counter else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for group in optimizer.param_groups for value in group["params"]]

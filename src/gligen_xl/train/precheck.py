@@ -18,13 +18,12 @@ from ..io import read_json
 from ..manifest import check_listed
 from ..text_embeddings import phrase_width
 from ..worlds import NAMES
-from .agreement import check_form, check_same_run
-from .base import check_base_files, check_fit
+from .base import check_adapter_form, check_base_files, check_fit
 from .checkpoint import list_checkpoints, read_state
 from .config import TrainConfig
 from .data import boxes_in_words, check_boxes, held_out_in_words, is_drawn, shares_held_out, validation_data
 from .known_bases import PUBLISHED, BaseParts
-from .resume import check_state
+from .resume import check_same_run, check_state
 
 _PUBLISHED_ADAPTERS = ("jiuntian/gligen-xl-1024",)  # of the recipes; of the published form
 _PUBLISHED_FORM = AdapterConfig(cross_attention_dim=2048, phrase_dim=2048)  # the widths are not looked at
@@ -129,7 +128,7 @@ def _check_init_adapter(source: str, config: TrainConfig, base: BaseParts | None
     path = Path(source).expanduser()
     if path.exists():
         form = _form(path)
-        check_form(form or _PUBLISHED_FORM, config, phrase_width(base.text_encoders) if base and form else None)
+        check_adapter_form(form or _PUBLISHED_FORM, config, phrase_width(base.text_encoders) if base and form else None)
         return []
     if not names_repository(source):
         raise FileNotFoundError(
@@ -137,7 +136,7 @@ def _check_init_adapter(source: str, config: TrainConfig, base: BaseParts | None
             "adapter)"
         )
     if source in _PUBLISHED_ADAPTERS:
-        check_form(_PUBLISHED_FORM, config)
+        check_adapter_form(_PUBLISHED_FORM, config)
     return [f"init_adapter {source} is not here; it is fetched when the run begins"]
 
 
