@@ -1,4 +1,4 @@
-"""AdamW over the adapter. A step whose gradients are not finite is left out, on the device itself."""
+"""AdamW over the adapter. A step whose gradients are not finite is skipped on the device itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class AdapterOptimizer:
     Args:
         parameters: by name; all of them are trained.
         scaler: of the loss, in float16.
-        own: what this process steps, by name, see `Shares`; by default all parameters themselves.
+        own: what this process steps, by name, see `ZeroPartition`; by default all parameters themselves.
         in_buckets: the gradients are views of what the processes exchange: they are set to 0 rather than dropped, else
             new ones would be made beside those.
     """
@@ -62,12 +62,12 @@ class AdapterOptimizer:
             self.inner = torch.optim.AdamW(groups, betas=betas, fused=self.fused)
 
     def set_rate(self, factor: float) -> None:
-        """Learning rates, as a factor of those of the options."""
+        """Sets the learning rates to a factor of those of the options."""
         for group in self.inner.param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def step(self) -> Tensor:
-        """Clip the gradients, step, and clear them.
+        """Clips the gradients, steps, and clears them.
 
         Returns:
             Their norm before clipping, a scalar on the device. If it is not finite, weights and moments are as before.
@@ -89,11 +89,11 @@ class AdapterOptimizer:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Moments and counts of those that this process steps, by the number among all; see `optimizer_tensors`."""
+        """Returns the state of the parameters that this process steps, numbered among all (see `optimizer_tensors`)."""
         return optimizer_tensors(self.inner, self._stepped)
 
     def load(self, tensors: Mapping[str, Tensor], scaler: dict[str, Any] | None) -> None:
-        """Go on from what `tensors` gave, here or on all processes, and from the state of the scaler."""
+        """Restores the result of `tensors`, of this process or gathered from all, and the state of the scaler."""
         load_optimizer_tensors(self.inner, tensors, self._stepped)
         if self.scaler is not None and scaler is not None:
             self.scaler.load_state_dict(scaler)
@@ -103,7 +103,7 @@ class AdapterOptimizer:
 
 
 def _to(before: Tensor | None, gradient: Tensor) -> Tensor:
-    """The gradient in main memory, where the one before was; on its way there, from a GPU."""
+    """Copies a gradient to main memory, over the previous one; asynchronously from a GPU."""
     if before is None:
         before = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
     return before.copy_(gradient, non_blocking=True)

@@ -55,7 +55,7 @@ class ZeroPartition:
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Returns the tensors of all processes, by name, on the main one; all have to call it, each with its own."""
-        return self._processes.collect(tensors) if self._owners else tensors
+        return self._processes.gather(tensors) if self._owners else tensors
 
 
 def _offloaded_copy(value: Tensor) -> nn.Parameter:
