@@ -15,6 +15,7 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers.adapters import unet  # noqa: E402, F401 - fixtures
 from helpers.commands import layouts, model  # noqa: E402, F401 - fixtures
+from helpers.forked import server  # noqa: E402, F401
 from helpers.hub import hub  # noqa: E402, F401
 
 atexit.register(shutil.rmtree, os.environ["GLIGEN_XL_CACHE"], ignore_errors=True)

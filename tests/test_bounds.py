@@ -18,7 +18,8 @@ from gligen_xl.adapter.io import CONFIG_NAME, FORMAT, WEIGHTS_NAME, read_adapter
 from gligen_xl.cli.main import main
 from gligen_xl.contrib.sa1b import plain_pickle
 from gligen_xl.contrib.sa1b.published import read_boxes
-from gligen_xl.data.shards import TABLE, read_header, read_table
+from gligen_xl.data.shards import read_header
+from gligen_xl.data.table import TABLE, read_table
 from gligen_xl.hub import local_folder
 from gligen_xl.layout import Layout, read_layouts
 from gligen_xl.limits import MAX_BOXES, MAX_SIDE, MAX_SLOTS
@@ -161,7 +162,7 @@ def test_a_parquet_that_unpacks_to_gigabytes(tmp_path, changed):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table(arrays, names=TABLE.names), path, compression="zstd")
     assert path.stat().st_size < 2 * MIB
-    code = "from pathlib import Path\nfrom gligen_xl.data.shards import read_table\ndef act(p): read_table(Path(p))"
+    code = "from pathlib import Path\nfrom gligen_xl.data.table import read_table\ndef act(p): read_table(Path(p))"
     peak, said = peak_of(code, path)
     assert f"{path} unpacks to" in said
     assert peak < 700 * MIB

@@ -49,11 +49,11 @@ def test_every_problem_is_named_with_its_place(tmp_path, capsys):
     write_shard(tmp_path / "lone", latents(2), rows(2, "d"), METADATA)
     values = load_file(tmp_path / "one.safetensors")["latents"].copy()
     values[1, 0, 0, 0], values[2] = np.inf, 0
-    header = {"format": "gligen-xl-shard", "version": "1", **METADATA}
+    header = {"format": "gligen-xl-shard", "version": "2", **METADATA}
     save_file({"latents": values}, tmp_path / "one.safetensors", metadata=header)
     torn = (tmp_path / "torn.safetensors").read_bytes()
     (tmp_path / "torn.safetensors").write_bytes(torn[:-100])
-    (tmp_path / "lone.parquet").unlink()
+    (tmp_path / "lone.arrow").unlink()
     (tmp_path / ".two.safetensors.77.partial").write_bytes(b"half")
     problems = "\n".join(check_shards(tmp_path).problems)
     for says in (
@@ -61,7 +61,7 @@ def test_every_problem_is_named_with_its_place(tmp_path, capsys):
         "one: latents of row 2 are all the same number",
         "row 0 (a0) stands in one too",
         "torn.safetensors is cut short",
-        "lacks lone.parquet",
+        "lacks lone.arrow",
         "latents of different VAEs: x, scaling factor 1.0 (as one); y",
         ".two.safetensors.77.partial is the rest of a write that was cut short",
     ):

@@ -118,7 +118,7 @@ def test_of_few_images_few_or_none_are_held_out(tmp_path, count, held):
 
 
 def test_of_many_images_a_few_shards_are_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("gligen_xl.data.held_out.LOOKED_AT", 50)
+    monkeypatch.setattr("gligen_xl.data.held_out.SEARCHED", 50)
     for k in range(10):
         write(tmp_path / "x", 20, first=20 * k, shard=f"s{k}")
     held = hold_out([Shard(shard.stem, with_table=False) for shard in find_shards(tmp_path / "x")], 0.05)

@@ -13,11 +13,10 @@ from helpers.tiny_run import final, train_until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gligen_xl.data import mixture
+from gligen_xl.data import sampler
 from gligen_xl.data.dataset import Augmentation, ShardDataset
 from gligen_xl.data.loader import batches
-from gligen_xl.data.mixture import BLOCK, MixtureOrder, turns_of
-from gligen_xl.data.sampler import SampleOrder
+from gligen_xl.data.sampler import BLOCK, MixtureOrder, SampleOrder, draws_per_block
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
 from gligen_xl.train.config import Optimization, TrainConfig
@@ -42,7 +41,7 @@ def drawn(order, count):
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20))
 def test_shares_are_exact_to_a_millionth(weights):
-    turns = turns_of(weights)
+    turns = draws_per_block(weights)
     assert turns.sum() == BLOCK
     assert turns.min() >= 1
     exact = np.array(weights) / sum(weights) * BLOCK
@@ -52,7 +51,7 @@ def test_shares_are_exact_to_a_millionth(weights):
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0]])
 def test_weights_that_mean_nothing(weights):
     with pytest.raises(ValueError, match="expected positive numbers"):
-        turns_of(weights)
+        draws_per_block(weights)
 
 
 def test_samples_come_in_their_shares_and_each_in_its_turn():
@@ -68,7 +67,7 @@ def test_samples_come_in_their_shares_and_each_in_its_turn():
 
 
 def test_over_a_block_the_share_is_the_weight(monkeypatch):
-    monkeypatch.setattr(mixture, "BLOCK", 1000)
+    monkeypatch.setattr(sampler, "BLOCK", 1000)
     order = MixtureOrder([SampleOrder([7], 1, 0), SampleOrder([9], 1, 0), SampleOrder([3], 1, 0)], [5, 3, 2], 20, 0)
     for block in range(3):
         numbers = np.concatenate([order.batch(k) for k in range(50 * block, 50 * block + 50)])
@@ -76,7 +75,7 @@ def test_over_a_block_the_share_is_the_weight(monkeypatch):
 
 
 def test_any_batch_at_once(monkeypatch):
-    monkeypatch.setattr(mixture, "BLOCK", 100)  # batches cross from one block to the next
+    monkeypatch.setattr(sampler, "BLOCK", 100)  # batches cross from one block to the next
 
     def new():
         return MixtureOrder([SampleOrder([17], 1, 1), SampleOrder([5], 1, 1)], [2, 1], 7, 1)

@@ -40,7 +40,7 @@ def folder(request, tmp_path_factory):
 
 
 def test_in_two_stages_encoders_alone_and_then_without_them(folder, tmp_path):
-    """The recipe of docs/own-models.md, with embeddings that were on the disk between."""
+    """The recipe of docs/generate.md, with embeddings that were on the disk between."""
     path, kind = folder
     xl = kind is StableDiffusionXLGLIGENPipeline
     layout = {"gligen_phrases": PHRASES, "gligen_boxes": BOXES}

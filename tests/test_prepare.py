@@ -148,7 +148,7 @@ def undisturbed(tmp_path_factory, units, how):
 def hashes(folder):
     """Of every shard file under a folder, which must hold nothing that is half."""
     assert not list(folder.rglob("*.partial"))
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".parquet")]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".arrow")]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -270,7 +270,7 @@ def made(monkeypatch):
 
 def test_units_that_are_done_are_kept(tmp_path, units, how, undisturbed, made):
     prepare(units[:2], tmp_path, how, HERE)
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
     report = prepare(units, tmp_path, how, HERE)
     assert made == ["a", "b", "c"]
     assert report.units == {"a": "already there", "b": "already there", "c": "written"}
@@ -284,7 +284,7 @@ def test_units_that_are_done_are_kept(tmp_path, units, how, undisturbed, made):
 
 def test_a_unit_whose_shard_is_gone_is_done_again(tmp_path, units, how, undisturbed, made):
     prepare(units, tmp_path, how, HERE)
-    (tmp_path / "32" / "b.parquet").unlink()
+    (tmp_path / "32" / "b.arrow").unlink()
     prepare(units, tmp_path, how, HERE)
     assert made == ["a", "b", "c", "b"]
     assert hashes(tmp_path) == undisturbed
@@ -444,14 +444,14 @@ def test_shards_of_something_else_are_not_written_over(tmp_path, units, how, alo
     row = Row(image_id="x", caption="", boxes=[], scores=[], phrases=[], original_height=32, original_width=32)
     write_shard(tmp_path / "64" / "b", np.zeros((1, 4, 4, 4), np.float16), [row], {"vae": "mine"})
     if alone:
-        (tmp_path / "64" / "b.parquet").unlink()
+        (tmp_path / "64" / "b.arrow").unlink()
     before = hashes(tmp_path)
     report = prepare(units, tmp_path, how, HERE)
     assert list(report.failed) == ["b"]
     assert "64/b stands there, made otherwise; remove it" in report.failed["b"]
     after = hashes(tmp_path)
     assert {name: after[name] for name in before} == before
-    assert "32/b.parquet" not in after
+    assert "32/b.arrow" not in after
 
 
 # What goes wrong ----------------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device 
 
 @full_disk
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("file", ["32/.b.safetensors", "64/.b.safetensors", "64/.b.parquet"])
+@pytest.mark.parametrize("file", ["32/.b.safetensors", "64/.b.safetensors", "64/.b.arrow"])
 def test_a_full_disk_ends_the_work_and_leaves_no_rests(tmp_path, units, how, undisturbed, workers, file):
     """What is written to a file of unit b meets a device that is full: at once, or when the shard is closed."""
 
@@ -595,10 +595,10 @@ def test_rests_of_a_killed_process_are_removed_and_others_left(tmp_path, units, 
     work = tmp_path / ".prepared" / "units"
     for folder in (tmp_path / "32", tmp_path / "64", work):
         folder.mkdir(parents=True, exist_ok=True)
-    rests = [tmp_path / "32" / ".a.parquet.1.partial", tmp_path / "64" / ".a-64x48.safetensors.77.partial"]
+    rests = [tmp_path / "32" / ".a.arrow.1.partial", tmp_path / "64" / ".a-64x48.safetensors.77.partial"]
     rests.append(work / ".a.json.5.partial")
-    others = [tmp_path / "32" / ".a-2.parquet.1.partial", tmp_path / "64" / ".a.b.safetensors.7.partial"]
-    others.append(tmp_path / "32" / ".b-a.parquet.1.partial")
+    others = [tmp_path / "32" / ".a-2.arrow.1.partial", tmp_path / "64" / ".a.b.safetensors.7.partial"]
+    others.append(tmp_path / "32" / ".b-a.arrow.1.partial")
     for path in (*rests, *others):
         path.write_text("rest")
     prepare(units[:1], tmp_path, how, HERE)

@@ -87,7 +87,7 @@ def test_parts_make_the_whole(capsys, source, tiny, tmp_path):
         output = succeeds(capsys, *words, "--out", parts, "--part", part)
     assert "3 of 3" in output or "2 not of this part" in output
     for shard in find_shards(whole):
-        for ending in (".safetensors", ".parquet"):
+        for ending in (".safetensors", ".arrow"):
             name = shard.stem.name + ending
             assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
@@ -209,7 +209,7 @@ def test_a_failed_unit_fails_the_command(capsys, source, tiny, tmp_path):
     succeeds(capsys, *words, "--part", "1/2")
     first = find_shards(tmp_path)[0].stem
     other = tmp_path / "scenes-00001"
-    for ending in (".safetensors", ".parquet"):  # a shard that something else has made
+    for ending in (".safetensors", ".arrow"):  # a shard that something else has made
         content = first.with_name(first.name + ending).read_bytes()
         other.with_name(other.name + ending).write_bytes(content.replace(b'"prepared": "', b'"prepared": "x'))
     code, output, error = run(capsys, *words)

@@ -12,13 +12,12 @@ import time
 
 import psutil
 import pytest
-from helpers.forked import Server
 from helpers.scenes import scenes_folder
 
 from gligen_xl.cli.main import main
 
 IMAGES, UNIT_SIZE = 40, 8
-ENDINGS = (".safetensors", ".parquet")
+ENDINGS = (".safetensors", ".arrow")
 
 
 class Run:
@@ -47,13 +46,6 @@ class Run:
         _, left = psutil.wait_procs(self.decoders, timeout=20)
         assert not left, f"{left} outlive the command"
         return code
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server("gligen_xl.prepare.run, gligen_xl.prepare.sources, gligen_xl.toyworld.model")
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +102,12 @@ def test_killed_at_any_moment_and_run_again_the_shards_are_the_same(tmp_path, so
     out, chance, landed = tmp_path / "out", random.Random(0), []
     # Some time after a unit is begun; or a shard's latents, its table, or the mark of a unit just took their place.
     moments = [("*.partial", chance.uniform(0, 0.15)) for _ in range(3)]
-    moments[1:1] = [("64/*.safetensors", 0), ("32/*.parquet", 0), (".prepared/units/*.json", 0)]
+    moments[1:1] = [("64/*.safetensors", 0), ("32/*.arrow", 0), (".prepared/units/*.json", 0)]
     for pattern, delay in moments:
         run = Run(server, words(source, out), tmp_path / "log")
         if kill_when(run, out, pattern, delay) == -signal.SIGKILL:
             landed.append((pattern, len(hashes(out)), len(partials(out))))
-        for shard in out.rglob("*.parquet"):
+        for shard in out.rglob("*.arrow"):
             name = str(shard.relative_to(out))
             assert hashlib.sha256(shard.read_bytes()).hexdigest() == undisturbed[name]
     assert len(landed) >= 4, landed

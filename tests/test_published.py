@@ -406,7 +406,7 @@ def test_killed_and_run_again_the_shards_are_the_same(published, tmp_path_factor
         time.sleep(delay)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    for name in ("sa_000000.safetensors", "sa_000001.parquet", "import.json"):  # wherever the kills came
+    for name in ("sa_000000.safetensors", "sa_000001.arrow", "import.json"):  # wherever the kills came
         (root / "shards").mkdir(exist_ok=True)
         (root / "shards" / f".{name}.12345.partial").write_bytes(b"a rest")
     import_published(root / "latents", root / "boxes", root / "shards")
@@ -439,7 +439,7 @@ def test_what_stands_there_is_kept_only_if_it_was_made_of_the_same_files(tmp_pat
     write_object(tmp_path / "others" / "sa_0.npy", {"indices": indices, "latents": made_latents(indices, seed=1)})
     assert go("others") == ("written", 3)  # a file of as many bytes
     np.testing.assert_array_equal(Shard(tmp_path / "out" / "sa_0").latents, made_latents(indices, seed=1))
-    (tmp_path / "out" / "sa_0.parquet").unlink()  # killed between the two
+    (tmp_path / "out" / "sa_0.arrow").unlink()  # killed between the two
     assert go("others") == ("written", 3)
     wide = np.zeros((3, 4, 2 * SIDE, 2 * SIDE), np.float16)
     write_object(tmp_path / "wide" / "sa_0.npy", {"indices": indices, "latents": wide})
@@ -467,10 +467,10 @@ def test_two_imports_at_once_share_the_archives(published):
     (root / "shards" / LOCK_FOLDER).mkdir(parents=True)
     with ThreadPoolExecutor() as pool, FileLock(root / "shards" / LOCK_FOLDER / "sa_000000.lock"):
         other = pool.submit(import_published, *folders)
-        while not (other.done() or (root / "shards" / "sa_000001.parquet").exists()):
+        while not (other.done() or (root / "shards" / "sa_000001.arrow").exists()):
             time.sleep(0.01)
         assert not other.done()
-        assert not (root / "shards" / "sa_000000.parquet").exists()
+        assert not (root / "shards" / "sa_000000.arrow").exists()
         _archive_by_somebody_else(root)
     assert other.result().archives == {"sa_000000": "already there", "sa_000001": "written"}
     assert other.result().images == 18
@@ -478,7 +478,7 @@ def test_two_imports_at_once_share_the_archives(published):
 
 def _archive_by_somebody_else(root):
     import_published(root / "latents", root / "boxes", root / "elsewhere")
-    for ending in (".safetensors", ".parquet"):
+    for ending in (".safetensors", ".arrow"):
         (root / "elsewhere" / f"sa_000000{ending}").rename(root / "shards" / f"sa_000000{ending}")
 
 

@@ -122,7 +122,7 @@ def test_the_second_time_nothing_is_fetched(store, tmp_path):
     np.testing.assert_array_equal(dataset[40, 0].latents, latents(COUNT, SIDE)[0])
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "parquet", "header"])
+@pytest.mark.parametrize("ending", ["safetensors", "arrow", "header"])
 @pytest.mark.parametrize("how", ["flipped", "shorter", "empty"])
 def test_a_damaged_file_of_the_cache_is_fetched_again(store, tmp_path, ending, how):
     """Not only its own bytes are looked at: nothing of it is trained on."""
@@ -175,8 +175,8 @@ def test_the_cache_is_named_by_whole_checksums_and_by_no_key(store, tmp_path):
     url = store.replace("store://", "store://KEY:HUNTER2@")
     ShardDataset(store, Augmentation(slots=3), 1, cache_bytes=ROOMY)[0, 0]
     for path in (tmp_path / "cache" / "shards").rglob("*.*"):
-        if path.suffix in (".parquet", ".header", ".safetensors"):
-            assert re.search(r"\.[0-9a-f]{64}\.(parquet|header|safetensors)$", path.name), path
+        if path.suffix in (".arrow", ".header", ".safetensors"):
+            assert re.search(r"\.[0-9a-f]{64}\.(arrow|header|safetensors)$", path.name), path
             assert re.search(r"-[0-9a-f]{64}$", path.parent.name), path
     with pytest.raises((OSError, ValueError)) as raised:
         open_remote(url, ROOMY)
@@ -277,8 +277,8 @@ def test_a_file_that_ends_early(store, tmp_path, monkeypatch):
 
 
 def test_half_a_pair_and_nothing_at_all(store, tmp_path):
-    (tmp_path / "far" / "s3.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard s3 of store.* lacks s3\.parquet"):
+    (tmp_path / "far" / "s3.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard s3 of store.* lacks s3\.arrow"):
         open_remote(store, ROOMY)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no shards"):
@@ -327,7 +327,7 @@ def test_one_fetches_and_the_others_wait(store, tmp_path):
     Store.delay = 0.002
     _together(3, _read_all, store, ROOMY)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "far").iterdir()}
-    assert read_bytes(tmp_path, ".parquet") == {name: size for name, size in sizes.items() if "parquet" in name}
+    assert read_bytes(tmp_path, ".arrow") == {name: size for name, size in sizes.items() if "arrow" in name}
     for name, size in read_bytes(tmp_path).items():
         assert size <= sizes[name] + min(sizes[name], streaming.HEADER)
 

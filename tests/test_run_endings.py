@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers.forked import Server
 from helpers.rows import METADATA, latents, row
 from helpers.tiny import sdxl_pipeline
 
@@ -19,13 +18,6 @@ from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 
 SOON = 30  # seconds
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +207,12 @@ def test_an_error_of_the_main_process_alone_ends_the_others(server, recipe, data
 
 
 def test_one_that_fails_as_all_do_waits_for_nobody(server, recipe, data, tmp_path):
-    (data / "a.parquet").unlink()
+    (data / "a.arrow").unlink()
     pids = server.begin_ranks(["train", str(recipe)], tmp_path / "log")
     began = time.monotonic()
     assert endings(server, pids, tmp_path / "log.0") == [2, 2]
     assert time.monotonic() - began < SOON
-    assert all("a.parquet" in text(tmp_path / f"log.{rank}") for rank in (0, 1))
+    assert all("a.arrow" in text(tmp_path / f"log.{rank}") for rank in (0, 1))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

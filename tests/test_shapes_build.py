@@ -101,9 +101,9 @@ def test_shards_of_the_world(tmp_path):
     assert shard.metadata["downsampling"] == "4"
     expected = encode(vae, images(7, 0, 5))
     assert abs(shard.latents.astype("f4") - expected.astype("f4")).max() < 2e-2
-    stamp = shard.stem.with_name(shard.stem.name + ".parquet").stat().st_mtime_ns
+    stamp = shard.stem.with_name(shard.stem.name + ".arrow").stat().st_mtime_ns
     write_shards(vae, tmp_path, 5, seed=7, captions="plain")
-    assert shard.stem.with_name(shard.stem.name + ".parquet").stat().st_mtime_ns == stamp
+    assert shard.stem.with_name(shard.stem.name + ".arrow").stat().st_mtime_ns == stamp
 
 
 def test_captions_for_a_base_and_for_an_adapter(tmp_path):

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from helpers.rows import METADATA, latents, row
+from helpers.rows import METADATA, latents, read_arrow, row, to_version_1, write_arrow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from gligen_xl.data.shard_writer import ROW_GROUP, ShardWriter, write_shard
-from gligen_xl.data.shards import TABLE, Shard, find_shards
+from gligen_xl.data.shard_writer import ShardWriter, write_shard
+from gligen_xl.data.shards import Shard, find_shards
+from gligen_xl.data.table import BATCH_ROWS, TABLE
 from gligen_xl.io import read_json, write_json
 
 
@@ -47,12 +47,12 @@ def test_what_is_written_is_what_is_read(stem):
 
 def test_a_failed_write_leaves_nothing(stem, monkeypatch):
     monkeypatch.setattr(
-        pq.ParquetWriter, "write_table", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device"))
+        ShardWriter, "_write_rows", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device"))
     )
     with pytest.raises(OSError, match="No space"):
         write_shard(stem.parent / "b", latents(1), [row(0)], METADATA)
     assert not [path for path in stem.parent.iterdir() if "partial" in path.name]
-    assert not (stem.parent / "b.parquet").exists()
+    assert not (stem.parent / "b.arrow").exists()
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,14 @@ def test_damage_is_named(stem):
             Shard(stem)
         assert str(file) in str(error.value)
     file.write_bytes(whole)
-    table = stem.with_name("a.0.parquet")
+    table = stem.with_name("a.0.arrow")
     table.write_bytes(table.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"a\.0\.parquet is not a readable"):
+    with pytest.raises(ValueError, match=r"a\.0\.arrow is not a readable"):
         Shard(stem)
 
 
 LATENTS = {"dtype": "F16", "shape": [3, 4, 4, 4], "data_offsets": [0, 384]}
-INFORMATION = {"format": "gligen-xl-shard", "version": "1", **METADATA}
+INFORMATION = {"format": "gligen-xl-shard", "version": "2", **METADATA}
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,32 @@ def test_json_is_read_as_it_was_written_whatever_the_locale(tmp_path):
         read_json(tmp_path / "a.json")
 
 
+def test_versions_of_the_format_give_the_same_rows(stem, tmp_path):
+    new = Shard(stem)
+    before = [new.row(k) for k in range(3)], new.rows("image_id"), new.read_column("scores").to_pylist()
+    to_version_1(stem)
+    old = Shard(stem)
+    assert old.table_file.name == "a.0.parquet"
+    assert ([old.row(k) for k in range(3)], old.rows("image_id"), old.read_column("scores").to_pylist()) == before
+    np.testing.assert_array_equal(old.latents, new.latents)
+    write_shard(stem, latents(1), [row(3)], METADATA)  # takes the place of both files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.0.arrow", "a.0.safetensors"]
+    file = stem.with_name("a.0.safetensors")
+    file.write_bytes(file.read_bytes().replace(b'"version": "2"', b'"version": "3"'))
+    with pytest.raises(ValueError, match=r"version 3; .* versions 1 and 2"):
+        Shard(stem)
+
+
+def test_a_table_is_read_by_pyarrow_itself(stem):
+    table = read_arrow(stem.with_name("a.0.arrow"))
+    assert table.schema.equals(TABLE)
+    assert table["image_id"].to_pylist() == [f"picture-{k}" for k in range(3)]
+
+
 def test_folders(stem, tmp_path):
     assert [shard.stem for shard in find_shards(tmp_path)] == [stem]
-    stem.with_name("a.0.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks a\.0\.parquet"):
+    stem.with_name("a.0.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks a\.0\.arrow"):
         find_shards(tmp_path)
     with pytest.raises(FileNotFoundError, match="not a folder"):
         find_shards(tmp_path / "none")
@@ -186,23 +208,23 @@ def test_a_row_that_cannot_be_trained_on_is_named(tmp_path):
         write_shard(tmp_path / "a", latents(2), [replace(good, scores=[0.5]), good], METADATA)
     assert not list(tmp_path.iterdir())
     write_shard(tmp_path / "a", latents(2), [good, good], METADATA)
-    table = pq.read_table(tmp_path / "a.parquet").to_pydict()
+    table = read_arrow(tmp_path / "a.arrow").to_pydict()
     table["phrases"][1] = ["a dog"]  # somebody else's writer
-    pq.write_table(pa.table(table, schema=TABLE), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: row 1 has unlike numbers"):
+    write_arrow(tmp_path / "a.arrow", pa.table(table, schema=TABLE))
+    with pytest.raises(ValueError, match=r"a\.arrow: row 1 has unlike numbers"):
         Shard(tmp_path / "a")
 
 
 # Written batch by batch ---------------------------------------------------------------------------------------------
 
-ENDINGS = (".safetensors", ".parquet")
+ENDINGS = (".safetensors", ".arrow")
 
 
 def contents(stem):
     return [stem.with_name(stem.name + ending).read_bytes() for ending in ENDINGS]
 
 
-MANY = ROW_GROUP + 300
+MANY = BATCH_ROWS + 300
 MANY_LATENTS, MANY_ROWS = latents(MANY, side=1), [row(k % 3, image_id=f"{k}") for k in range(MANY)]
 
 
@@ -224,6 +246,7 @@ def test_batches_make_the_files_of_the_whole(tmp_path_factory, undivided, cuts):
             writer.add(MANY_LATENTS[begin:end], MANY_ROWS[begin:end])
     assert writer.count == MANY
     assert contents(stem) == undivided
+    assert contents(stem)[1].count(b"ARROW1") == 2  # at the begin and at the end
 
 
 def test_a_grown_shard_is_read_by_safetensors_itself(tmp_path):
@@ -234,7 +257,7 @@ def test_a_grown_shard_is_read_by_safetensors_itself(tmp_path):
     with safe_open(tmp_path / "a.safetensors", "numpy") as file:
         assert list(file.keys()) == ["latents"]
         assert np.array_equal(file.get_tensor("latents"), values)
-        assert file.metadata() == {"format": "gligen-xl-shard", "version": "1", **METADATA}
+        assert file.metadata() == {"format": "gligen-xl-shard", "version": "2", **METADATA}
     assert (8 + int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")) % 64 == 0
     assert Shard(tmp_path / "a").row(3).image_id == "picture-3"
 

@@ -11,7 +11,6 @@ import time
 import psutil
 import pytest
 import yaml
-from helpers.forked import Server
 from helpers.rows import METADATA, latents, row
 from helpers.tiny import sdxl_pipeline
 
@@ -20,13 +19,6 @@ from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.log import CLOCKED
 
 SAMPLES, MOMENTS = 96, 20
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

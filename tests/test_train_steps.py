@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.forked import Server
 from helpers.rows import METADATA, latents, row
 from helpers.tiny import sdxl_pipeline, sdxl_unet
 from helpers.tiny_run import train_until
@@ -55,13 +54,6 @@ def config(base, data, tmp_path):
         checkpoint_every=16, track=[], augmentation=Augmentation(slots=3, drop_grounding=0.3),
         optimization=Optimization(learning_rate=1e-2, warmup_samples=8, ema_decay=0.9),
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 BIASED = AdapterOptions(grounding_logit_bias=1.0, bias_share=0.5)

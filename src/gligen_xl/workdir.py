@@ -113,7 +113,7 @@ def remove_partial_files(folder: Path, name: str) -> None:
 
     Files of a name that only begins like it are left: another process may be writing them.
     """
-    pattern = re.compile(rf"\.{re.escape(name)}(-\d+x\d+)?\.(safetensors|parquet|json)\.\d+\.partial")
+    pattern = re.compile(rf"\.{re.escape(name)}(-\d+x\d+)?\.(safetensors|arrow|parquet|json)\.\d+\.partial")
     for path in folder.iterdir() if folder.is_dir() else ():
         if pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)

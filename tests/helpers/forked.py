@@ -7,8 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+MODULES = (
+    "gligen_xl.train.loop, torch.distributed, "
+    "gligen_xl.prepare.run, gligen_xl.prepare.sources, gligen_xl.toyworld.model"
+)
 
 _SERVER = """
 import json, os, sys
@@ -32,15 +40,11 @@ for line in sys.stdin:
 
 
 class Server:
-    """The process.
+    """Starts processes that run commands, without the seconds that imports take: its own has what they need."""
 
-    Args:
-        modules: that the commands need, with commas between; they are imported here, once for all.
-    """
-
-    def __init__(self, modules: str = "gligen_xl.train.loop, torch.distributed"):
+    def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLIGEN_XL_TRACEBACK": ""}
-        program = [sys.executable, "-c", f"import {modules}\n{_SERVER}"]
+        program = [sys.executable, "-c", f"import {MODULES}\n{_SERVER}"]
         self.process = subprocess.Popen(
             program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -84,3 +88,10 @@ class Server:
     def _line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()

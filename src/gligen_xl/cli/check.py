@@ -11,7 +11,7 @@ HELP = "Check every latent and every row of shards before training."
 
 
 def parse(parser: Parser, words: list[str]) -> tuple[Namespace]:
-    parser.add_argument("folder", help="folder of shards: NAME.safetensors with NAME.parquet")
+    parser.add_argument("folder", help="folder of shards: NAME.safetensors with NAME.arrow")
     parser.add_argument("--without_boxes", action="store_true", help=WITHOUT_BOXES)
     arguments = parser.parse_args(words)
     check_folder(arguments.folder, "a folder of shards")

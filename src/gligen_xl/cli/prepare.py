@@ -159,7 +159,7 @@ def _advice(arguments: Namespace, dropped: Mapping[str, int]) -> str:
     if dropped:
         most = max(dropped, key=dropped.__getitem__)
         return f"boxes were dropped ({most}: {dropped[most]:,}); look whether box_format is that of the source"
-    return "no annotation was read; see which forms are understood (docs/own-pictures.md), or find boxes by --detector"
+    return "no annotation was read; see which forms are understood (docs/prepare.md), or find boxes by --detector"
 
 
 def _name(arguments: Namespace) -> str:

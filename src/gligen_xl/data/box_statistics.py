@@ -1,4 +1,4 @@
-"""How many boxes images have: what `prepare`, `import`, `check` and `train` say alike, and where they stop.
+"""How many boxes images have. `prepare`, `import`, `check` and `train` say it, and stop where there are none.
 
 An adapter learns nothing from images without boxes, and the usual cause is annotations that were not understood.
 """
@@ -11,17 +11,16 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .shards import Shard
+from .table import read_column
 
 OPTION = "--without-boxes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxStatistics:
-    """Of images, boxes that count, and images that have none."""
+    """Numbers of images, of boxes that count, and of images without one."""
 
     images: int = 0
     boxes: int = 0
@@ -39,17 +38,18 @@ class BoxStatistics:
 
     @property
     def unusable(self) -> bool:
-        """Whether there is not one box."""
+        """True if there is not a single box."""
         return not self.boxes
 
     def check(self, where: str, advice: str) -> None:
-        """Refuse images none of which has a box.
+        """Refuses images none of which has a box.
 
         Args:
-            where: they are, for the error. advice: what to look at.
+            where: where the images are, for the error.
+            advice: what to do about it, for the error.
 
         Raises:
-            ValueError: not one has a box.
+            ValueError: none of the images has a box.
         """
         if self.unusable:
             raise ValueError(
@@ -59,15 +59,15 @@ class BoxStatistics:
 
 
 def of_counts(counts: np.ndarray) -> BoxStatistics:
-    """Of numbers of boxes, one for each image."""
+    """Returns the statistics of images that have so many boxes each."""
     return BoxStatistics(images=len(counts), boxes=int(counts.sum()), without=int((counts == 0).sum()))
 
 
 def of_shards(shards: Iterable[Shard], min_score: float = -np.inf) -> BoxStatistics:
-    """Of the tables of shards, of which one column is read.
+    """Returns the statistics of shards, from one column of their tables.
 
     Args:
-        min_score: boxes count whose score is above it, as in training.
+        min_score: only boxes of a higher score count, as in training.
 
     Raises:
         ValueError: a table cannot be read.
@@ -81,12 +81,8 @@ def of_shards(shards: Iterable[Shard], min_score: float = -np.inf) -> BoxStatist
 
 @lru_cache(maxsize=4096)
 def _of_table(file: Path, min_score: float, size: int, mtime: int) -> BoxStatistics:
-    """Args: size, mtime: of the file, which is read again when it has changed."""
-    try:
-        scores = pq.ParquetFile(file, memory_map=True).read(["scores"])["scores"].cast(pa.list_(pa.float32()))
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"{file} is not a readable table of a shard: {error}") from error
-    lists = scores.combine_chunks()
+    """Args: size, mtime: of the file, so that a changed file is read again."""
+    lists = read_column(file, "scores").combine_chunks()
     ends = np.asarray(lists.offsets)  # nulls are refused where the whole table is read
     good = np.concatenate([[0], np.cumsum(np.asarray(lists.values.fill_null(-np.inf)) > min_score)])
     return of_counts(good[ends[1:]] - good[ends[:-1]])

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from ..layout import TOLERANCE, validate
 from .box_statistics import OPTION, BoxStatistics, of_counts
 from .shards import Shard, shard_stems
+from .table import flatten, list_lengths
 
 AT_ONCE = 256  # latents
 SHOWN = 20  # problems of one kind in a shard, and images that stand twice
@@ -68,7 +69,7 @@ def check_shards(
             report.problems.append(str(error))
             continue
         report.shards += 1
-        report.statistics += of_counts(pc.call_function("list_value_length", [table["phrases"]]).to_numpy())
+        report.statistics += of_counts(list_lengths(table["phrases"]))
         for kind in (_shape(shard), _latents(shard), _rows(shard, table)):
             report.problems += [f"{stem.name}: {problem}" for problem in _some(kind)]
         stems.append(stem)
@@ -115,10 +116,10 @@ def _latents(shard: Shard) -> Iterator[str]:
 
 def _rows(shard: Shard, table: pa.Table) -> Iterator[str]:
     """Rows that look odd as a column are looked at one by one."""
-    of_box = np.repeat(np.arange(len(table)), pc.call_function("list_value_length", [table["boxes"]]).to_numpy())
-    boxes = _flat(_flat(table["boxes"])).to_numpy().reshape(-1, 4)
-    scores = _flat(table["scores"]).to_numpy()
-    blank = pc.call_function("equal", [pc.call_function("utf8_trim_whitespace", [_flat(table["phrases"])]), ""])
+    of_box = np.repeat(np.arange(len(table)), list_lengths(table["boxes"]))
+    boxes = flatten(flatten(table["boxes"])).to_numpy().reshape(-1, 4)
+    scores = flatten(table["scores"]).to_numpy()
+    blank = pc.call_function("equal", [pc.call_function("utf8_trim_whitespace", [flatten(table["phrases"])]), ""])
     outside = ~((boxes >= -TOLERANCE) & (boxes <= 1 + TOLERANCE)).all(axis=1)
     thin = ~(boxes.clip(0, 1)[:, 2:] > boxes.clip(0, 1)[:, :2]).all(axis=1)
     no_share = ~((scores >= 0) & (scores <= 1))
@@ -163,7 +164,7 @@ def _twice(stems: list[Path], names: list[np.ndarray]) -> Iterator[str]:
         which = int(np.searchsorted(ends, number, side="right"))
         if which not in opened:
             opened.clear()  # one table at a time
-            opened[which] = Shard(stems[which]).read_table()["image_id"]
+            opened[which] = Shard(stems[which], with_table=False).read_column("image_id")
         row = number - int(ends[which]) + len(names[which])
         return which, row, opened[which][row].as_py()
 
@@ -175,7 +176,3 @@ def _twice(stems: list[Path], names: list[np.ndarray]) -> Iterator[str]:
 
 def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
-def _flat(lists: Any) -> Any:
-    return pc.call_function("list_flatten", [lists])

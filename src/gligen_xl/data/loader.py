@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from .dataset import Batch, ShardDataset
-from .mixture import MixtureOrder
 from .prefetch import Prefetching
-from .sampler import SampleOrder
+from .sampler import MixtureOrder, SampleOrder
 from .streaming import RemoteShard
 from .workers import Workers
 

@@ -1,4 +1,4 @@
-"""Shards, written: whole or not at all, batch by batch, the same bytes for the same contents. See `shards`."""
+"""Writing shards: whole or not at all, batch by batch, the same bytes for the same contents. See `shards`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..io import partial_path, settle
 from ..layout import validate
-from .shards import FORMAT, TABLE, VERSION, Row
-
-ROW_GROUP = 1024  # rows of the table that are written at once
+from .shards import FORMAT, TABLE_ENDINGS, VERSION, Row, latents_file, table_files
+from .table import BATCH_ROWS, TABLE, arrow_writer
 
 
 def write_shard(stem: str | Path, latents: np.ndarray, rows: Iterable[Row], metadata: Mapping[str, str]) -> None:
-    """Write `stem`.safetensors and `stem`.parquet, each whole or not at all, latents first.
+    """Writes `stem`.safetensors and `stem`.arrow, each whole or not at all, latents first.
 
     Args:
         latents: (N, C, h, w) float16, finite.
         metadata: resolution, vae, scaling_factor.
 
     Raises:
-        ValueError: latents or a row that cannot be trained on; it names the row.
+        ValueError: the latents or a row cannot be trained on; names the row.
     """
     if latents.ndim != 4:
         raise ValueError(f"latents are {latents.dtype} {latents.shape}; expected float16 (N, C, h, w)")
@@ -53,22 +51,23 @@ class ShardWriter:
         self.stem, self.latent_shape, self.metadata = Path(stem), tuple(latent_shape), dict(metadata)
         self.count = 0
         self._rows: list[Row] = []
-        self._places = [self.stem.with_name(self.stem.name + ending) for ending in (".safetensors", ".parquet")]
+        self._places = [latents_file(self.stem), self.stem.with_name(self.stem.name + TABLE_ENDINGS[VERSION])]
         self._partials = [partial_path(place) for place in self._places]
         self.stem.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._latents = self._partials[0].open("wb")
-            self._latents.write(self._header(0))  # its place; what stands there comes last
-            self._table = pq.ParquetWriter(self._partials[1], TABLE)
+            self._latents.write(self._header(0))  # reserves its place: the number of images comes last
+            self._sink = pa.OSFile(str(self._partials[1]), "wb")
+            self._table = arrow_writer(self._sink)
         except BaseException:
             self.discard()
             raise
 
     def add(self, latents: np.ndarray, rows: Sequence[Row]) -> None:
-        """Some more images: latents (n, C, h, w) float16, finite, and a row each.
+        """Adds images: latents (n, C, h, w) float16, finite, and a row for each.
 
         Raises:
-            ValueError: latents or a row that cannot be trained on; it names the row.
+            ValueError: the latents or a row cannot be trained on; names the row.
         """
         if latents.shape[1:] != self.latent_shape or latents.dtype != np.float16:
             expected = ", ".join(map(str, ("N", *self.latent_shape)))
@@ -88,28 +87,32 @@ class ShardWriter:
         self._latents.write(np.ascontiguousarray(latents, "<f2").data)
         self.count += len(latents)
         self._rows += rows
-        while len(self._rows) >= ROW_GROUP:
-            self._write_rows(ROW_GROUP)
+        while len(self._rows) >= BATCH_ROWS:
+            self._write_rows(BATCH_ROWS)
 
     def commit(self) -> None:
-        """Both files take their places, latents first."""
+        """Moves both files to their places, latents first. A former table goes before, so that it never stands beside
+        other latents."""
         try:
             if self._rows:
                 self._write_rows(len(self._rows))
-            self._table.close()
+            self._table.close()  # once: each time it writes the end of an Arrow file
+            self._sink.close()
             self._latents.seek(0)
             self._latents.write(self._header(self.count))
             self._latents.close()
+            for former in table_files(self.stem):
+                former.unlink(missing_ok=True)
             for partial, place in zip(self._partials, self._places, strict=True):
                 settle(partial, place)
         finally:
             self.discard()
 
     def discard(self) -> None:
-        """Nothing of what is not in its place stays."""
-        for name in ("_latents", "_table"):
+        """Removes what is not in its place yet."""
+        for name in ("_latents", "_sink"):
             if hasattr(self, name):
-                with suppress(OSError):  # of a full disk, for what is thrown away
+                with suppress(OSError):  # a full disk does not matter for what is thrown away
                     getattr(self, name).close()
         for partial in self._partials:
             partial.unlink(missing_ok=True)
@@ -126,8 +129,8 @@ class ShardWriter:
         self._table.write_table(pa.table(columns, schema=TABLE))
 
     def _header(self, count: int) -> bytes:
-        """Of a safetensors file: as long for any number of images, and the same bytes for the same contents (the
-        library's own writer orders metadata by chance)."""
+        """Returns the header of a safetensors file. It is equally long for any number of images, and the same for the
+        same contents (the library's own writer orders metadata at random)."""
         metadata = dict(sorted({"format": FORMAT, "version": VERSION, **self.metadata}.items()))
         text, longest = (
             json.dumps({"__metadata__": metadata, "latents": self._entry(number)}).encode()

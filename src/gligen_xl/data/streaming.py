@@ -1,9 +1,9 @@
-"""Shards of a hub dataset or of S3-like storage, read through a local cache of bounded size.
+"""Shards of a Hub dataset or of S3-like storage, read through a local cache of bounded size.
 
     hf://datasets/OWNER/NAME/FOLDER      s3://BUCKET/FOLDER      any other URL that fsspec knows
 
 Tables, and the headers of latents, are fetched when the folder is opened; latents when a sample of the shard is first
-asked for, or in a thread before the training comes to it.
+read, or earlier by `prefetch`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,14 @@ from filelock import FileLock
 from fsspec.registry import known_implementations
 from tqdm import tqdm
 
-from ..io import whole_file
-from ..manifest import checksum
 from ..redact import redacted
-from .cache import BoundedCache, checksum_file, is_as_fetched
-from .shards import Shard, read_header
-from .table import cache_folder, mark_used, remove_unused
+from .cache import BoundedCache, cache_folder, keep, remove_unused
+from .shards import TABLE_ENDINGS, Shard, latents_file
 
 CHUNK = 8 * 2**20  # bytes fetched at once
 HEADER = 2**16  # bytes that hold almost any header
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try
-AT_ONCE = 4  # tables that are fetched
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt
+AT_ONCE = 4  # tables that are fetched at the same time
 IDENTITY = ("ETag", "etag", "sha256", "oid", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime")
 
 
@@ -44,15 +41,15 @@ def is_remote(data: str | Path) -> bool:
 
 
 def open_remote(url: str, cache_bytes: int, folder: Path | None = None) -> list[RemoteShard]:
-    """The shards that stand at a URL, their tables and headers fetched.
+    """Opens the shards at a URL; fetches their tables and headers.
 
     Args:
-        cache_bytes: what their latents may take of the disk, those of other URLs in the same cache included.
+        cache_bytes: disk space for latents, including those of other URLs in the same cache.
         folder: the cache; by default the user's.
 
     Raises:
-        FileNotFoundError: nothing there, or one file of a pair.
-        ValueError: no such kind of storage, or a shard that is larger than the cache.
+        FileNotFoundError: there are no shards, or one file of a pair is missing.
+        ValueError: such storage is not known, or a shard is larger than the cache.
         OSError: the network fails again and again.
     """
     files = _list(url)
@@ -60,19 +57,18 @@ def open_remote(url: str, cache_bytes: int, folder: Path | None = None) -> list[
     shown = redacted(url)
     place = cache.folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', shown).strip('-')[-40:]}-{_hash(shown)}"
     place.mkdir(parents=True, exist_ok=True)
-    remove_unused(place, "*.parquet", "*.header", "*.parquet.sha256", "*.header.sha256")
+    remove_unused(place, *(f"*{ending}" for ending in (*TABLE_ENDINGS.values(), ".header")))
     names = sorted({name.rpartition(".")[0] for name in files})
     for name in names:
-        for ending in ("safetensors", "parquet"):
-            if f"{name}.{ending}" not in files:
-                raise FileNotFoundError(f"shard {name} of {shown} lacks {name}.{ending}")
-        if (size := files[f"{name}.safetensors"].size) > cache_bytes:
+        if (latents := f"{name}.safetensors") not in files:
+            raise FileNotFoundError(f"shard {name} of {shown} lacks {latents}")
+        if (size := files[latents].size) > cache_bytes:
             raise ValueError(
                 f"shard {name} of {shown} has {size / 1e9:.2f} GB, the cache {cache_bytes / 1e9:.2f} GB; give it "
                 "room for two shards at least (cache_gb)"
             )
     with FileLock(place / ".lock"), ThreadPoolExecutor(AT_ONCE) as pool:
-        shards = pool.map(lambda n: _open_shard(cache, place, files[n + ".safetensors"], files[n + ".parquet"]), names)
+        shards = pool.map(lambda name: _open_shard(cache, place, name, files, shown), names)
         return list(tqdm(shards, desc=f"tables of {shown}", total=len(names), unit="shard", leave=False, disable=None))
 
 
@@ -80,14 +76,14 @@ def open_remote(url: str, cache_bytes: int, folder: Path | None = None) -> list[
 class RemoteFile:
     url: str
     size: int  # bytes
-    identity: str  # another one when the contents change
+    identity: str  # changes with the contents
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The contents, or some of them, piece by piece. A failing network is tried again where it failed.
+        """Reads the contents, or some of them, piece by piece. If the network fails, tries again from there.
 
         Raises:
             FileNotFoundError, PermissionError: at once.
-            OSError: it fails as often as there are `PAUSES` and once more, without any progress.
+            OSError: all attempts failed, one more than there are `PAUSES`, without progress between them.
         """
         stop, pauses = self.size if stop is None else min(stop, self.size), iter(PAUSES)
         while start < stop:
@@ -105,20 +101,19 @@ class RemoteFile:
 
 
 class RemoteShard(Shard):
-    """A shard whose table and header are here, and whose latents come when they are wanted."""
+    """A shard whose header and table are in the cache, and whose latents are fetched when they are read."""
 
     def __init__(self, cache: BoundedCache, stem: Path, latents: RemoteFile):
         self.stem, self._cache, self._remote = stem, cache, latents
-        self._file, self.table_file = (stem.with_name(f"{stem.name}.{ending}") for ending in ("safetensors", "parquet"))
-        header = stem.with_name(stem.name + ".header")
+        self._file = latents_file(stem)
         try:
-            self.metadata, self._shape, self._offset = read_header(header, latents.size)
+            self._read_header(_header_file(stem), latents.size)
         except ValueError as error:
             raise ValueError(f"{redacted(latents.url)}: {error}") from error
 
     @property
     def bytes(self) -> int:
-        """Of the file of latents."""
+        """Size of the file of latents."""
         return self._remote.size
 
     @property
@@ -139,16 +134,17 @@ class RemoteShard(Shard):
 
 
 def _list(url: str) -> dict[str, RemoteFile]:
-    """The files of shards at a URL, by name."""
+    """Lists the files of shards at a URL, by name."""
     entries, files = _ask(url, lambda system, path: system.ls(path, detail=True)), {}
+    endings = (".safetensors", *TABLE_ENDINGS.values())
     for entry in entries:
         path = PurePosixPath(entry["name"])
-        if entry["type"] == "file" and path.suffix in (".safetensors", ".parquet") and not path.name.startswith("."):
+        if entry["type"] == "file" and path.suffix in endings and not path.name.startswith("."):
             file = f"{url.rstrip('/')}/{path.name}"
             identity = _identity(entry) or _identity(_ask(file, lambda system, path: system.info(path)))
             files[path.name] = RemoteFile(file, int(entry["size"]), identity)
     if not files:
-        raise FileNotFoundError(f"{redacted(url)} holds no shards (NAME.safetensors with NAME.parquet)")
+        raise FileNotFoundError(f"{redacted(url)} holds no shards (NAME.safetensors with NAME.arrow)")
     return files
 
 
@@ -157,7 +153,7 @@ def _identity(facts: Mapping[str, Any]) -> str:
 
 
 def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
-    """What the storage of a URL answers; asked again where the network fails."""
+    """Asks the storage of a URL; asks again if the network fails."""
     pauses = iter(PAUSES)
     while True:
         try:
@@ -167,7 +163,7 @@ def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """The storage of a URL, and the path there. fsspec keeps storages, and makes new ones after a fork."""
+    """Returns the storage of a URL, and the path there. fsspec caches storages, and makes new ones after a fork."""
     protocol = url.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(url)
@@ -181,7 +177,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _pause_or_raise(error: Exception, pauses: Iterator[float], url: str) -> None:
-    """Wait before the next try; or raise, if that will not help or was done often enough."""
+    """Waits before the next attempt; raises if none is left, or if it would not help."""
     if isinstance(error, FileNotFoundError | PermissionError | ValueError):
         if (said := redacted(str(error), of=url)) == str(error):
             raise error
@@ -196,18 +192,29 @@ def _pause_or_raise(error: Exception, pauses: Iterator[float], url: str) -> None
     time.sleep(pause)
 
 
-def _open_shard(cache: BoundedCache, place: Path, latents: RemoteFile, table: RemoteFile) -> RemoteShard:
-    """Table and header are fetched, unless they are here. A changed file is another one, with another name."""
-    name = PurePosixPath(latents.url).stem
-    identity = _hash(json.dumps([(file.size, file.identity or _ends(file)) for file in (latents, table)]))
+def _open_shard(
+    cache: BoundedCache, place: Path, name: str, files: Mapping[str, RemoteFile], shown: str
+) -> RemoteShard:
+    """Fetches the table and the header of a shard, unless they are here. Files that changed have another name here."""
+    latents = files[f"{name}.safetensors"]
+    tables = [file for ending in TABLE_ENDINGS.values() if (file := files.get(name + ending))]
+    identity = _hash(json.dumps([(file.size, file.identity or _ends(file)) for file in (latents, *tables)]))
     stem = place / f"{name}.{identity}"
-    _keep(stem.with_name(stem.name + ".parquet"), table.chunks, table.size)
-    _keep(stem.with_name(stem.name + ".header"), lambda: _header(latents))
-    return RemoteShard(cache, stem, latents)
+    keep(_header_file(stem), lambda path: _write(path, _header(latents)))
+    shard = RemoteShard(cache, stem, latents)
+    table = files.get(name + shard.table_file.suffix)
+    if table is None:
+        raise FileNotFoundError(f"shard {name} of {shown} lacks {name}{shard.table_file.suffix}")
+    keep(shard.table_file, lambda path: _write(path, table.chunks()), table.size)
+    return shard
+
+
+def _header_file(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".header")
 
 
 def _ends(file: RemoteFile) -> str:
-    """What tells a file from another one of its size, where the storage does not: a checksum of both its ends."""
+    """Returns a checksum of both ends of a file, to tell it from another one of its size if the storage does not."""
     begin = b"".join(file.chunks(0, HEADER))
     end = b"".join(file.chunks(max(file.size - HEADER, HEADER)))
     return hashlib.sha256(begin + end).hexdigest()
@@ -220,15 +227,10 @@ def _header(latents: RemoteFile) -> Iterator[bytes]:
         yield from latents.chunks(len(start), end)
 
 
-def _keep(path: Path, chunks: Callable[[], Iterable[bytes]], size: int | None = None) -> None:
-    """Write the file, unless it is here as it was fetched."""
-    if not path.exists() or size not in (None, path.stat().st_size) or not is_as_fetched(path):
-        with whole_file(path) as partial:
-            with partial.open("wb") as file:
-                for chunk in chunks():
-                    file.write(chunk)
-            checksum_file(path).write_text(checksum(partial))
-    mark_used(path)
+def _write(path: Path, chunks: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
 
 
 def _hash(text: str) -> str:

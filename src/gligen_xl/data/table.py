@@ -1,243 +1,218 @@
-"""The rows of many shards, by number, without their tables in memory.
+"""The table of a shard: its columns, and reading them from an Arrow file (version 2) or a parquet file (version 1).
 
-When a dataset is opened, its parquet tables are written once into one file of the cache, row after row; reading a row
-is then two reads of that one open file, and of what it holds only what is asked for becomes Python objects. The file's
-name tells which tables it was made of, so a table that changes makes another one.
-
-    row by row:  checksum (CRC-32) of the row and its number                      uint32
-                 number of boxes, original height and width, crop top and left    5 x int32
-                 x0, y0, x1, y1, score of each box                                5 x float32
-                 image id, caption and phrases in UTF-8, with a byte 0xFF between
-    at the end:  where each row begins, and where the last one ends               (rows + 1) x int64
+An Arrow file is mapped into memory, where its columns are used as they lie. A parquet file has to be unpacked.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
-import struct
-import time
-import warnings
-import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
-from tqdm import tqdm
+import pyarrow.parquet as pq
 
-from ..io import whole_file
-from .shards import Row, Shard
+from ..io import reading
+from ..limits import memory_limit
 
-FORM = "2"
-HEAD = struct.Struct("<5i")
-PLACE = struct.Struct("<2q")
-CHECK = struct.Struct("<I")
-BETWEEN = b"\xff"  # no byte of UTF-8
-FOOTER = 2**14  # bytes at the end of a table that are looked at, to tell it from others
-SMALL = 2_000_000  # bytes of parquet that stay in memory
-MANY = 20  # shards, whose tables take long enough for a progress bar
-UNUSED = 30  # days, after which a file of the cache goes
-
-
-def cache_folder(name: str) -> Path:
-    """Where files are kept that can be made again: GLIGEN_XL_CACHE, or the user's own cache."""
-    if root := os.environ.get("GLIGEN_XL_CACHE"):
-        return Path(root).expanduser() / name
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gligen-xl" / name
+TABLE = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("caption", pa.string()),
+        ("boxes", pa.list_(pa.list_(pa.float32(), 4))),
+        ("scores", pa.list_(pa.float32())),
+        ("phrases", pa.list_(pa.string())),
+        ("original_height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("crop_top", pa.int32()),
+        ("crop_left", pa.int32()),
+    ]
+)
+BATCH_ROWS = 1024  # rows of a batch in an Arrow file
+BEGIN, END = b"ARROW1\0\0", b"ARROW1"  # of an Arrow file; a stream of messages stands between them
 
 
-class Record:
-    """One row as it stands in the file."""
-
-    __slots__ = ("_bytes", "count", "crop_left", "crop_top", "original_height", "original_width")
-
-    def __init__(self, content: bytes):
-        self._bytes = content
-        head = HEAD.unpack_from(content)
-        self.count, self.original_height, self.original_width, self.crop_top, self.crop_left = head
-
-    @property
-    def boxes(self) -> np.ndarray:
-        """(count, 5) float32: x0, y0, x1, y1, score."""
-        return np.frombuffer(self._bytes, "<f4", 5 * self.count, HEAD.size).reshape(-1, 5)
-
-    @property
-    def texts(self) -> list[bytes]:
-        """Image id, caption, and `count` phrases, in UTF-8."""
-        return self._bytes[HEAD.size + 20 * self.count :].split(BETWEEN)
-
-
-class Table:
-    """The rows of shards, one shard after another.
-
-    Args:
-        shards: their tables are read, and checked, the first time.
-        cache: folder for the file; by default the user's cache. One that cannot be written costs memory instead.
+def read_table(path: Path) -> pa.Table:
+    """Reads the columns of `TABLE`, without a null in them.
 
     Raises:
-        ValueError: a table that is not one, or does not fit its latents.
+        ValueError: the file is no such table; names the column or the row.
     """
-
-    def __init__(self, shards: Sequence[Shard], cache: Path | None = None):
-        self.rows = sum(len(shard) for shard in shards)
-        self._file: io.FileIO | None = None
-        self._content = b""
-        stats = [shard.table_file.stat() for shard in shards]
-        if sum(stat.st_size for stat in stats) <= SMALL:
-            self._content = _in_memory(shards)
-        else:
-            names = [(str(shard.table_file.absolute()), len(shard)) for shard in shards]
-            parts = [
-                (*name, stat.st_size, stat.st_mtime_ns, _footer(shard.table_file))
-                for name, stat, shard in zip(names, stats, shards, strict=True)
-            ]
-            key = hashlib.sha256(json.dumps([FORM, parts]).encode()).hexdigest()
-            self._path = (cache or cache_folder("tables")) / f"{key}.rows"
-            try:
-                _make(self._path, shards)
-                if not _is_whole(self._path, self.rows):
-                    self._path.unlink(missing_ok=True)
-                    _make(self._path, shards)
-                self._file = io.FileIO(self._path)
-            except (OSError, NotImplementedError) as error:  # the latter of a disk without locks
-                warnings.warn(f"the table of {self.rows} rows is kept in memory: {error}", stacklevel=2)
-                self._content = _in_memory(shards)
-        size = os.fstat(self._file.fileno()).st_size if self._file else len(self._content)
-        self._places = size - 8 * (self.rows + 1)
-
-    def record(self, number: int) -> Record:
-        """One row.
-
-        Raises:
-            ValueError: the file of the cache was damaged since it was made; it is removed.
-        """
-        begin, end = PLACE.unpack(self._read(self._places + 8 * number, PLACE.size))
-        whole = 0 <= begin <= end - CHECK.size - HEAD.size and end <= self._places
-        content = self._read(begin, end - begin) if whole else b""
-        if not whole or CHECK.unpack_from(content)[0] != zlib.crc32(content[CHECK.size :], number):
-            self._path.unlink(missing_ok=True)
-            raise ValueError(f"{self._path} of the cache is damaged and was removed; the same command makes it again")
-        return Record(content[CHECK.size :])
-
-    def row(self, number: int) -> Row:
-        record = self.record(number)
-        texts, numbers = [text.decode() for text in record.texts], record.boxes.tolist()
-        return Row(
-            image_id=texts[0],
-            caption=texts[1],
-            boxes=[tuple(box[:4]) for box in numbers],
-            scores=[box[4] for box in numbers],
-            phrases=texts[2 : 2 + record.count],
-            original_height=record.original_height,
-            original_width=record.original_width,
-            crop_top=record.crop_top,
-            crop_left=record.crop_left,
-        )
-
-    def _read(self, begin: int, size: int) -> bytes:
-        if self._file is None:
-            return self._content[begin : begin + size]
-        try:
-            content = os.pread(self._file.fileno(), size, begin)  # forked processes share the file's own place
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        if len(content) != size:
-            raise OSError(f"{self._path} has become shorter since it was opened")
-        return content
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None if self._file is None else self._file.name}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._file = None if state["_file"] is None else io.FileIO(state["_file"])
+    table = pa.Table.from_batches(open_arrow(map_file(path), path), TABLE) if _is_arrow(path) else _read_parquet(path)
+    for name in TABLE.names:
+        _validate(table[name], path)
+    refuse_bad_rows(table, path)
+    return table
 
 
-def _footer(file: Path) -> str:
-    """A checksum of the end of a parquet file, where the places and the least and largest values of its columns are: a
-    copy may have the size and the time of what it took the place of."""
-    with file.open("rb") as opened:
-        opened.seek(max(file.stat().st_size - FOOTER, 0))
-        return hashlib.sha256(opened.read()).hexdigest()
+def refuse_bad_rows(table: pa.Table | pa.RecordBatch, path: Path) -> None:
+    """Raises ValueError for nulls, and for a row with unlike numbers of boxes, phrases and scores."""
+    for name in TABLE.names:
+        _refuse_nulls(table.column(name), f"{path}: column {name}")
+    boxes, phrases, scores = (list_lengths(table.column(name)) for name in ("boxes", "phrases", "scores"))
+    if len(unlike := np.flatnonzero((boxes != phrases) | (boxes != scores))):
+        raise ValueError(f"{path}: row {unlike[0]} has unlike numbers of boxes, phrases and scores")
 
 
-def _make(path: Path, shards: Sequence[Shard]) -> None:
-    """The file, if it is not there yet: one process makes it, the others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / ".lock"):
-        if not path.exists():
-            remove_unused(path.parent, "*.rows")
-            with whole_file(path) as partial, partial.open("wb") as file:
-                _write(file, shards)
-        mark_used(path)
+def read_column(path: Path, name: str) -> pa.ChunkedArray:
+    """Reads one column of a table. Nulls are not looked for.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    if _is_arrow(path):
+        column = pa.Table.from_batches(open_arrow(map_file(path), path), TABLE)[name]
+        _validate(column, path)
+        return column
+    try:
+        return pq.ParquetFile(path, memory_map=True).read([name])[name].cast(TABLE.field(name).type)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable table of a shard: {error}") from error
 
 
-def _is_whole(path: Path, rows: int) -> bool:
-    """Whether the file is as long as its places say: rows are checked when they are read."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size < 8 * (rows + 1):
-            return False
-        file.seek(-8, os.SEEK_END)
-        return int.from_bytes(file.read(8), "little") == size - 8 * (rows + 1)
-
-
-def remove_unused(folder: Path, *patterns: str) -> None:
-    """Remove files that were not used for `UNUSED` days, and what killed processes left."""
-    oldest = time.time() - UNUSED * 24 * 3600
-    for file in [file for pattern in (*patterns, ".*.partial") for file in folder.glob(pattern)]:
-        with suppress(OSError):
-            status = file.stat()
-            if max(status.st_atime, status.st_mtime) < oldest:
-                file.unlink()
-
-
-def mark_used(path: Path) -> None:
-    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-
-
-def _in_memory(shards: Sequence[Shard]) -> bytes:
-    file = io.BytesIO()
-    _write(file, shards)
-    return file.getvalue()
-
-
-def _write(file: BinaryIO, shards: Sequence[Shard]) -> None:
-    """Rows and their places; of the tables one is in memory at a time."""
-    places, done = np.zeros(sum(map(len, shards)) + 1, "<i8"), 0
-    for shard in tqdm(
-        shards, "reading tables", unit="shard", leave=False, disable=None if len(shards) > MANY else True
-    ):
-        records = _records(shard.read_table())
-        first = done
-        lengths = np.array([CHECK.size + len(record) for record in records], "<i8")
-        places[done + 1 : done + 1 + len(shard)] = places[done] + np.cumsum(lengths)
-        done += len(shard)
-        checked = (CHECK.pack(zlib.crc32(record, first + k)) + record for k, record in enumerate(records))
-        file.write(b"".join(checked))
-    file.write(places.data)
-
-
-def _records(table: pa.Table) -> list[bytes]:
-    counts = pc.call_function("list_value_length", [table["boxes"]]).to_numpy()
-    names = ("original_height", "original_width", "crop_top", "crop_left")
-    heads = np.column_stack([counts, *(table[name].to_numpy() for name in names)]).astype("<i4").tobytes()
-    corners = _flat(_flat(table["boxes"])).to_numpy().reshape(-1, 4)
-    boxes = np.column_stack([corners, _flat(table["scores"]).to_numpy()]).astype("<f4").tobytes()
-    joined = pc.call_function("binary_join", [table["phrases"].cast(pa.list_(pa.binary())), pa.scalar(BETWEEN)])
-    columns = [table[name].cast(pa.binary()) for name in ("image_id", "caption")]
-    texts = pc.call_function("binary_join_element_wise", [*columns, joined, pa.scalar(BETWEEN)]).to_pylist()
-    ends = 20 * np.cumsum(counts)
-    records = zip(range(0, len(heads), HEAD.size), (ends - 20 * counts).tolist(), ends.tolist(), texts, strict=True)
-    return [heads[k : k + HEAD.size] + boxes[begin:end] + text for k, begin, end, text in records]
-
-
-def _flat(lists: Any) -> Any:
+def flatten(lists: Any) -> Any:
+    """Returns the items of a column of lists, one after another."""
     return pc.call_function("list_flatten", [lists])
+
+
+def list_lengths(lists: Any) -> np.ndarray:
+    """Returns how many items each list of a column has."""
+    return pc.call_function("list_value_length", [lists]).to_numpy(zero_copy_only=False)
+
+
+def _is_arrow(path: Path) -> bool:
+    return path.suffix == ".arrow"
+
+
+def _validate(column: pa.ChunkedArray, path: Path) -> None:
+    """Raises where offsets lead out of the file, or a text is not UTF-8."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _refuse_nulls(values: Any, what: str) -> None:
+    """Raises for a null, or one within the lists."""
+    if values.null_count:
+        first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        raise ValueError(f"{what} has no value in {values.null_count} places, first in place {first}; fill them")
+    if pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
+        _refuse_nulls(flatten(values), what + " (its lists, one after another)")
+
+
+# Arrow --------------------------------------------------------------------------------------------------------------
+
+
+def map_file(path: Path) -> pa.Buffer:
+    """Maps a file into memory; no descriptor of it stays open."""
+    with reading(path, "a readable Arrow file"), pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
+def arrow_writer(sink: pa.NativeFile) -> pa.ipc.RecordBatchFileWriter:
+    """Opens an Arrow file for writing, uncompressed as it is to be mapped. The same batches make the same bytes."""
+    return pa.ipc.new_file(sink, TABLE)
+
+
+def open_arrow(content: pa.Buffer, path: Path) -> list[pa.RecordBatch]:
+    """Returns the batches of rows in an Arrow file, as they lie in `content`.
+
+    Raises:
+        ValueError: it is no Arrow file, has other columns than `TABLE`, or is compressed.
+    """
+    with reading(path, "a readable Arrow file"):
+        if content.slice(0, len(BEGIN)) != BEGIN or content.slice(max(content.size - len(END), 0)) != END:
+            raise ValueError("its begin or its end is missing")
+        reader = pa.ipc.open_stream(content.slice(len(BEGIN)))
+        if not reader.schema.equals(TABLE):
+            raise ValueError(f"{path} has the columns {_described(reader.schema)}; expected {_described(TABLE)}")
+        # Compression is looked for before a batch is opened: unpacked, it may have any size.
+        _, *messages = pa.ipc.MessageReader.open_stream(content.slice(len(BEGIN)))
+        if any(message.type != "record batch" or _is_compressed(message.metadata) for message in messages):
+            raise ValueError(f"{path} is compressed; expected an Arrow file that can be mapped into memory")
+        batches = list(reader)
+        for batch in batches:
+            batch.validate()  # the ends of its buffers
+        return batches
+
+
+def _described(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)[:300]
+
+
+def _is_compressed(metadata: pa.Buffer) -> bool:
+    """Tells whether the metadata of a record batch name a compression.
+
+    They are a flatbuffer (Arrow's format/Message.fbs), which pyarrow has verified: field 2 of a Message is its
+    RecordBatch, whose field 3 is the compression.
+    """
+    content = memoryview(metadata)
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(content[place : place + size], "little")
+
+    def field(table: int, which: int) -> int | None:
+        vtable = table - int.from_bytes(content[table : table + 4], "little", signed=True)
+        entry = 4 + 2 * which
+        offset = number(vtable + entry, 2) if entry < number(vtable, 2) else 0
+        return table + offset if offset else None
+
+    header = field(number(0, 4), 2)
+    return header is not None and field(header + number(header, 4), 3) is not None
+
+
+# Parquet ------------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    """Reads a table, also where the types of its columns are spelled otherwise (as large strings or doubles)."""
+    try:
+        schema = pq.read_schema(path)
+        if missing := set(TABLE.names) - set(schema.names):
+            raise ValueError(f"{path} lacks the columns {sorted(missing)}")
+        texts = [name for name in ("image_id", "caption") if pa.types.is_string(schema.field(name).type)]
+        file = pq.ParquetFile(path, memory_map=True, read_dictionary=texts)
+        table = _read_within(file, path, memory_limit(path.stat().st_size))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    columns = []
+    for name, kind in zip(TABLE.names, TABLE.types, strict=True):
+        try:
+            columns.append(table[name].cast(kind).combine_chunks())
+        except pa.ArrowException as error:
+            raise ValueError(f"{path}: column {name} is {table[name].type}; expected {kind}: {error}") from error
+    return pa.table(columns, schema=TABLE)
+
+
+def _read_within(file: pq.ParquetFile, path: Path, limit: int) -> pa.Table:
+    """Reads the columns of a table that takes no more than `limit` bytes of memory: in the file, values that repeat
+    take next to nothing. Texts are measured while they are packed, or some rows at a time."""
+    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+    number = sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
+    if number > limit // 4:
+        raise ValueError(f"{path} unpacks to {number} values; expected at most {limit // 4} in a file of its size")
+    table = file.read(columns=[name for name in TABLE.names if name != "phrases"])
+    size, batches = sum(_text_bytes(table[name]) for name in ("image_id", "caption")), []
+    for batch in chain(file.iter_batches(batch_size=256, columns=["phrases"]), [None]):
+        if size > limit:
+            raise ValueError(f"{path} unpacks to {size} bytes of text; expected at most {limit} in a file of its size")
+        if batch is not None:
+            batches.append(batch)
+            size += batch.nbytes
+    phrases = pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field("phrases")]))
+    return table.append_column("phrases", phrases["phrases"])
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Returns the bytes of all texts; one that stands in a dictionary counts as often as it is used."""
+    total = 0
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            lengths = pc.call_function("binary_length", [chunk.dictionary]).cast(pa.int64())
+            total += pc.call_function("sum", [lengths.take(chunk.indices)]).as_py() or 0
+        else:
+            total += chunk.nbytes
+    return total

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
-from ..data.shards import Row, read_header
+from ..data.shards import Row, latents_file, read_header, remove_shard, table_files
 from ..detect.captions import Detector
 from ..images.crop import BUCKET_GRID
 from ..limits import MAX_BATCH, MAX_WORKERS
@@ -249,11 +249,11 @@ class _Writers:
 
     def _check_place(self, stem: Path) -> None:
         """Shards that something else has made are not written over."""
-        latents, table = shard_files(stem)
+        latents = latents_file(stem)
         if latents.is_file():  # alone, after a kill between the two
             ours = read_header(latents)[0].get("prepared") == self.settings.fingerprint
         else:
-            ours = not table.is_file()
+            ours = not any(table.is_file() for table in table_files(stem))
         if not ours:
             raise ValueError(f"the shard {stem} stands there, made otherwise; remove it, or choose another folder")
 
@@ -264,8 +264,7 @@ class _Writers:
                 self.writers[path].commit()
         except BaseException:
             for path in self.writers:
-                for file in shard_files(self.out / path):
-                    file.unlink(missing_ok=True)
+                remove_shard(self.out / path)
             raise
         return sorted(self.writers)
 
@@ -304,11 +303,6 @@ def open_captions(source: str, folder: Path) -> CaptionTable:
             bar.update(count - bar.n)
 
         return CaptionTable.open(source, folder, progress=show)
-
-
-def shard_files(stem: Path) -> tuple[Path, Path]:
-    """Return the files of latents and of the table of a shard."""
-    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".parquet")
 
 
 def _check_resolutions(framing: Framing, downsampling: int) -> None:

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..data.box_statistics import of_shards
-from ..data.shards import Shard
+from ..data.shards import Shard, has_shard, remove_shard
 from ..io import read_json, write_json
 from ..workdir import Busy, check_settings, claim_settings, exclusive, read_settings, remove_partial_files
 from .item import Unit
 from .report import UnitReport, is_report
 from .settings import WORK_FOLDER, Settings
 from .sources.archives import Archive
-from .unit import shard_files
 
 _KEYS = {"source", "settings", "identity", "shards", "report"}  # of a mark
 _ARCHIVES = ("sa1b", "webdataset")  # kinds of units that are files of their own
@@ -127,7 +126,7 @@ class UnitFolder:
         return (
             mark is not None
             and mark["settings"] == self.settings.to_dict()
-            and all(path.is_file() for shard in mark["shards"] for path in shard_files(self.out / shard))
+            and all(has_shard(self.out / shard) for shard in mark["shards"])
         )
 
     def is_done(self, unit: Unit) -> bool:
@@ -229,8 +228,7 @@ class UnitFolder:
 
     def _remove_shards(self, shards: Iterable[str]) -> None:
         for shard in shards:
-            for path in shard_files(self.out / shard):
-                path.unlink(missing_ok=True)
+            remove_shard(self.out / shard)
 
     # Marks -------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.shard_writer import write_shard
-from ..data.shards import Row
+from ..data.shards import Row, has_shard
 from .world import IMAGE_SIZE, draw, generator, ground_caption, sample_scene, scene_layout
 
 SHARD_IMAGES, ENCODED_AT_ONCE = 10_000, 100
@@ -37,7 +37,7 @@ def write_shards(vae: AutoencoderKL, out: Path, count: int, *, seed: int, captio
     for first in range(0, count, SHARD_IMAGES):
         size = min(SHARD_IMAGES, count - first)
         stem = out / f"shapes-{seed}-{first:07d}-{size}"
-        if stem.with_name(stem.name + ".parquet").exists():
+        if has_shard(stem):
             continue
         with tqdm(total=size, desc=stem.name, unit="image", disable=None) as bar:
             latents = []

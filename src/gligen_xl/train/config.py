@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ..data.dataset import Augmentation
-from ..data.mixture import turns_of
+from ..data.sampler import draws_per_block
 from ..dtypes import dtype_name
 from ..limits import MAX_BATCH, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_WORKERS
 from ..redact import redacted_values
@@ -382,7 +382,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {source!r}; expected a folder of shards, or {DATA_FORM} as shapes:50000")
         if not self.sources:
             raise ValueError("data names no folder; expected one, or several as {FOLDER: WEIGHT}")
-        turns_of(list(self.sources.values()))
+        draws_per_block(list(self.sources.values()))
         if self.init_adapter and not self.adapter.starts_fresh:
             raise ValueError(
                 "gate_init, fuser_init and grounding_share say how a new adapter begins; leave them out beside "

@@ -3,7 +3,7 @@
     print(describe(estimate(config, processes=8)))
 
 Nothing is loaded: the models stand on torch's "meta" device, and one forward and backward pass is counted there (see
-`gligen_xl.train.footprint`). How near it comes to a measured run is in docs/training.md.
+`gligen_xl.train.footprint`). How near it comes to a measured run is in docs/train.md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,17 @@ import numpy as np
 
 from ...data.box_statistics import BoxStatistics, of_shards
 from ...data.shard_writer import ShardWriter
-from ...data.shards import DOWNSAMPLING, SDXL_SCALING_FACTOR, SDXL_VAE, Row, Shard, read_header
+from ...data.shards import (
+    DOWNSAMPLING,
+    SDXL_SCALING_FACTOR,
+    SDXL_VAE,
+    Row,
+    Shard,
+    has_shard,
+    latents_file,
+    read_header,
+    table_files,
+)
 from ...images.crop import square_frame
 from ...io import write_json
 from ...limits import MAX_PHRASE
@@ -140,11 +150,11 @@ class _Archive:
             ValueError, OSError: these files make no shard, or there is one that is not of this archive.
         """
         identity = self._identity()
-        latents, table = (self.stem.with_name(self.stem.name + ending) for ending in (".safetensors", ".parquet"))
+        latents = latents_file(self.stem)
         former = read_header(latents)[0] if latents.is_file() else {}
-        if "imported" not in former and (latents.is_file() or table.is_file()):
+        if "imported" not in former and any(file.is_file() for file in (latents, *table_files(self.stem))):
             raise ValueError(f"the shard {self.stem} stands there, not imported; remove it, or choose another folder")
-        if former.get("imported") == identity and table.is_file():
+        if former.get("imported") == identity and has_shard(self.stem):
             self._count(report)
             return ALREADY
         content = _Content.read(self)
@@ -157,7 +167,6 @@ class _Archive:
         metadata |= {"imported": identity, "without_size": str(content.without_size)}
         with ShardWriter(self.stem, content.latents.shape[1:], metadata) as writer:
             writer.add(content.latents, content.rows)
-            table.unlink(missing_ok=True)  # a former one never stands beside other latents
         report.skipped.update(+content.skipped)
         report.dropped_boxes.update(content.dropped)
         self._count(report)
