@@ -109,7 +109,7 @@ def set_attention_share(fuser: Fuser, x: Tensor, objs: Tensor, share: float) -> 
 
 
 def discriminant(ones: Tensor, others: Tensor) -> Tensor:
-    """The direction w, (D,), in which (n, D) `ones` lie 1 above `others` on average, and both vary least around it."""
+    """Returns the direction w, (D,), in which (n, D) `ones` lie 1 above `others` on average with least variance."""
     apart = ones.mean(0) - others.mean(0)
     spread = torch.cov(ones.T) + torch.cov(others.T)
     spread.diagonal().add_(0.01 * spread.diagonal().mean() + 1e-6)  # fewer tokens than dimensions can be given
@@ -118,7 +118,7 @@ def discriminant(ones: Tensor, others: Tensor) -> Tensor:
 
 
 def attention_share(attention: FuserAttention, tokens: Tensor, num_visual: int) -> float:
-    """The part of a fuser's attention that goes to the grounding tokens: mean over samples, heads and queries.
+    """Returns the share of a fuser's attention on the grounding tokens, as a mean over samples, heads and queries.
 
     Args:
         tokens: (B, num_visual + N, D) after the norm, the visual ones first.

@@ -13,6 +13,7 @@ from ..adapter import adapter_parameters, load_adapter_state_dict
 from ..adapter.weights import fingerprint
 from ..data.dataset import ShardDataset
 from ..data.loader import Batches, batches
+from ..data.sampler import MixtureOrder, SampleOrder
 from ..detect.detectors import find_detector
 from ..pipelines import GroundingMixin
 from .base import check_fit, fresh_adapter, load_base
@@ -63,7 +64,7 @@ class TrainingData:
     """
 
     dataset: ShardDataset
-    order: Any
+    order: SampleOrder | MixtureOrder
     weights: list[float]
     windows: list[int | None]
     validation: str | Path | None
