@@ -125,8 +125,8 @@ def test_grounding_tokens_get_their_share(share):
 def test_on_the_embedded_model_a_share_holds_for_other_images(shapes_pipeline):
     """A trained base: fresh fusers, and those of the self-attention. Noise, boxes, phrases and timesteps are others."""
     unet, count = shapes_pipeline.unet, 8
+    form = replace(adapter_config(unet), grounding_logit_bias=0.0)
     carried = detach(unet)
-    form = replace(carried.attachment.config, grounding_logit_bias=0.0)
     text, _, pooled, _ = shapes_pipeline.encode_prompt(["grass", "the sea with a ring"] * (count // 2))
 
     def batch(seed):

@@ -117,8 +117,6 @@ def test_the_gradients_of_the_parts_are_those_of_the_whole(config, tmp_path, mon
         parts = gradients(replace(config, out=str(tmp_path / str(size)), micro_batch=size), monkeypatch)
         for expected, got in zip(whole, parts, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
-    losses = [lines(tmp_path / name) for name in ("whole", "1", "3")]
-    assert losses[0] == losses[1] == losses[2] == []  # log_every is 2
 
 
 def test_a_run_may_go_on_in_other_parts(config, tmp_path):
