@@ -26,8 +26,8 @@ from gligen_xl.adapter import (
     save_adapter,
     set_adapter_scale,
 )
-from gligen_xl.adapter.attach import transformer_blocks
 from gligen_xl.adapter.layers import Fuser, fourier_features
+from gligen_xl.adapter.unet import transformer_blocks
 from gligen_xl.train.known_bases import SDXL_UNET
 
 

@@ -18,7 +18,7 @@ from gligen_xl.adapter import (
     lora_targets,
     save_adapter,
 )
-from gligen_xl.adapter.attach import transformer_blocks
+from gligen_xl.adapter.unet import transformer_blocks
 from gligen_xl.train.known_bases import SDXL_UNET
 
 

@@ -22,7 +22,7 @@ from gligen_xl.adapter import (
     save_adapter,
     set_grounding_logit_bias,
 )
-from gligen_xl.adapter.attach import transformer_blocks
+from gligen_xl.adapter.unet import transformer_blocks
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.train import step
 from gligen_xl.train.checkpoint import list_checkpoints
@@ -125,8 +125,8 @@ def test_grounding_tokens_get_their_share(share):
 def test_on_the_embedded_model_a_share_holds_for_other_images(shapes_pipeline):
     """A trained base: fresh fusers, and those of the self-attention. Noise, boxes, phrases and timesteps are others."""
     unet, count = shapes_pipeline.unet, 8
-    form = replace(adapter_config(unet), grounding_logit_bias=0.0)
     carried = detach(unet)
+    form = replace(carried.config, grounding_logit_bias=0.0)
     text, _, pooled, _ = shapes_pipeline.encode_prompt(["grass", "the sea with a ring"] * (count // 2))
 
     def batch(seed):

@@ -196,7 +196,7 @@ def test_a_gated_unet_that_lacks_a_tensor_of_its_adapter(tmp_path):
 def test_a_controlnet(whole, tmp_path, change, says):
     ControlNetModel.from_unet(sdxl_unet()).save_pretrained(tmp_path / "nets" / "net")
     name = changed(tmp_path / "nets", "net", change)
-    with pytest.raises(ValueError, match="the ControlNet .*net " + says.format(name=name)) as error:
+    with pytest.raises(ValueError, match="the ControlNet .*net.*" + says.format(name=name)) as error:
         load_pipeline(str(whole / "xl"), controlnets=[str(tmp_path / "nets" / "net")])
     assert "\n" not in str(error.value)
 

@@ -2,7 +2,7 @@
 
     from gligen_xl import StableDiffusionXLGLIGENPipeline
 
-Names are imported when they are first used, so that `import gligen_xl` and the command line start at once.
+Names are imported on first use, so that `import gligen_xl` and the command line start at once.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""How large things may be that come from outside, each number once; and files that would not fit in memory.
+"""The largest sizes that are accepted from outside, and checks of files that would not fit in memory.
 
-The bounds are far above what any model, image or data set of the field has, and far below what fills a machine: what
-is beyond them is a slip of the hand, or a file made to do harm. They are looked at before anything is made.
+The bounds are far above what any model, image or data set of the field has, and far below what fills a machine: a
+larger value is a typing error, or a file made to do harm. They are checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 MAX_SIDE = 8192  # pixels of a generated image or of training; SDXL is made for 1024
-MAX_BOXES = 10_000  # of one image; the fullest of any data set have about 4,000
-MAX_PROMPT = 100_000  # characters; text encoders read about 77 tokens of them
+MAX_BOXES = 10_000  # of one image; data sets have up to about 4,000
+MAX_PROMPT = 100_000  # characters; text encoders read about 77 tokens
 MAX_PHRASE = 10_000  # characters
 MAX_NAME = 10_000  # characters of an id
 MAX_SLOTS = 4096  # grounding tokens an image; published models have 30
@@ -25,17 +25,17 @@ MAX_WORKERS = 1024  # processes
 
 MAX_SETTINGS = 4 * 2**20  # bytes of a JSON file of settings; as Python objects it takes up to thirty times as much
 MAX_TENSOR_HEADER = 16 * 2**20  # bytes; the header of SDXL in one file has 0.4 MB
-MAX_UNPACKED = 2**28  # bytes that any file may come to in memory, however small it is
-EXPANSION = 64  # bytes that each byte of a larger file may come to
+MAX_UNPACKED = 2**28  # bytes that even the smallest file may take in memory
+EXPANSION = 64  # bytes in memory per byte of a larger file
 
 
 def memory_limit(size: int) -> int:
-    """Bytes that a file of `size` bytes may come to in memory."""
+    """Return how many bytes a file of `size` bytes may take in memory."""
     return max(MAX_UNPACKED, EXPANSION * size)
 
 
 def check_safetensors(*files: Path) -> None:
-    """Refuse safetensors files whose header is too large to be one: readers build objects of all of it.
+    """Refuse safetensors files with an absurdly large header, which readers would convert to objects.
 
     Raises:
         ValueError: names the file.
@@ -43,14 +43,12 @@ def check_safetensors(*files: Path) -> None:
     for path in files:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        if MAX_TENSOR_HEADER < length <= path.stat().st_size - 8:  # what is longer than its file is damaged: see reader
-            raise ValueError(
-                f"{path} has a header of {length} bytes; expected at most {MAX_TENSOR_HEADER}, names and shapes alone"
-            )
+        if MAX_TENSOR_HEADER < length <= path.stat().st_size - 8:  # a longer one is damaged: the reader says so
+            raise ValueError(f"{path} has a header of {length} bytes; expected at most {MAX_TENSOR_HEADER}")
 
 
 def check_torch_file(path: Path) -> None:
-    """Refuse an archive of torch with compressed members, which torch does not write: they may unpack to anything.
+    """Refuse a checkpoint with compressed members, which torch does not write: they may unpack to any size.
 
     Raises:
         ValueError: names the file.
@@ -105,12 +103,12 @@ _MODEL_LIMITS = {
     "sample_size": 2**16,
     "image_size": 2**16,
 }
-_MANY_BLOCKS = 64  # items of a list of settings, as block_out_channels; SDXL: 3
-_MAX_PARAMETERS = 2**33  # of one table or layer
+_MANY_BLOCKS = 64  # items of a list such as block_out_channels; SDXL: 3
+_MAX_PARAMETERS = 2**33  # in one layer
 
 
 def check_model_settings(folder: Path) -> None:
-    """Refuse a model, or a pipeline of several, whose settings ask for absurd sizes; nothing of it is built.
+    """Refuse a model, or a pipeline of several, whose settings have absurd sizes, before it is built.
 
     Raises:
         ValueError: names the file and the setting.
@@ -123,17 +121,16 @@ def check_model_settings(folder: Path) -> None:
         for name, value in _named(settings):
             _check_setting(file, name, value)
         for first, second in (("vocab_size", "hidden_size"), ("hidden_size", "intermediate_size")):
-            product = [value for name in (first, second) if _is_number(value := _get(settings, name))]
-            if len(product) == 2 and product[0] * product[1] > _MAX_PARAMETERS:
+            sizes: list[Any] = [settings.get(first), settings.get(second)] if isinstance(settings, Mapping) else [None]
+            if all(map(_is_number, sizes)) and sizes[0] * sizes[1] > _MAX_PARAMETERS:
                 raise ValueError(
-                    f"{file}: {first} is {product[0]}, {second} {product[1]}; expected at most {_MAX_PARAMETERS} "
-                    "weights in one layer"
+                    f"{file}: {first} is {sizes[0]}, {second} {sizes[1]}; expected at most {_MAX_PARAMETERS} weights "
+                    "in one layer"
                 )
 
 
 def _check_setting(file: Path, name: str, value: Any) -> None:
-    limit = _MODEL_LIMITS[name]
-    numbers = list(_numbers(value))
+    limit, numbers = _MODEL_LIMITS[name], list(_numbers(value))
     if too_large := [number for number in numbers if number > limit]:
         raise ValueError(f"{file}: {name} is {too_large[0]}; expected at most {limit}")
     if len(numbers) > _MANY_BLOCKS:
@@ -141,7 +138,7 @@ def _check_setting(file: Path, name: str, value: Any) -> None:
 
 
 def _named(settings: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Settings that are looked at, also of models within models."""
+    """Yield the settings that have a limit, also those of models within models."""
     if isinstance(settings, Mapping) and depth < 4:
         for name, value in settings.items():
             if name in _MODEL_LIMITS:
@@ -160,7 +157,3 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _get(settings: Any, name: str) -> Any:
-    return settings.get(name) if isinstance(settings, Mapping) else None

@@ -1,9 +1,9 @@
-"""The manifest of a folder: checksums of all of its files, and one of the manifest itself.
+"""The manifest of a folder: checksums of all its files, and one of the manifest itself.
 
     manifest.json   {"format": "gligen-xl-manifest", "version": 1, "files": {NAME: {"size", "sha256"}}, "sha256": ...}
 
-Its own checksum is that of the rest of it. Its bytes are those that `write_manifest` writes, to the last blank, so that
-not one byte of the folder can change unnoticed.
+Its own checksum is that of the rest of it. Its bytes must be those that `write_manifest` writes, to the last blank, so
+that not one byte of the folder can change unnoticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMAT, VERSION = "gligen-xl-manifest", 1
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of all files that stand in a folder."""
+    """Write the manifest of all files in a folder."""
     files = {
         path.name: {"size": path.stat().st_size, "sha256": checksum(path)}
         for path in sorted(folder.iterdir())
@@ -32,7 +32,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Size and checksum of each file by its name; None where the folder has no manifest.
+    """Read size and checksum of each file by its name; None if the folder has no manifest.
 
     Raises:
         ValueError: the manifest is damaged.
@@ -52,8 +52,8 @@ def check_listed(folder: Path, names: Iterable[str] | None = None, *, sizes_only
     """Compare files of a folder with its manifest, if it has one.
 
     Args:
-        names: of the files to compare, of which those that are not listed pass; by default all that are listed.
-        sizes_only: sizes alone, which costs nothing however large the files are.
+        names: of the files to compare, of which unlisted ones pass; by default all that are listed.
+        sizes_only: compare only sizes, which is fast however large the files are.
 
     Raises:
         FileNotFoundError: a listed file is missing.

@@ -1,4 +1,4 @@
-"""Phrases to embeddings, with the text encoders of the base model.
+"""Embeds phrases with the text encoders of the base model.
 
 SDXL: CLIP-L's `pooler_output` (before projection: its projection is untrained in SDXL) joined to OpenCLIP-bigG's
 projected `text_embeds`. Stable Diffusion 1.x / 2.x: the one encoder's `pooler_output`.
@@ -18,7 +18,7 @@ from .device import to_device
 
 
 def phrase_width(text_encoders: Sequence[PreTrainedModel]) -> int:
-    """Numbers in one phrase embedding."""
+    """Return the width of one phrase embedding."""
     return sum(
         encoder.config.projection_dim if hasattr(encoder, "text_projection") else encoder.config.hidden_size
         for encoder in text_encoders
@@ -35,18 +35,18 @@ def embed_phrases(
     expand: Callable[[list[str], CLIPTokenizer], list[str]] | None = None,
     shapes: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """One embedding a phrase, (len(phrases), width), in the encoders' dtype.
-
-    Args:
-        device: to run on, by default that of the encoders; offloaded ones have none of their own.
-        expand: writes out what a tokenizer knows under a name of its own (textual inversion).
-        shapes: (rows, tokens) of the groups to encode, shortest first; a phrase goes into the first that holds it, and
-            a group is filled up. Then a phrase has the same embedding to the last bit whatever else is asked for:
-            matrix products of another shape round otherwise.
+    """Embed phrases, (len(phrases), width), in the encoders' dtype.
 
     Each distinct phrase is encoded once, padded to the longest of them or of its group: CLIP's attention is causal, so
     what follows the end-of-text token cannot change the pooled output, and 77 columns of padding would be ten times the
     work.
+
+    Args:
+        device: to run on, by default that of the encoders; offloaded ones have none of their own.
+        expand: replaces the names that textual inversion added to a tokenizer by its tokens.
+        shapes: (rows, tokens) of the groups to encode, shortest first; a phrase goes into the first that is long
+            enough, and a group is filled up. Then a phrase has the same embedding to the last bit whatever the others
+            are: matrix products of another shape round differently.
     """
     distinct = list(dict.fromkeys(phrases))
     if not distinct:
@@ -73,7 +73,7 @@ def embed_phrases(
 def _tokens(
     phrases: list[str], tokenizer: CLIPTokenizer, expand: Callable[[list[str], CLIPTokenizer], list[str]] | None
 ) -> list[list[int]]:
-    """Token numbers of each phrase, start and end included."""
+    """Tokenize each phrase, start and end included; a phrase that is too long is cut with a warning."""
     limit = tokenizer.model_max_length
     texts = expand(phrases, tokenizer) if expand is not None else phrases
     tokens = tokenizer(texts, truncation=True, max_length=limit).input_ids
@@ -86,19 +86,19 @@ def _tokens(
 def _groups(
     lengths: list[int], shapes: Sequence[tuple[int, int]], limit: int
 ) -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """Numbers of the phrases that are encoded together, at most as many as there are rows, and the shape of all."""
-    least = 0
+    """Yield the numbers of the phrases that are encoded together, at most as many as there are rows, and the shape."""
+    shorter = 0
     for rows, tokens in shapes:
-        alike = [k for k, length in enumerate(lengths) if least < length <= tokens]
-        for first in range(0, len(alike), rows):
-            yield alike[first : first + rows], (rows, min(tokens, limit))
-        least = tokens
+        group = [k for k, length in enumerate(lengths) if shorter < length <= tokens]
+        for first in range(0, len(group), rows):
+            yield group[first : first + rows], (rows, min(tokens, limit))
+        shorter = tokens
 
 
 def _pooled(encoder: PreTrainedModel, tokenizer: CLIPTokenizer, ids: Tensor, device: torch.device) -> Tensor:
-    """The pooled output at the first end-of-text token, (len(ids), width).
+    """Return the pooled output at the first end-of-text token, (len(ids), width).
 
-    Encoders with settings as old as SDXL's look for the highest token in its place, which is another one once textual
+    Encoders with settings as old as SDXL's look for the highest token instead, which is another one once textual
     inversion has added some.
     """
     end: Any = tokenizer.eos_token_id
@@ -111,4 +111,4 @@ def _pooled(encoder: PreTrainedModel, tokenizer: CLIPTokenizer, ids: Tensor, dev
     projection: Any = getattr(encoder, "text_projection", None)
     if projection is None:
         return pooled
-    return torch.nn.functional.linear(pooled, projection.weight.to(pooled.device))  # it may wait in main memory
+    return torch.nn.functional.linear(pooled, projection.weight.to(pooled.device))  # an offloaded one is in main memory

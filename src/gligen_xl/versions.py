@@ -1,10 +1,10 @@
-"""Versions of what results depend on."""
+"""The versions of the software that results depend on."""
 
 import platform
 from importlib.metadata import version
 
 
 def versions() -> dict[str, str]:
-    """By name: Python, this library, and those under it."""
+    """Return the versions of Python, this library, and those that it uses, by name."""
     names = ("gligen-xl", "torch", "diffusers", "transformers", "accelerate")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,4 +1,4 @@
-"""YAML files of settings, read with bounds: an alias can make a file of a kilobyte into billions of values."""
+"""Reads YAML files of settings, with bounds: aliases can turn a file of a kilobyte into billions of values."""
 
 from __future__ import annotations
 
@@ -10,56 +10,53 @@ import yaml
 from .io import read_text
 from .limits import MAX_SETTINGS
 
-MAX_VALUES = 200_000  # of a file, each alias counted as what it stands for
+MAX_VALUES = 200_000  # in a file, with each alias counted as what it stands for
 MAX_DEPTH = 64
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader) -> Any:
-    """What a YAML file holds (JSON is YAML).
+    """Parse a YAML file (JSON is YAML).
 
     Args:
-        loader: PyYAML's BaseLoader makes texts of all scalars.
+        loader: PyYAML's BaseLoader reads all scalars as text.
 
     Raises:
-        ValueError: it is not YAML, or too large; it names the file.
+        ValueError: it is not YAML, or too large; the error names the file.
     """
     size = path.stat().st_size
     if size > MAX_SETTINGS:
         raise ValueError(f"{path} has {size} bytes; expected at most {MAX_SETTINGS} of YAML")
     try:
         text = read_text(path)
-        node = yaml.compose(text, loader)
-        _Count(path).values(node)
+        _count_values(path, yaml.compose(text, loader), {}, set())
         return yaml.load(text, loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
 
 
-class _Count:
-    """How many values a node stands for; each node is looked at once."""
+def _count_values(path: Path, node: Any, counted: dict[int, int], parents: set[int]) -> int:
+    """Count the values that a node stands for.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.done: dict[int, int] = {}
-        self.within: set[int] = set()
-
-    def values(self, node: Any) -> int:
-        if not isinstance(node, yaml.CollectionNode):
-            return 1
-        key = id(node)
-        if key not in self.done:
-            if key in self.within:
-                raise ValueError(f"{self.path} has a value that holds itself (line {node.start_mark.line + 1})")
-            if len(self.within) >= MAX_DEPTH:
-                raise ValueError(f"{self.path} is more than {MAX_DEPTH} values deep")
-            self.within.add(key)
-            pairs = isinstance(node, yaml.MappingNode)
-            parts = [part for pair in node.value for part in pair] if pairs else node.value
-            self.done[key] = 1 + sum(map(self.values, parts))
-            self.within.discard(key)
-        if self.done[key] > MAX_VALUES:
-            raise ValueError(
-                f"{self.path} stands for more than {MAX_VALUES} values (line {node.start_mark.line + 1}); "
-                "expected settings, without aliases of aliases"
-            )
-        return self.done[key]
+    Args:
+        counted: the counts of nodes that were visited, so that each is visited once.
+        parents: the nodes that this one is inside.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    key, line = id(node), node.start_mark.line + 1
+    if key not in counted:
+        if key in parents:
+            raise ValueError(f"{path} has a value that holds itself (line {line})")
+        if len(parents) >= MAX_DEPTH:
+            raise ValueError(f"{path} is more than {MAX_DEPTH} values deep")
+        parents.add(key)
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if pairs else node.value
+        counted[key] = 1 + sum(_count_values(path, part, counted, parents) for part in parts)
+        parents.discard(key)
+    if counted[key] > MAX_VALUES:
+        raise ValueError(
+            f"{path} stands for more than {MAX_VALUES} values (line {line}); expected settings, without aliases of "
+            "aliases"
+        )
+    return counted[key]

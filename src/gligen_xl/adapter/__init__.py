@@ -1,6 +1,6 @@
 """What is added to a frozen U-Net: a fuser on its transformer blocks and a position net (GLIGEN, arXiv 2301.07093)."""
 
-from .attach import GligenAdapter, detached, is_adapter_key, lora_targets
+from .attach import GligenAdapter, detached
 from .config import AdapterConfig
 from .functions import (
     adapter_config,
@@ -20,6 +20,7 @@ from .functions import (
 )
 from .gated import adopt_gated, is_gated
 from .io import read_adapter, write_adapter
+from .unet import is_adapter_key, lora_targets
 
 __all__ = [
     "AdapterConfig",

@@ -12,7 +12,7 @@ them, and the adapter puts them there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .io import adapter_folder, only_weights, read_adapter, weights_name, write_adapter
-from .layers import Fuser, InpaintConv, PassThrough, PositionNet
+from .layers import Fuser, InpaintConv
+from .unet import bare, changed_settings, named_parameters, new_modules, own_parameters, set_config
 from .weights import check_fit
 
 
@@ -110,8 +110,8 @@ class GligenAdapter:
         # A U-Net on "meta" gets an adapter on "meta". Modules that are given weights are made without their own.
         device, dtype = unet.device, dtype or unet.dtype
         with torch.device("meta" if state is not None else device):
-            modules = _new_modules(unet, config)
-        fresh = _parameters(modules)
+            modules = new_modules(unet, config)
+        fresh = named_parameters(modules)
         if state is not None:
             check_fit(fresh, state, source)
             if device.type != "meta" and (empty := [name for name, value in state.items() if value.is_meta]):
@@ -119,13 +119,13 @@ class GligenAdapter:
                     f"{source} has no values for {len(empty)} tensors, such as {empty[0]}; its files lack them"
                 )
         for prefix, module in modules.items():
-            own = {name: (state or fresh)[f"{prefix}.{name}"] for name, _ in _own_parameters(module)}
+            own = {name: (state or fresh)[f"{prefix}.{name}"] for name, _ in own_parameters(module)}
             own = {name: value.detach().to(device, dtype) for name, value in own.items()}
             module.load_state_dict(own, strict=False, assign=True)
             if isinstance(module, Fuser):
                 module.scale = torch.ones((), device=device, dtype=dtype)
             module.train(unet.training)
-        changed = _changed_settings(config)
+        changed = changed_settings(config)
         plain = {name: unet.config[name] for name in changed}
         adapter = cls(unet, _Attachment(config, dict(about or {}), modules, plain, unet.conv_in))
         adapter.reattach()
@@ -179,7 +179,7 @@ class GligenAdapter:
                 delattr(self.unet.get_submodule(parent), last)
         self._attachment.modules = modules
         del self.unet.__dict__["_gligen"]
-        _set_config(self.unet, self._attachment.plain_settings)
+        set_config(self.unet, self._attachment.plain_settings)
 
     def reattach(self) -> None:
         """Put back the modules that `detach` took off."""
@@ -187,7 +187,7 @@ class GligenAdapter:
             parent, _, last = name.rpartition(".")
             self.unet.get_submodule(parent).add_module(last, module)
         self.unet.__dict__["_gligen"] = self._attachment
-        _set_config(self.unet, _changed_settings(self.config))
+        set_config(self.unet, changed_settings(self.config))
 
     def _installed(self) -> dict[str, nn.Module]:
         """The adapter's modules as they are in the U-Net now: peft may have wrapped the first convolution."""
@@ -217,7 +217,7 @@ class GligenAdapter:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names in the U-Net, without LoRAs that were loaded onto it."""
-        return _parameters(self._installed())
+        return named_parameters(self._installed())
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.parameters().items()}
@@ -287,10 +287,10 @@ class GligenAdapter:
         for fuser in self.fusers.values():
             fuser.attn.grounding_logit_bias = float(bias)
         if former.published_form != config.published_form:  # only without a bias may the U-Net call itself gated
-            _set_config(self.unet, self._attachment.plain_settings)
-            changed = _changed_settings(config)
+            set_config(self.unet, self._attachment.plain_settings)
+            changed = changed_settings(config)
             self._attachment.plain_settings = {name: self.unet.config[name] for name in changed}
-            _set_config(self.unet, changed)
+            set_config(self.unet, changed)
 
 
 @contextmanager
@@ -304,88 +304,3 @@ def detached(unet: UNet2DConditionModel) -> Iterator[None]:
     finally:
         if adapter is not None:
             adapter.reattach()
-
-
-# The U-Net ----------------------------------------------------------------------------------------------------------
-
-
-def bare(unet: Any) -> Any:
-    """Return the U-Net itself if `torch.compile` has wrapped it."""
-    return getattr(unet, "_orig_mod", unet)
-
-
-def transformer_blocks(unet: nn.Module) -> dict[str, BasicTransformerBlock]:
-    """Return the transformer blocks of a U-Net by name, in its order."""
-    return {name: module for name, module in bare(unet).named_modules() if isinstance(module, BasicTransformerBlock)}
-
-
-def is_adapter_key(name: str) -> bool:
-    """Whether a tensor of a U-Net, by its name there, belongs to the adapter (of every kind: fusers, position net)."""
-    return name.startswith("position_net.") or ".fuser." in name
-
-
-def lora_targets(unet: nn.Module, suffixes: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")) -> list[str]:
-    """Return the full names of the base's layers that end so, for peft's `target_modules`.
-
-    >>> unet.add_adapter(LoraConfig(r=16, target_modules=lora_targets(unet)))
-
-    The bare suffixes would put LoRAs on the fusers' attention too.
-    """
-    endings = tuple(f".{suffix}" for suffix in suffixes)
-    names = (name for name, _ in bare(unet).named_modules())
-    return [name for name in names if name.endswith(endings) and not is_adapter_key(name)]
-
-
-def _new_modules(unet: UNet2DConditionModel, config: AdapterConfig) -> dict[str, nn.Module]:
-    """Make the modules of an adapter by their names in the U-Net, in the order of its parameters."""
-    blocks = transformer_blocks(unet)
-    if not blocks:
-        raise ValueError("this U-Net has no transformer blocks to put fusers on")
-    names = [name for name in blocks if config.blocks == "all" or name.endswith(".0")]  # each group counts from 0
-    chosen = set(names[:: config.every])
-    modules: dict[str, nn.Module] = {}
-    if config.inpaint:
-        if hasattr(unet.conv_in, "base_layer"):  # wrapped by peft
-            raise ValueError(
-                "a LoRA is on the U-Net's first convolution, which an inpainting adapter replaces; load the adapter "
-                "without the LoRA"
-            )
-        modules["conv_in"] = InpaintConv(unet.conv_in)
-    for name, block in blocks.items():
-        width, heads, bias = block.dim, block.num_attention_heads, config.grounding_logit_bias
-        fuser = Fuser(width, heads, config.cross_attention_dim, bias) if name in chosen else PassThrough()
-        modules[f"{name}.fuser"] = fuser
-    modules["position_net"] = PositionNet(config.phrase_dim, config.cross_attention_dim)
-    return modules
-
-
-def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    return {f"{prefix}.{name}": value for prefix, module in modules.items() for name, value in _own_parameters(module)}
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and values of a module's parameters, without the base's convolution and without peft's layers over it."""
-    parameters = dict(module.named_parameters())
-    wrapped = tuple({name.split("base_layer.")[0] for name in parameters if "base_layer." in name})
-    for name, value in parameters.items():
-        own = name.replace("base_layer.", "")
-        if (own != name or not name.startswith(wrapped)) and not own.startswith("plain."):
-            yield own, value
-
-
-def _changed_settings(config: AdapterConfig) -> dict[str, Any]:
-    """The settings of the U-Net itself that change while an adapter is on."""
-    settings: dict[str, Any] = {}
-    if config.published_form:
-        settings["attention_type"] = "gated"  # so that unet.save_pretrained gives what diffusers loads whole
-    if config.inpaint:
-        settings["in_channels"] = 4  # what pipelines make latents of
-    return settings
-
-
-def _set_config(unet: UNet2DConditionModel, settings: Mapping[str, Any]) -> None:
-    """Change settings of the U-Net, and keep the attributes that others set on its config, as IP-Adapters do."""
-    others = {name: value for name, value in vars(unet.config).items() if name in unet.config and name not in settings}
-    unet.register_to_config(**settings)
-    for name, value in others.items():
-        setattr(unet.config, name, value)

@@ -1,4 +1,4 @@
-"""The configuration of an adapter: everything that its weights alone do not tell."""
+"""The configuration of an adapter: what its weights alone do not say."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Blocks = Literal["all", "first"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Shape and form of an adapter.
+    """The shape and form of an adapter.
 
     Args:
-        cross_attention_dim: width of a grounding token, that of the U-Net's text (SDXL 2048, SD 1.x 768).
+        cross_attention_dim: width of a grounding token, which is that of the U-Net's text (SDXL 2048, SD 1.x 768).
         phrase_dim: width of a phrase embedding (SDXL 768 + 1280, SD 1.x 768).
-        slots: grounding tokens an image. Empty ones are learned nulls that are attended to, so the number is part of
+        slots: grounding tokens per image. Unused ones are learned nulls that are attended to, so the number is part of
             the model; published weights are trained with 32 and used with 30.
-        blocks: the transformer blocks that fusers may stand on: "all", or the "first" of each group (of each of the
+        blocks: the transformer blocks that fusers are put on: "all", or the "first" of each group (of each of the
             U-Net's transformers: 11 of SDXL's 70). "all" is the published form.
         every: a fuser on every k-th of those; 1 is the published form.
         grounding_logit_bias: added to the logits of the grounding tokens in the fusers' attention. A fresh fuser
             spreads its attention over thousands of visual tokens; a bias gives grounding a real share from the start.
             0 is the published form.
-        inpaint: it brings a first convolution that also reads what is to be kept (GLIGEN's inpainting models).
+        inpaint: whether it has a first convolution that also reads the kept image (GLIGEN's inpainting models).
     """
 
     cross_attention_dim: int
@@ -53,7 +53,7 @@ class AdapterConfig:
 
     @property
     def published_form(self) -> bool:
-        """Whether a U-Net of diffusers with `attention_type="gated"` computes the same."""
+        """Whether a U-Net of diffusers with `attention_type="gated"` can hold it."""
         return self.blocks == "all" and self.every == 1 and self.grounding_logit_bias == 0
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from .attach import GligenAdapter, bare, is_adapter_key, transformer_blocks
+from .attach import GligenAdapter
 from .config import AdapterConfig
+from .unet import bare, is_adapter_key, transformer_blocks
 
 
 def is_gated(unet: nn.Module | None) -> bool:

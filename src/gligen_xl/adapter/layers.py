@@ -26,7 +26,7 @@ class FuserAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.grounding_logit_bias = grounding_logit_bias
-        self.observer: Callable[[Tensor], None] | None = None  # is shown the grounding logits, (B, heads, L, N)
+        self.observer: Callable[[Tensor], None] | None = None  # called with the grounding logits, (B, heads, L, N)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
@@ -57,7 +57,7 @@ class Fuser(nn.Module):
     """Gated self-attention (GLIGEN, section 3, eq. 4): lets visual tokens read the grounding tokens.
 
     Both gates start at 0, so a fresh fuser is the identity, bit for bit. `scale` multiplies the gates at run time and
-    is no part of the weights.
+    is not saved with the weights.
 
     Args:
         dim: width of the visual tokens. heads: attention heads. context_dim: width of the grounding tokens.
@@ -84,7 +84,7 @@ class Fuser(nn.Module):
 
 
 class PassThrough(nn.Module):
-    """Stands where a block carries no fuser: diffusers calls one on every block."""
+    """Takes the place of a fuser on a block without one, because diffusers calls one on every block."""
 
     def forward(self, x: Tensor, objs: Tensor) -> Tensor:
         return x
@@ -111,7 +111,7 @@ class PositionNet(nn.Module):
 
     def forward(self, boxes: Tensor, masks: Tensor, positive_embeddings: Tensor) -> Tensor:
         """Boxes (B, N, 4) xyxy 0-1, masks (B, N) 1 where a slot is used, phrase embeddings (B, N, phrase_dim)
-        -> grounding tokens (B, N, out_dim). An unused slot gives the learned null token, whatever it holds."""
+        -> grounding tokens (B, N, out_dim). An unused slot gives the learned null token, whatever its values."""
         dtype = self.null_positive_feature.dtype
         used = masks[..., None] > 0.5
         phrase = torch.where(used, positive_embeddings.to(dtype), self.null_positive_feature)
@@ -120,14 +120,14 @@ class PositionNet(nn.Module):
 
 
 class InpaintConv(nn.Conv2d):
-    """The first convolution of GLIGEN's inpainting models (section 4.3): it also reads what is to be kept.
+    """The first convolution of GLIGEN's inpainting models (section 4.3): it also reads the kept image.
 
-    Its input channels are the noisy latents (4), the latents of the image where it is kept (4), and 1 where it is
-    kept, 0 in the boxes. The U-Net still takes 4: the others are put into `kept` before it runs; where that is None,
-    they are zeros, which says that nothing is kept.
+    Its input channels are the noisy latents (4), the latents of the kept part of the image (4), and a mask (1): 1 where
+    the image is kept, 0 in the boxes. The U-Net still takes 4: the others are set as `kept` before it runs; None means
+    zeros, so that nothing is kept.
 
     Args:
-        former: the convolution that it stands in for. One of 4 channels serves while `active` is False: then the U-Net
+        former: the convolution that it replaces. One of 4 channels is used while `active` is False: then the U-Net
             is that of the base. A base of 9 channels has no other convolution than this.
     """
 
@@ -136,9 +136,9 @@ class InpaintConv(nn.Conv2d):
     def __init__(self, former: nn.Conv2d):
         super().__init__(self.CHANNELS, former.out_channels, former.kernel_size, padding=former.padding)  # type: ignore[arg-type]
         self.plain = former if former.in_channels != self.CHANNELS else None
-        self.active = False  # on every step of a call with boxes, also where the schedule has ended grounding
+        self.active = False  # in a call with boxes, also on the steps without grounding
         self.kept: Tensor | None = None  # (B, 5, h, w); repeated for the halves of classifier-free guidance
-        with torch.no_grad():  # as GLIGEN begins: what the new channels say counts nothing yet
+        with torch.no_grad():  # as GLIGEN begins: the new channels have no effect yet
             self.weight.zero_()[:, : former.in_channels].copy_(former.weight)
             if self.bias is not None and former.bias is not None:
                 self.bias.copy_(former.bias)

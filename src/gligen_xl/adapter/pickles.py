@@ -1,8 +1,8 @@
-"""Checkpoints of torch: the tensors in them, and nothing of the settings, optimizers and callbacks beside them.
+"""Reads the tensors of torch's checkpoints, and nothing of the settings, optimizers and callbacks saved with them.
 
-torch's restricted reader builds tensors and refuses every other class by name. Trainers save such objects beside the
-weights; those that are known to be settings and the like are read as stand-ins that take whatever they are given and
-do nothing. No class of a file is imported, and nothing of it runs.
+torch's restricted reader builds tensors and refuses every other class by name. Trainers save other objects along with
+the weights; those that are known to be settings and the like are read as stand-ins that ignore their state. No class
+of a file is imported, and nothing of it runs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from ..io import first_line
 from ..limits import check_torch_file
 
 
 class _Ignored:
-    """Stands where an object lay that is no tensor."""
+    """Replaces an object that is not a tensor."""
 
     def __init__(self, *_: Any):
         pass
@@ -32,7 +33,7 @@ class _Ignored:
 
 
 class _IgnoredDict:
-    """Stands for a class of dictionaries: torch's reader puts items into plain ones only."""
+    """Replaces a class of dictionaries: torch's reader puts items into plain ones only."""
 
     def __new__(cls, *_: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
         return OrderedDict()
@@ -58,7 +59,7 @@ _SETTINGS = re.compile(
 
 
 def _stand_in(name: str) -> Any:
-    """What is read in place of a class of this name; None where it is not known to be harmless to leave out."""
+    """Return the stand-in for a class of this name; None if it is not known to be harmless to leave out."""
     for names, stand_in in ((_DICTIONARIES, _IgnoredDict), (_LISTS, _IgnoredList), (_SETTINGS, _Ignored)):
         if names.fullmatch(name):
             return stand_in
@@ -66,16 +67,16 @@ def _stand_in(name: str) -> Any:
 
 
 def read_checkpoint(file: Path, map_location: str = "cpu") -> Mapping[Any, Any]:
-    """What a file of `torch.save` holds, in the zip format or the one before it.
+    """Read a file of `torch.save`, in the zip format or the one before it.
 
     Raises:
-        ValueError: it is damaged, no mapping, or asks for a class that is neither a tensor nor known to be settings.
+        ValueError: it is damaged, not a mapping, or needs a class that is neither a tensor nor known to be settings.
     """
     check_torch_file(file)
-    wanted: dict[str, Any] = {}
+    stand_ins: dict[str, Any] = {}
     while True:
         try:
-            allowed: list[Any] = [(stand_in, name) for name, stand_in in wanted.items()]
+            allowed: list[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
             with torch.serialization.safe_globals(allowed):
                 loaded = torch.load(
                     file, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(file) or None
@@ -83,10 +84,10 @@ def read_checkpoint(file: Path, map_location: str = "cpu") -> Mapping[Any, Any]:
             break
         except pickle.UnpicklingError as error:
             asked = _asked_for(error)
-            if asked is not None and asked not in wanted and (stand_in := _stand_in(asked)) is not None:
-                wanted[asked] = stand_in  # and once more from the beginning: torch names one at a time
+            if asked is not None and asked not in stand_ins and (stand_in := _stand_in(asked)) is not None:
+                stand_ins[asked] = stand_in  # and read again, because torch names one class at a time
                 continue
-            # torch's own words go on to advise loading it all the same
+            # torch's own message advises loading it all the same
             what = f"asks for {asked}, and not only" if asked else "is damaged, or asks not only"
             raise ValueError(f"{file} {what} for tensors; nothing of it ran") from error
         except Exception as error:  # a broken pickle fails anywhere
@@ -95,7 +96,7 @@ def read_checkpoint(file: Path, map_location: str = "cpu") -> Mapping[Any, Any]:
                     f"{file} is in torch's first format, a tar, which is not read; load it once with an old torch and "
                     "save its weights as safetensors"
                 ) from error
-            raise ValueError(f"{file} is damaged or not a checkpoint of torch: {_first_line(error)}") from error
+            raise ValueError(f"{file} is damaged or not a checkpoint of torch: {first_line(error)}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file} holds a {type(loaded).__name__}; expected names and tensors")
     return loaded
@@ -103,7 +104,7 @@ def read_checkpoint(file: Path, map_location: str = "cpu") -> Mapping[Any, Any]:
 
 @contextmanager
 def settings_ignored(file: Path) -> Iterator[None]:
-    """While diffusers reads a checkpoint by itself: what `read_checkpoint` would leave out is left out there too."""
+    """Let diffusers, within the block, read a checkpoint by itself and leave out what `read_checkpoint` would."""
     names: list[str] = []
     if zipfile.is_zipfile(file) and file.suffix != ".safetensors":
         check_torch_file(file)
@@ -114,12 +115,8 @@ def settings_ignored(file: Path) -> Iterator[None]:
 
 
 def _asked_for(error: Exception) -> str | None:
-    """The class by its full name, which torch writes without `builtins.`"""
+    """Return the full name of the refused class, which torch writes without `builtins.`"""
     match = re.search(r"GLOBAL ([\w.]+)", str(error))
     if match is None:
         return None
     return match[1] if "." in match[1] else f"builtins.{match[1]}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from ..escape import printable, visible
 from ..io import first_line
@@ -30,11 +31,18 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 # The parser ---------------------------------------------------------------------------------------------------------
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Help that leaves out the types that are functions of ours: their help texts say what is accepted."""
+
+    def _get_type_str(self, action: Any) -> str | None:
+        return None if inspect.isfunction(action.type) else super()._get_type_str(action)
+
+
 class Parser(ArgumentParser):
     """A parser whose options may be spelled with _ or with -, and whose errors say in words what is wrong."""
 
     def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **{"allow_abbrev": False, **settings})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _HelpFormatter, **settings})
 
     def parse_args(self, args: Sequence[str] | None = None, **settings: Any) -> Any:  # type: ignore[override]
         words = None if args is None else [self._spelled(word) for word in args]

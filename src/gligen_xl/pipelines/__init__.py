@@ -1,4 +1,4 @@
-"""Pipelines with grounding: a mixin over diffusers' own. They are imported when they are first used."""
+"""Pipelines with grounding: a mixin over diffusers' own. They are imported on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

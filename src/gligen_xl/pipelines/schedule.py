@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GroundingSchedule:
-    """Shares of the denoising steps with grounding fully on, then fading linearly; the rest are without."""
+    """The shares of the denoising steps with grounding fully on, and fading linearly; the rest have none."""
 
     on: float
     decay: float = 0.0
 
     @classmethod
     def parse(cls, beta: float | Sequence[float]) -> GroundingSchedule:
-        """From `gligen_scheduled_sampling_beta`: the share that is on, or the triple (on, decay, off) of GLIGEN."""
+        """Parse `gligen_scheduled_sampling_beta`: the share that is on, or the triple (on, decay, off) of GLIGEN."""
         numbers: list[Any] = list(beta) if isinstance(beta, Sequence) and not isinstance(beta, str) else [beta]
         if len(numbers) not in (1, 3) or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
             raise ValueError(
@@ -32,7 +32,7 @@ class GroundingSchedule:
         return cls(float(numbers[0]), float(numbers[1]))
 
     def scale(self, step: int, num_steps: int) -> float:
-        """What the gates are multiplied with at `step` of `num_steps`: 1 on, 0 off."""
+        """Return the factor of the gates at `step` of `num_steps`: 1 on, 0 off."""
         num_on = max(int(self.on * num_steps + 1e-6), self.on > 0)  # of few steps, the first decides the layout
         num_decay = int(self.decay * num_steps + 1e-6)
         if step < num_on:
@@ -43,12 +43,12 @@ class GroundingSchedule:
 
 
 def step_of(scheduler: Any, evaluation: int) -> int:
-    """The denoising step that the U-Net's `evaluation` (from 0) belongs to.
+    """Return the denoising step that the U-Net's `evaluation` (from 0) belongs to.
 
-    Some schedulers ask it several times a step: Heun's and the two KDPM2 twice, but once in the last; PNDM twice in its
-    first step, or, where it begins with Runge-Kutta steps, four times in each of the first three.
+    Some schedulers run it several times a step: Heun's and the two KDPM2 twice, but once in the last; PNDM twice in its
+    first step, or, if it begins with Runge-Kutta steps, four times in each of the first three.
     """
-    from diffusers import PNDMScheduler  # here, so that a share is checked before it is imported
+    from diffusers import PNDMScheduler  # here, so that shares are checked without this import
 
     if isinstance(scheduler, PNDMScheduler):
         if scheduler.config["skip_prk_steps"]:

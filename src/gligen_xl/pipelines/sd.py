@@ -1,5 +1,5 @@
-"""The pipelines for Stable Diffusion 1.x and 2.x: the weights of GLIGEN and IGLIGEN. All arguments of diffusers' own
-keep their meaning; `GroundingMixin.__call__` says what is added."""
+"""The pipelines for Stable Diffusion 1.x and 2.x, for which GLIGEN and IGLIGEN published weights. All arguments of
+diffusers' own keep their meaning; `GroundingMixin.__call__` documents the others."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,5 @@
 """The pipelines for Stable Diffusion XL. All arguments of diffusers' own keep their meaning; `GroundingMixin.__call__`
-says what is added."""
+documents the others."""
 
 from typing import TYPE_CHECKING
 

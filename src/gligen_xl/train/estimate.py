@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import AdapterConfig, adapter_parameters, attach, fusers
-from ..adapter.attach import transformer_blocks
+from ..adapter.unet import transformer_blocks
 from ..text_embeddings import phrase_width
 from ..worlds import drawn_count
 from .attention import watch_attention

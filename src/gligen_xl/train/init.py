@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import fusers
-from ..adapter.attach import transformer_blocks
 from ..adapter.layers import Fuser, FuserAttention
+from ..adapter.unet import transformer_blocks
 from .config import AdapterOptions
 
 _QUERIES = 256  # visual tokens, evenly chosen, that a share is measured on
