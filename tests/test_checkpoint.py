@@ -11,11 +11,10 @@ from gligen_xl.io import whole_file, whole_folder
 from gligen_xl.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
     save_checkpoint,
 )
 from gligen_xl.train.ema import EMA
+from gligen_xl.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 
 def some(value=1.0):

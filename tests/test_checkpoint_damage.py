@@ -18,7 +18,7 @@ from gligen_xl.toyworld.stage import StageConfig, run_stage
 from gligen_xl.train.checkpoint import last_whole, list_checkpoints, load_checkpoint
 from gligen_xl.train.config import Optimization, TrainConfig
 from gligen_xl.train.loop import train
-from gligen_xl.train.precheck import check_before, reached_position
+from gligen_xl.train.precheck import check_before, samples_seen_by_run
 from gligen_xl.train.publish import find_source
 from gligen_xl.train.resume import check_state
 
@@ -90,7 +90,7 @@ def test_a_file_that_is_missing_or_of_another_length_falls_back(run, file, how):
     (last / file).unlink()
     if how != "missing":
         (last / file).write_bytes({"shorter": content[:-1], "longer": content + b"\n", "empty": b""}[how])
-    assert reached_position(run) == 16
+    assert samples_seen_by_run(run) == 16
     assert last_whole(run.out, check)[0] == first
 
 
@@ -100,7 +100,7 @@ def test_a_key_that_is_removed_or_of_another_kind_falls_back(run, name):
     state = json.loads((last / "state.json").read_text())
     del state[name]
     (last / "state.json").write_text(json.dumps(state))
-    assert reached_position(run) == 16
+    assert samples_seen_by_run(run) == 16
     assert last_whole(run.out, check)[0] == first
 
 
@@ -134,7 +134,7 @@ def test_also_behind_a_good_manifest_wrong_keys_are_no_traceback(run, name, valu
         del state[name]
     (last / "state.json").write_text(json.dumps(state))
     sealed(last)
-    assert reached_position(run) == 16
+    assert samples_seen_by_run(run) == 16
     with pytest.raises(ValueError, match=rf"state\.json is damaged: .*{name}"):
         check_state(last, state)
     assert last_whole(run.out, check)[0] == first
@@ -154,7 +154,7 @@ def test_where_none_is_whole_it_is_one_line_and_nothing_moves(run, trained, caps
     with pytest.raises(ValueError, match=r"gligen_adapter\.json is damaged .*; there is no whole checkpoint before it"):
         train(run)
     assert len(list_checkpoints(run.out)) == 2
-    assert reached_position(run) is None
+    assert samples_seen_by_run(run) is None
 
 
 def to_version_01(path):
@@ -171,7 +171,7 @@ def test_checkpoints_of_version_01_are_gone_on_from(run, trained):
     first, last = first_and_last(run)
     to_version_01(first)
     shutil.rmtree(last)
-    assert reached_position(run) == 16
+    assert samples_seen_by_run(run) == 16
     train(run)
     expected, got = final(trained.out)[0], final(run.out)[0]
     assert all(value.equal(got[name]) for name, value in expected.items())
@@ -184,7 +184,7 @@ def test_of_version_01_too_a_missing_key_falls_back(run, name):
     state = json.loads((last / "state.json").read_text())
     del state[name]
     (last / "state.json").write_text(json.dumps(state))
-    assert reached_position(run) == 16
+    assert samples_seen_by_run(run) == 16
     assert last_whole(run.out, check)[0] == first
 
 

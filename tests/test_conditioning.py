@@ -19,14 +19,14 @@ from gligen_xl.adapter import adapter_parameters, set_grounding_logit_bias
 from gligen_xl.data.dataset import Augmentation, Batch, ShardDataset
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.text_embeddings import embed_phrases
-from gligen_xl.train.accumulate import micro_batches, spoiled_unless_finite
 from gligen_xl.train.attention import watch_attention
 from gligen_xl.train.conditioning import Conditioner
 from gligen_xl.train.config import Objective
 from gligen_xl.train.ema import EMA
 from gligen_xl.train.objective import denoising_loss, timesteps_of
 from gligen_xl.train.phrase_cache import PhraseCache
-from gligen_xl.train.step_stats import Steps
+from gligen_xl.train.step import micro_batches, poison_unless_finite
+from gligen_xl.train.step_stats import StepStats
 
 SHAPES = ((32, 6), (1, 12), (1, 24), (1, 77))  # those of a CPU
 PHRASES = ["ring", "a red ring", "the small grey stone that lies beside a red ring", "sand", "a star", "two stars"]
@@ -186,7 +186,7 @@ def test_a_step_never_waits_for_the_device(batch, make, monkeypatch):
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # moves there once, in the first step
     parameters = adapter_parameters(pipeline.unet)
-    ema, steps = EMA(parameters, 0.9), Steps(Accelerator(cpu=True), 0, 4)
+    ema, steps = EMA(parameters, 0.9), StepStats(Accelerator(cpu=True), 0, 4)
     monkeypatch.setattr(Batch, "noise_on", lambda batch, device: torch.empty_like(batch.latents, dtype=torch.float32))
     objective = Objective(snr_gamma=5.0, box_weight=2.0, noisy_bias=0.5)
     with NoWaiting():
@@ -197,7 +197,7 @@ def test_a_step_never_waits_for_the_device(batch, make, monkeypatch):
             for part, conditioning, _ in micro_batches(moved, conditioner(moved), 3):
                 with watch_attention(pipeline.unet, part.boxes, part.mask, part.latents.shape[-2:]) as attention:
                     loss = denoising_loss(pipeline.unet, scheduler, part, conditioning, objective)
-                    spoiled_unless_finite((loss + attention.mean()).sum() / 4).backward()
+                    poison_unless_finite((loss + attention.mean()).sum() / 4).backward()
                 losses.append(loss)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             ema.update(norm.isfinite())

@@ -215,7 +215,7 @@ def test_a_dry_run_speaks_for_the_processes_that_were_launched(capsys, tiny, mon
     [
         (["--dry-run", "--processes", "3"], "batch of 64 cannot be shared by 3"),
         (["--dry-run", "--processes", "0"], "processes is 0"),
-        (["--processes", "2"], "--processes is of --dry-run"),
+        (["--processes", "2"], "--processes belongs to --dry-run"),
         (["--dry-run", "--model", "no-such-folder"], "no-such-folder"),
         (["--dry-run", "--model", __file__], "checkpoint in one file"),
     ],

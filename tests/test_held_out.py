@@ -40,7 +40,7 @@ def config(base, tmp_path):
     return TrainConfig(
         model=str(base), data=str(write(tmp_path / "shards", 40)), out=str(tmp_path / "run"), samples=48, batch_size=4,
         checkpoint_every=16, log_every=2, track=[], optimization=Optimization(warmup_samples=0, ema_decay=0.5),
-        validation=Validation(held_out=0.1, every=24, loss_samples=8, images=1, steps=2),
+        validation=Validation(held_out=0.1, every=24, loss_samples=8, pictures=1, steps=2),
     )  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def test_a_process_that_fails_ends_the_others_with_its_reason(server, recipe, tm
     """No launcher ends them here, and they would wait for half an hour."""
     here = f"os.environ['RANK'] == '{rank}'"
     if place == "in a step":
-        patch = FAIL.format(module="loop", name="denoising_loss", condition=f"{here} and rest[2].position >= 16")
+        patch = FAIL.format(module="step", name="denoising_loss", condition=f"{here} and rest[2].position >= 16")
     else:
         patch = FAIL.format(module="precheck", name="check_before", condition=here)
     pids = server.begin_ranks(["train", str(recipe)], tmp_path / "log", patch=patch)
@@ -238,7 +238,9 @@ def test_a_process_that_never_comes(server, recipe, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_that_is_asked_to_stop_before_the_first_step_stops_all(server, recipe, tmp_path, rank):
     asked = f"os.kill(os.getpid(), 15) if os.environ['RANK'] == '{rank}' else None"
-    patch = f"import gligen_xl.train.loop as loop\nreal = loop.load_base\nloop.load_base = lambda *a, **k: ({asked}, "
+    patch = (
+        f"import gligen_xl.train.setup as setup\nreal = setup.load_base\nsetup.load_base = lambda *a, **k: ({asked}, "
+    )
     pids = server.begin_ranks(["train", str(recipe)], tmp_path / "log", patch=patch + "real(*a, **k))[1]\n")
     assert endings(server, pids, tmp_path / "log.0") == [75, 75]
     assert "stopped before the first step" in text(tmp_path / f"log.{rank}")
@@ -320,11 +322,11 @@ module.{name} = asked
         ("recipes", "find_recipe", 75),
         ("train.precheck", "check_before", 75),
         ("train.loop", "make_accelerator", 75),
-        ("train.loop", "load_base", 75),
-        ("train.loop", "open_data", 75),
+        ("train.setup", "load_base", 75),
+        ("train.setup", "open_data", 75),
         ("train.loop", "RunLog.__enter__", 75),
         ("train.validate", "Validator.__call__", 75),
-        ("train.loop", "save_checkpoint", 75),
+        ("train.checkpoint", "save_checkpoint", 75),
         ("train.loop", "save_adapter", 0),  # the run is finished
         ("train.estimate", "estimate", 75),
     ],
@@ -345,7 +347,7 @@ def test_a_second_interrupt_ends_a_run_that_hears_nothing(server, recipe, tmp_pa
     log = tmp_path / "log"
     patch = """
 import ctypes
-import gligen_xl.train.loop as loop
+import gligen_xl.train.step as step
 import gligen_xl.train.signals as signals
 signals._UNWIND = 0.5
 def hang(unet, scheduler, batch, *rest):
@@ -353,7 +355,7 @@ def hang(unet, scheduler, batch, *rest):
     wait = ctypes.CDLL(None).pthread_mutex_lock  # which signals do not interrupt
     mutex = ctypes.create_string_buffer(64)
     wait(mutex), wait(mutex)
-loop.denoising_loss = hang
+step.denoising_loss = hang
 """
     pid = server.begin(["train", str(recipe)], log, patch)
     wait_until(lambda: "hangs" in text(log), lambda: text(log))

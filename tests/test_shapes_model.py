@@ -31,13 +31,13 @@ def metrics(shapes_pipeline, tmp_path_factory):
 def test_objects_are_in_their_boxes(metrics):
     on = metrics["beta-1"]
     assert on["objects"] > 500
-    assert on["mean_iou"] >= 0.65
-    assert on["recall_50"] >= 0.85
+    assert on["mean_iou"] >= 0.765  # 0.776
+    assert on["recall_50"] >= 0.905  # 506 of 552 objects
 
 
 def test_objects_have_their_colour_and_shape(metrics):
-    assert metrics["beta-1"]["colour"] >= 0.90
-    assert metrics["beta-1"]["shape_of_found"] >= 0.80
+    assert metrics["beta-1"]["colour"] >= 0.95  # 0.960
+    assert metrics["beta-1"]["shape_of_found"] >= 0.825  # 0.838
 
 
 @pytest.mark.parametrize("control", ["off", "shuffled"])
@@ -90,7 +90,7 @@ def test_the_demonstration(tmp_path):
 
 def test_training_on_it_measures_boxes(tmp_path):
     """A few steps, for what a validation says; that it learns is in test_slow.py."""
-    validation = Validation(data="shapes:8", every=8, loss_samples=8, images=2, steps=2, detector="shapes")
+    validation = Validation(data="shapes:8", every=8, loss_samples=8, pictures=2, steps=2, detector="shapes")
     config = TrainConfig(
         model="shapes", data="shapes:32", out=str(tmp_path), samples=8, batch_size=8, track=[], validation=validation
     )

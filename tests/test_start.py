@@ -24,17 +24,17 @@ from gligen_xl.adapter import (
 )
 from gligen_xl.adapter.unet import transformer_blocks
 from gligen_xl.data.dataset import Augmentation
-from gligen_xl.train import loop
+from gligen_xl.train import step
 from gligen_xl.train.checkpoint import list_checkpoints
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig
-from gligen_xl.train.init import discriminant, start_adapter
+from gligen_xl.train.init import discriminant, init_adapter_weights
 from gligen_xl.train.loop import train
 
 
 def started(unet=None, look=None, **options):
     unet = unet or sdxl_unet()
     attach(unet, config_for(unet))
-    start_adapter(unet, AdapterOptions(**options), look or (lambda: run(unet)))
+    init_adapter_weights(unet, AdapterOptions(**options), look or (lambda: run(unet)))
     return unet
 
 
@@ -78,7 +78,7 @@ def test_by_default_nothing_is_changed():
     unet = sdxl_unet()
     attach(unet, config_for(unet))
     before = {name: value.clone() for name, value in adapter_state_dict(unet).items()}
-    start_adapter(unet, AdapterOptions(), lambda: pytest.fail("nothing has to be looked at"))
+    init_adapter_weights(unet, AdapterOptions(), lambda: pytest.fail("nothing has to be looked at"))
     assert all(torch.equal(value, before[name]) for name, value in adapter_state_dict(unet).items())
 
 
@@ -110,7 +110,7 @@ def test_a_self_attention_of_another_form_is_refused():
     name, block = next(iter(transformer_blocks(unet).items()))
     block.attn1.to_k = torch.nn.Linear(block.dim, block.dim // 2, bias=False)
     with pytest.raises(ValueError, match=rf"{name} cannot begin.*attn\.to_k\.weight.*set adapter\.fuser_init to fresh"):
-        start_adapter(unet, AdapterOptions(fuser_init="self_attention"), lambda: None)
+        init_adapter_weights(unet, AdapterOptions(fuser_init="self_attention"), lambda: None)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -148,7 +148,7 @@ def test_on_the_embedded_model_a_share_holds_for_other_images(shapes_pipeline):
             fresh = list(shares(unet, batch(1)).values())
             args, keywords = batch(0)
             options = AdapterOptions(grounding_share=0.5, fuser_init=init)
-            start_adapter(unet, options, lambda args=args, keywords=keywords: unet(*args, **keywords))
+            init_adapter_weights(unet, options, lambda args=args, keywords=keywords: unet(*args, **keywords))
             got = list(shares(unet, batch(1)).values())
             detach(unet)
             assert min(fresh) < 0.05
@@ -222,13 +222,13 @@ def test_a_bias_fades_out_and_the_run_goes_on_exactly(config, tmp_path):
 
 
 def test_every_step_has_the_bias_of_its_position(config, monkeypatch):
-    seen, real = {}, loop.denoising_loss
+    seen, real = {}, step.denoising_loss
 
     def note(unet, scheduler, batch, *rest):
         seen[batch.position] = {fuser.attn.grounding_logit_bias for fuser in fusers(unet).values()}
         return real(unet, scheduler, batch, *rest)
 
-    monkeypatch.setattr(loop, "denoising_loss", note)
+    monkeypatch.setattr(step, "denoising_loss", note)
     train(replace(config, adapter=AdapterOptions(grounding_logit_bias=1.6, bias_share=0.5)))
     assert {p: values.pop() for p, values in seen.items()} == pytest.approx(
         {p: max(0.0, 1.6 * (1 - p / 16)) for p in range(0, 32, 4)}

@@ -25,14 +25,14 @@ from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.text_embeddings import embed_phrases
-from gligen_xl.train import loop, run_lock
-from gligen_xl.train.agreement import check_same_run
+from gligen_xl.train import run_lock, setup, step
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner
 from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss, timesteps_of
+from gligen_xl.train.resume import check_same_run
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +93,13 @@ def test_only_the_adapter_changes_is_averaged_and_saved(config, base):
 def test_the_base_in_memory_is_never_touched(config, monkeypatch):
     """Also those parts of the base that are not in the adapter's file: the U-Net that was trained on itself."""
     kept = {}
-    real = loop.load_base
+    real = setup.load_base
 
     def load(*args, **settings):
         kept["pipeline"] = real(*args, **settings)
         return kept["pipeline"]
 
-    monkeypatch.setattr(loop, "load_base", load)
+    monkeypatch.setattr(setup, "load_base", load)
     train(config)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         now = getattr(kept["pipeline"], part).state_dict()
@@ -152,18 +152,18 @@ def test_captions_and_phrases_are_those_of_the_pipeline(config):
 def test_a_request_to_stop_saves_and_the_same_command_continues(config, tmp_path, monkeypatch):
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
-    real = loop.denoising_loss
+    real = step.denoising_loss
 
     def interrupted(unet, scheduler, batch, *rest):
         if batch.position == 20:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(unet, scheduler, batch, *rest)
 
-    monkeypatch.setattr(loop, "denoising_loss", interrupted)
+    monkeypatch.setattr(step, "denoising_loss", interrupted)
     handler = signal.getsignal(signal.SIGTERM)
     assert train(config).name == "checkpoint-00000024"
     assert signal.getsignal(signal.SIGTERM) is handler
-    monkeypatch.setattr(loop, "denoising_loss", real)
+    monkeypatch.setattr(step, "denoising_loss", real)
     train(config)
     expected, got = final(whole.out)[0], final(config.out)[0]
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(config, caplog,
 
 
 def test_validation_says_what_the_boxes_are_worth(config, data):
-    settings = Validation(data=str(data), every=24, loss_samples=10, images=2, steps=2)
+    settings = Validation(data=str(data), every=24, loss_samples=10, pictures=2, steps=2)
     out = train(replace(config, validation=settings)).parent
     rows = lines(out, "validation")
     assert [entry["samples"] for entry in rows] == [24, 48]
@@ -217,7 +217,7 @@ def test_validation_says_what_the_boxes_are_worth(config, data):
 
 
 def test_looking_changes_nothing(config, data, tmp_path):
-    settings = Validation(data=str(data), every=8, loss_samples=4, images=1, steps=2)
+    settings = Validation(data=str(data), every=8, loss_samples=4, pictures=1, steps=2)
     train(config)
     train(replace(config, out=str(tmp_path / "looked"), validation=settings))
     expected, got = final(config.out)[0], final(tmp_path / "looked")[0]
@@ -323,7 +323,7 @@ def test_phrases_of_a_batch_are_padded_to_its_slots_and_kept(config):
 @pytest.mark.usefixtures("own_precision")
 def test_in_mixed_precision_with_validation(config, data):
     """bfloat16 stands for float16 too: base and text encoders in half, adapter and VAE in float32."""
-    settings = Validation(data=str(data), every=24, loss_samples=8, images=2, steps=2)
+    settings = Validation(data=str(data), every=24, loss_samples=8, pictures=2, steps=2)
     out = train(replace(config, precision="bf16", validation=settings)).parent
     assert len(lines(out, "validation")) == 2
     tensors, _ = load_checkpoint(list_checkpoints(out)[-1])
@@ -380,7 +380,7 @@ def test_latents_of_another_vae_are_refused(config, tmp_path):
 
 
 def test_a_detector_that_does_not_know_the_phrases_says_so_at_once(config, data):
-    settings = Validation(data=str(data), images=2, detector="shapes")
+    settings = Validation(data=str(data), pictures=2, detector="shapes")
     with pytest.raises(ValueError, match="cannot look for"):
         train(replace(config, validation=settings))
     assert not (Path(config.out) / "metrics.jsonl").exists()
@@ -392,7 +392,7 @@ def test_a_detector_by_name_measures_the_images(config, data, tmp_path):
     model, processor = phrase_models()["grounding-dino"]
     for part in (model, processor):
         part.save_pretrained(tmp_path / "dino")
-    settings = Validation(data=str(data), images=2, every=8, steps=2, loss_samples=4, detector=str(tmp_path / "dino"))
+    settings = Validation(data=str(data), pictures=2, every=8, steps=2, loss_samples=4, detector=str(tmp_path / "dino"))
     train(replace(config, samples=16, validation=settings))
     rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     looks = [row for row in rows if "on_recall_50" in row]

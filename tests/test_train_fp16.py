@@ -16,7 +16,7 @@ from helpers.tiny_run import final, lines, train_until, write_data
 
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
-from gligen_xl.train import loop
+from gligen_xl.train import loop, step
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.config import Optimization, TrainConfig, Validation
 from gligen_xl.train.loop import train
@@ -61,8 +61,8 @@ def growing(monkeypatch):
 
 
 def spoil(monkeypatch, spoilt):
-    real = loop.denoising_loss
-    monkeypatch.setattr(loop, "denoising_loss", lambda *rest: spoilt(rest[2], real(*rest)))
+    real = step.denoising_loss
+    monkeypatch.setattr(step, "denoising_loss", lambda *rest: spoilt(rest[2], real(*rest)))
 
 
 def scales(out):
@@ -91,8 +91,8 @@ def test_the_base_computes_in_half_and_the_adapter_is_kept_whole(config, monkeyp
         seen["loss"] = losses.dtype
         return losses
 
-    real = loop.denoising_loss
-    monkeypatch.setattr(loop, "denoising_loss", look)
+    real = step.denoising_loss
+    monkeypatch.setattr(step, "denoising_loss", look)
     train(replace(config, samples=8))
     half, whole = torch.float16, torch.float32
     assert seen == {"fuser": half, "base": {half}, "adapter": {whole}, "loss": whole}
@@ -182,7 +182,7 @@ def test_so_many_overflows_that_the_run_ends(config, monkeypatch):
 
 
 def test_validation_and_its_images_in_half(config, data):
-    looks = Validation(data=str(data), every=8, loss_samples=4, images=1, steps=2)
+    looks = Validation(data=str(data), every=8, loss_samples=4, pictures=1, steps=2)
     train(replace(config, samples=8, validation=looks))
     (entry,) = lines(config.out, "validation")
     assert entry["loss"] > 0

@@ -40,13 +40,13 @@ def recipe(tmp_path_factory):
 # One step is not finite, and takes its time as one of a large model does.
 PATCH = """
 import time
-import gligen_xl.train.loop as loop
-real = loop.denoising_loss
+import gligen_xl.train.step as step
+real = step.denoising_loss
 def slow(unet, scheduler, batch, *rest):
     time.sleep(0.01)
     losses = real(unet, scheduler, batch, *rest)
     return losses * float("nan") if batch.position == 44 else losses
-loop.denoising_loss = slow
+step.denoising_loss = slow
 """
 
 
@@ -150,8 +150,8 @@ def test_a_request_that_reaches_the_loading_processes_too(server, recipe, tmp_pa
 def test_asked_to_stop_before_the_first_step(server, recipe, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     asked = "def asked(*rest, **named):\n    os.kill(os.getpid(), 15)\n    return reads(*rest, **named)\n"
-    patch = PATCH + "reads = loop.load_base\n" + asked
-    pid = server.begin(["train", str(recipe), "--out", str(out)], log, patch + "loop.load_base = asked\n")
+    patch = PATCH + "import gligen_xl.train.setup as setup\nreads = setup.load_base\n" + asked
+    pid = server.begin(["train", str(recipe), "--out", str(out)], log, patch + "setup.load_base = asked\n")
     assert server.end(pid) == 75, log.read_text()
     assert not list_checkpoints(out)
     assert "stopped before the first step" in log.read_text()

@@ -149,7 +149,7 @@ def test_captions_and_phrases_are_those_of_the_pipeline(config):
 
 @pytest.mark.usefixtures("own_precision")
 def test_with_validation_in_half_precision(config, data):
-    settings = Validation(data=str(data), every=24, loss_samples=8, images=2, steps=2)
+    settings = Validation(data=str(data), every=24, loss_samples=8, pictures=2, steps=2)
     out = train(replace(config, precision="bf16", validation=settings)).parent
     assert (out / "validation" / "00000024.png").is_file()
     weights = load_checkpoint(list_checkpoints(out)[-1])[0]["weights"]

@@ -13,10 +13,10 @@ from helpers.commands import fails
 from gligen_xl.adapter import AdapterConfig
 from gligen_xl.cli import train as command
 from gligen_xl.cli.main import main
-from gligen_xl.train.agreement import check_same_run
 from gligen_xl.train.card import CardFacts, model_card
 from gligen_xl.train.config import AdapterOptions, Objective, Optimization, TrainConfig, Validation
 from gligen_xl.train.log import RunLog
+from gligen_xl.train.resume import check_same_run
 from gligen_xl.train.step_stats import Skipped
 from gligen_xl.train.summary import percent, plain, recipe_in_words
 
@@ -235,7 +235,7 @@ class Silent:
 )
 def test_an_overflow_in_fp16_is_the_loss_scaler_at_work(tmp_path, capsys, precision, samples, says, named):
     config = replace(CONFIG, out=str(tmp_path), batch_size=2, precision=precision)
-    steps = SimpleNamespace(look=lambda: [Skipped(4, samples, 1)])
+    steps = SimpleNamespace(fetch=lambda: [Skipped(4, samples, 1)])
     with RunLog(Silent(), config, 0, steps, lambda position: ["a", "b"]) as log:
         log.look()
     assert says in capsys.readouterr().out

@@ -25,7 +25,7 @@ DATA_FORM = "shapes:COUNT"  # how its images are named as training data
 
 
 class World(Protocol):
-    """What the package of a world has.
+    """The interface of a world's package.
 
     Attributes:
         NAME: the name by which users call it.
@@ -40,19 +40,19 @@ class World(Protocol):
     DRAWN_FOR_VALIDATION: int
 
     def model_folder(self) -> Path:
-        """The pipeline folder of its model."""
+        """Returns the pipeline folder of its model."""
         ...
 
     def new_detector(self) -> Detector:
-        """Its exact detector, for the evaluation."""
+        """Returns its exact detector, for the evaluation."""
         ...
 
     def new_caption_detector(self) -> CaptionDetector:
-        """Its exact detector, for the preparation of data."""
+        """Returns its exact detector, for the preparation of data."""
         ...
 
     def write_shards(self, vae: Any, out: Path, count: int, *, held_out: bool) -> None:
-        """Draw `count` images, encode them with `vae` and write them as shards under `out`.
+        """Draws `count` images, encodes them with `vae` and writes them as shards under `out`.
 
         Args:
             held_out: images to validate on, which no training sees.
@@ -60,16 +60,16 @@ class World(Protocol):
         ...
 
     def new_protocol(self, count: int | None) -> EvaluationProtocol:
-        """Its own layouts, to evaluate on; `count` of them, or as many as are usual."""
+        """Returns `count` of its own layouts to evaluate on, or the usual number of them."""
         ...
 
     def check_call(self, pipeline: Any, call: dict[str, Any], layouts: Sequence[ImageLayout]) -> None:
-        """Refuse, or warn of, what its model cannot draw; say nothing of any other model."""
+        """Refuses, or warns of, what its model cannot draw; ignores any other model."""
         ...
 
 
 def find_world(name: object) -> World | None:
-    """The embedded world of that name; None if there is none, as for a folder or a repository."""
+    """Returns the embedded world of that name; None for any other name, such as a folder or a repository."""
     package = _PACKAGES.get(str(name))
     return None if package is None else cast(World, import_module(package))
 
@@ -79,6 +79,6 @@ def all_worlds() -> list[World]:
 
 
 def drawn_count(source: str) -> str | None:
-    """COUNT of training data that a world draws, as "shapes:COUNT"; None of any other source."""
+    """Returns the COUNT of "shapes:COUNT", data that a world draws; None for any other source."""
     name, _, count = source.partition(":")
     return count if name in _PACKAGES else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gligen_xl.data.dataset import Batch, ShardDataset
 from gligen_xl.data.shard_writer import write_shard
-from gligen_xl.train import loop
+from gligen_xl.train import loop, step
 from gligen_xl.train.base import fresh_adapter, load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.config import TrainConfig
@@ -56,7 +56,7 @@ class Stop(Exception):
 
 def train_until(position: int, config: TrainConfig) -> None:
     """Trains, and fails in the step at `position`."""
-    real = loop.denoising_loss
+    real = step.denoising_loss
 
     def fail(unet, scheduler, batch, *rest):
         if batch.position == position:
@@ -64,7 +64,7 @@ def train_until(position: int, config: TrainConfig) -> None:
         return real(unet, scheduler, batch, *rest)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(loop, "denoising_loss", fail)
+        patch.setattr(step, "denoising_loss", fail)
         loop.train(config)
 
 

@@ -37,8 +37,12 @@ def _parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
     parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("--quick", action="store_true", help="the recipe's short form: learning begins, in minutes")
     parser.add_argument("--settings", action="config", help="another YAML file, over the recipe")
-    parser.add_argument("--dry_run", action="store_true", help="say what the run takes, memory first, and stop")
-    parser.add_argument("--processes", type=int, help="of the dry run: that share the batch; by default as launched")
+    parser.add_argument("--dry_run", action="store_true", help="print what the run takes, memory first, and stop")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="number of processes of a dry run; by default as launched",
+    )
     parser.add_class_arguments(TrainConfig)
     _common_first(parser)
     if recipe is None:
@@ -51,14 +55,16 @@ def _parse(parser: Parser, words: list[str]) -> tuple[Any, int | None]:
         parsed = parser.parse_args(["--settings", str(recipe), *words])
     except UsageError as error:
         if "to be given" in str(error):
-            raise UsageError(f"{words[0]} and the options together are no run: {error}") from error
+            raise UsageError(f"{words[0]} and the options together do not make a run: {error}") from error
         raise
     try:
         arguments = parser.instantiate(parsed)
     except TypeError as error:
         raise ValueError(f"{words[0]} holds a setting of the wrong kind: {error}") from error
     if arguments.processes is not None and not arguments.dry_run:
-        raise UsageError("--processes is of --dry-run; a run takes those that torchrun or accelerate launch starts")
+        raise UsageError(
+            "--processes belongs to --dry-run; torchrun or accelerate launch starts the processes of a run"
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     processes = launched if arguments.processes is None else arguments.processes
     config = TrainConfig(**{field.name: arguments[field.name] for field in fields(TrainConfig)})
@@ -73,7 +79,7 @@ COMMON = (
 
 
 def _common_first(parser: Parser) -> None:
-    """Show the settings that most runs set before the others, by what they are of."""
+    """Shows the settings that most runs set before the others."""
     common = parser.add_argument_group("the settings that most runs set")
     rest = parser.add_argument_group("further settings of the run")
     groups: Any = parser._action_groups
@@ -91,7 +97,7 @@ def _common_first(parser: Parser) -> None:
 
 
 def _spelled_out(words: Sequence[str]) -> list[str]:
-    """A setting that is true or false may be named alone: "--without-boxes" is "--without_boxes true"."""
+    """Completes boolean settings that are named alone: "--without-boxes" is "--without_boxes true"."""
     from ..train.config import TrainConfig
 
     alone = {field.name for field in fields(TrainConfig) if field.type in (bool, "bool")}
@@ -103,7 +109,7 @@ def _spelled_out(words: Sequence[str]) -> list[str]:
 
 
 def _settings_files(words: Sequence[str]) -> list[str]:
-    """The files that --settings names."""
+    """Returns the files that --settings names."""
     following = [*words[1:], ""]
     return [
         word.partition("=")[2] or after
@@ -113,8 +119,8 @@ def _settings_files(words: Sequence[str]) -> list[str]:
 
 
 def _check_paths(config: Any) -> None:
-    """Refuse, before anything is loaded, folders that are not there or cannot be written. A run that is finished has
-    no need of its data."""
+    """Refuses, before anything is loaded, missing folders and those that cannot be written. A finished run does not
+    need its data."""
     check_source("model", config.model, "pipeline", file=True, known=NAMES)
     finished = Path(config.out, "adapter").is_dir()
     for source in config.sources if not finished else ():
@@ -124,7 +130,7 @@ def _check_paths(config: Any) -> None:
 
 
 def run(config: Any, dry_run: int | None) -> int:
-    """Args: dry_run: the processes to describe the run for, in place of running it."""
+    """Runs the training; with `dry_run`, a number of processes, describes the run instead."""
     import yaml
 
     settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
@@ -142,23 +148,27 @@ def run(config: Any, dry_run: int | None) -> int:
         _check_paths(config)
         quiet_imports()
         from ..train.loop import FINISHED, train
-        from ..train.precheck import check_before, reached_position
+        from ..train.precheck import check_before, samples_seen_by_run
 
-        check_before(config)  # what it refuses is not to be looked for under the settings
-        reached = reached_position(config) or 0
-        over = reached >= config.samples // config.batch_size * config.batch_size
+        check_before(config)  # before the settings are printed, which would hide its error
+        samples_seen = samples_seen_by_run(config) or 0
+        over = samples_seen >= config.samples // config.batch_size * config.batch_size
         if main and not over:
             say(settings.rstrip())
         folder = train(config)
     if main:
         with suppress(OSError):  # nobody reads it any more; the run is what it is
-            say(f"the run in {config.out} is finished, {reached:,} samples seen\n\n{folder}" if over else f"\n{folder}")
+            say(
+                f"the run in {config.out} is finished, {samples_seen:,} samples seen\n\n{folder}"
+                if over
+                else f"\n{folder}"
+            )
     return 0 if folder == Path(config.out) / FINISHED else STOPPED
 
 
 @contextmanager
 def _telling_others(*, begins: bool) -> Iterator[None]:
-    """An error in the block is told to the other processes of the run, which else would wait for this one."""
+    """Tells the other processes of the run of an error in the block, as they would wait for this one."""
     several = begins and int(os.environ.get("WORLD_SIZE") or 1) > 1
     try:
         if several:

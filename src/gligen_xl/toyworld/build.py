@@ -66,7 +66,7 @@ def train_vae(out: Path, seed: int = 1, config: StageConfig = VAE) -> Autoencode
 
 
 def train_decoder(out: Path, vae: Any, seed: int = 1, config: StageConfig = DECODER) -> None:
-    """The decoder alone, on latents with a little noise, as a U-Net will leave some: edges that survive it.
+    """Trains the decoder alone, on latents with a little noise, as a U-Net leaves some, so that edges survive it.
 
     The encoder stays, so latents of images stay what they are.
     """
@@ -85,7 +85,7 @@ def train_decoder(out: Path, vae: Any, seed: int = 1, config: StageConfig = DECO
 
 
 class Base(nn.Module):
-    """What the base stage trains: U-Net, text encoders and their two throw-away teachers."""
+    """The modules of the base stage: U-Net, text encoders and two teachers that are thrown away."""
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
@@ -95,7 +95,7 @@ class Base(nn.Module):
 
 
 def text_loss(base: Base, captions: list[str | None], pooled: Tensor, first: Tensor) -> Tensor:
-    """How badly the attributes of captions can be read off both pooled embeddings, (B, 64) each."""
+    """Returns the loss of reading the attributes of captions off both pooled embeddings, (B, 64) each."""
     said = [k for k, caption in enumerate(captions) if caption]
     background, shape, place_ = zip(*(attributes(captions[k] or "") for k in said), strict=True)
     targets = {"background": torch.tensor(background), "shape": torch.tensor(shape), "place": torch.tensor(place_)}
@@ -104,7 +104,7 @@ def text_loss(base: Base, captions: list[str | None], pooled: Tensor, first: Ten
 
 
 def train_text(out: Path, base: Base, text: TextTower, shards: Path, seed: int = 2, config: StageConfig = TEXT) -> None:
-    """The text encoders alone, on captions and phrases, until attributes can be read off them."""
+    """Trains the text encoders alone, on captions and phrases, until attributes can be read off them."""
     rows = [row for shard in find_shards(shards) for row in shard.rows("caption", "phrases")]
     base.unet.requires_grad_(False)
 
@@ -119,7 +119,7 @@ def train_text(out: Path, base: Base, text: TextTower, shards: Path, seed: int =
 
 
 def train_base(out: Path, base: Base, text: TextTower, shards: Path, seed: int = 3, config: StageConfig = BASE) -> None:
-    """U-Net and text encoders together, on the scheduler's own target; a little of the text lesson stays."""
+    """Trains U-Net and text encoders together, on the scheduler's own target and with a little of the text loss."""
     denoising = _Denoising(shards, config, seed)
 
     def loss(first: int, count: int) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def train_base(out: Path, base: Base, text: TextTower, shards: Path, seed: int =
 
 
 def train_unet(out: Path, base: Base, text: TextTower, shards: Path, seed: int = 4, config: StageConfig = UNET) -> None:
-    """The U-Net alone, on captions as the text encoders have come to read them."""
+    """Trains the U-Net alone, with the text encoders as they now are."""
     base.requires_grad_(False).unet.requires_grad_(True)
     denoising = _Denoising(shards, config, seed)
 
@@ -146,7 +146,7 @@ def train_unet(out: Path, base: Base, text: TextTower, shards: Path, seed: int =
 
 
 class _Denoising:
-    """This process's batches of a stage, one after another, and their loss; the first one asked for is the start."""
+    """Loads this process's batches of a stage in order, from the first that is requested, and computes their loss."""
 
     def __init__(self, shards: Path, config: StageConfig, seed: int):
         self._dataset = ShardDataset(shards, Augmentation(drop_caption=0.0), seed)
@@ -155,11 +155,11 @@ class _Denoising:
         self._scheduler: Any = DDPMScheduler.from_config(new_scheduler().config)
         self._iterator: Iterator[Batch] | None = None
 
-    def batch(self, position: int) -> Batch:
+    def batch(self, samples_seen: int) -> Batch:
         if self._iterator is None:
             process = PartialState(cpu=True)
             share: dict[str, Any] = {"rank": process.process_index, "ranks": process.num_processes}
-            start = position // self._order.batch_size * self._order.batch_size
+            start = samples_seen // self._order.batch_size * self._order.batch_size
             self._iterator = iter(batches(self._dataset, self._order, start=start, stop=self._stop, **share))
         return next(self._iterator)
 
@@ -170,7 +170,7 @@ class _Denoising:
 
 
 def build(out: Path, *, shard_images: int = 60_000) -> Path:
-    """Every stage, one after another; those that are done are passed over. Returns the model's folder.
+    """Runs every stage in turn and skips those that are done; returns the model's folder.
 
     Args:
         shard_images: drawn and encoded once, for text encoders and U-Net.
@@ -214,7 +214,7 @@ def tame_pooled(base: Base, tokenizer: CLIPTokenizer) -> None:
 
 
 def assemble(folder: Path, vae: Any, base: Base, tokenizer: CLIPTokenizer) -> None:
-    """The parts as an ordinary SDXL pipeline folder, in float16."""
+    """Writes the parts as an ordinary SDXL pipeline folder, in float16."""
     parts: dict[str, Any] = {
         "vae": vae.to(memory_format=torch.contiguous_format),
         "text_encoder": base.encoders[0],
@@ -231,7 +231,7 @@ def assemble(folder: Path, vae: Any, base: Base, tokenizer: CLIPTokenizer) -> No
 
 
 def pack(base: str | Path, adapter: str | Path, out: Path) -> Path:
-    """A base folder and an adapter that fits it as one pipeline folder, in float16: the form of the shipped weights."""
+    """Writes a base and its adapter as one pipeline folder, in float16: the form of the shipped weights."""
     pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained(base, dtype=torch.float16)
     pipeline.load_gligen_adapter(adapter)
     about = {**GligenAdapter.of(pipeline.unet).about, "base_model": "shapes"}

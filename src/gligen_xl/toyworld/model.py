@@ -39,7 +39,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """SDXL's form in small: size conditioning, linear projections, more transformer layers in the deeper level.
+    """Makes a small U-Net of SDXL's form: size conditioning, linear projections, deeper transformers in deeper levels.
 
     Unlike SDXL's, its last level has attention, and so fusers: a latent pixel is a sixteenth of this image, and a
     box that only half of them resolve has no corners.
@@ -63,7 +63,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Two text encoders of three layers each; SDXL reads the output of the last but one."""
+    """Makes two text encoders of three layers each; SDXL reads the output of the last but one."""
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,
@@ -81,7 +81,7 @@ def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPText
 
 
 def new_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's schedule, ended nearer to pure noise: small flat images survive a signal of 7 %."""
+    """Makes SDXL's schedule, ended nearer to pure noise: small flat images survive a signal of 7 %."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.02,
@@ -92,7 +92,7 @@ def new_scheduler() -> EulerDiscreteScheduler:
 
 
 def new_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer that holds most words of the world as one token and can spell any other.
+    """Makes a CLIP tokenizer that holds most words of the world as one token and can spell any other.
 
     Its files are written to `folder`.
     """

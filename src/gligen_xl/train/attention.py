@@ -21,12 +21,12 @@ from ..adapter import fusers
 
 @dataclass
 class AttentionLosses:
-    """What the fusers of one forward pass gave."""
+    """Collects the attention losses of the fusers in one forward pass."""
 
     terms: list[Tensor] = field(default_factory=list)
 
     def mean(self) -> Tensor:
-        """Of all fusers, for each sample, (B,)."""
+        """Returns the mean over all fusers for each sample, (B,)."""
         return torch.stack(self.terms).mean(0)
 
 
@@ -66,8 +66,8 @@ def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: Se
 
 
 def attention_targets(boxes: Tensor, masks: Tensor, latent_size: Sequence[int], num_visual: int) -> Tensor:
-    """Where each visual token should look, (B, L, N), summing to 1: the boxes that hold its centre, in equal parts,
-    or the empty slots."""
+    """Returns the target attention of each visual token, (B, L, N), summing to 1: equal parts to the boxes that hold
+    its centre or, if none does, to the empty slots."""
     height, width = latent_size
     rows = round((num_visual * height / width) ** 0.5)
     columns = num_visual // rows

@@ -18,18 +18,17 @@ from ..pipelines.auto import load_pipeline
 from ..pipelines.encoders import encoder_names, text_parts
 from ..text_embeddings import phrase_width
 from ..worlds import drawn_count, find_world
-from .agreement import check_form
 from .config import TrainConfig
 
 
 def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) -> GroundingMixin:
-    """The frozen base, SDXL or Stable Diffusion 1.x / 2.x, without the adapter it may have come with.
+    """Loads the frozen base, SDXL or Stable Diffusion 1.x / 2.x, and removes an adapter it came with.
 
     Args:
-        draws: whether it is this process that makes images; only then has the VAE to be on the device.
+        draws: whether this process makes images; only then is the VAE put on the device.
 
     Raises:
-        ValueError: a part that training needs is not there.
+        ValueError: a part that training needs is missing.
     """
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]
     check_base_files(config)
@@ -53,7 +52,7 @@ def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) 
 
 
 def check_base_files(config: TrainConfig) -> None:
-    """Whether the base, where it is a folder, has the files of `config.variant`.
+    """Checks that the base, if it is a folder, has the files of `config.variant`.
 
     Raises:
         ValueError: it has not; or it is no folder of files.
@@ -69,14 +68,14 @@ def check_base_files(config: TrainConfig) -> None:
 
 
 def needs_vae(config: TrainConfig) -> bool:
-    """Whether the VAE has work to do: images of the validation, or those of an embedded world, to be drawn."""
+    """Tells whether the run uses the VAE: to generate images, or to encode those of an embedded world."""
     images = config.validation.wanted and config.validation.pictures > 0
     return images or any(drawn_count(source) is not None for source in [*config.sources, config.validation.data or ""])
 
 
 def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterConfig | None = None) -> None:
-    """Attach an adapter in float32: of `form`, whose weights a checkpoint has; the one to start from; or a new one,
-    initialised from the seed."""
+    """Attaches an adapter in float32: one of `form`, for the weights of a checkpoint; the one to start from; or a new
+    one, initialised from the seed."""
     torch.manual_seed(config.seed)
     weights = None
     phrase_dim = phrase_width(text_parts(pipeline)[1])
@@ -84,7 +83,7 @@ def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterCo
         pass
     elif config.init_adapter:
         form, weights, _ = read_published(config.init_adapter)
-        check_form(form, config, phrase_dim)
+        check_adapter_form(form, config, phrase_dim)
         form = replace(form, slots=config.augmentation.slots)
     else:
         form = AdapterConfig(
@@ -101,8 +100,30 @@ def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterCo
     pipeline.unet.train()
 
 
+def check_adapter_form(form: AdapterConfig, config: TrainConfig, phrase_dim: int | None = None) -> None:
+    """Checks that `config.init_adapter` has the form that the run asks for.
+
+    Args:
+        form: the configuration of that adapter.
+        phrase_dim: width of the base's phrase embeddings; None does not compare it.
+    """
+    if form.inpaint:
+        raise ValueError(
+            f"{config.init_adapter} is an inpainting adapter, whose first convolution cannot be trained here; "
+            "begin from one for text and boxes"
+        )
+    if phrase_dim not in (None, form.phrase_dim):
+        raise ValueError(
+            f"{config.init_adapter} reads phrase embeddings of width {form.phrase_dim}, the base's text encoders "
+            f"give {phrase_dim}: it is for another base model"
+        )
+    for name in ("blocks", "every", "grounding_logit_bias"):
+        if (its := getattr(form, name)) != (ours := getattr(config.adapter, name)):
+            raise ValueError(f"{config.init_adapter} has {name} {its}, the run adapter.{name} {ours}; set them alike")
+
+
 def check_fit(dataset: ShardDataset, pipeline: GroundingMixin, resolution: int | None = None) -> None:
-    """Whether latents are those of the base's VAE, as far as shape and scale tell, and of the resolution asked for."""
+    """Checks shape and scale of the latents against the base's VAE, and their resolution against the settings."""
     channels, scale = pipeline.unet.config["in_channels"], pipeline.vae.config["scaling_factor"]
     for shard in dataset.shards:
         if shard.latent_shape[0] != channels:

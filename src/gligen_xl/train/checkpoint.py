@@ -1,12 +1,12 @@
-"""Checkpoints: a folder of safetensors files and a `state.json`, there whole or not at all.
+"""Checkpoints: a folder of safetensors files and a `state.json`, written whole or not at all.
 
     runs/mine/checkpoint-00012000/
-      gligen_adapter.safetensors  gligen_adapter.json     the average: an adapter folder, to be loaded as one
+      gligen_adapter.safetensors  gligen_adapter.json     the average, which loads as an adapter
       weights.safetensors  optimizer.safetensors  log.safetensors  state.json
       manifest.json                                       checksums of all of them, and of itself
 
-The number in the name is the run's position: samples seen. Nothing in it is a pickle. Checkpoints without a manifest,
-of version 0.1, have the checksums of their safetensors files in `state.json`.
+The number in the name is how many samples the run has seen; `state.json` calls it "position". Nothing here is a
+pickle. Checkpoints of version 0.1 have no manifest, and the checksums of their safetensors files in `state.json`.
 """
 
 from __future__ import annotations
@@ -14,27 +14,129 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..adapter.io import WEIGHTS_NAME, read_adapter
+from ..adapter import AdapterConfig
+from ..adapter.io import CONFIG_NAME, WEIGHTS_NAME, describe_adapter, read_adapter
 from ..io import read_json, whole_folder, write_json
 from ..manifest import MANIFEST_NAME, check_file, check_listed, checksum, read_manifest, write_manifest
+from ..versions import versions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .ema import EMA
+    from .optimizer import AdapterOptimizer
+    from .step_stats import StepStats
+    from .zero import ZeroPartition
 
 _LOGGER = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 _STATE = "state.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What a checkpoint records of its run, to be compared when the run resumes.
+
+    Attributes:
+        base: fingerprint of the frozen U-Net.
+        groups: numbers of samples of the data, by latent shape.
+        held_out: share and digest of the images kept out of the training; None without any.
+        weights: of the sources.
+        windows: of each source, how many shards are mixed at a time.
+        config: all settings.
+    """
+
+    base: str
+    groups: list[int]
+    held_out: dict[str, Any] | None
+    weights: list[float]
+    windows: list[int | None]
+    config: dict[str, Any]
+
+    def adapter_metadata(self, samples_seen: int) -> dict[str, Any]:
+        """Returns what an adapter folder says of how it was trained."""
+        training = {"training": self.config, "versions": versions()}
+        return {"base_model": self.config["model"], "samples": samples_seen, **training}
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """What changes while an adapter trains, and what a checkpoint of it holds.
+
+    Attributes:
+        samples_seen: from which, with the seed, order, noise, dropouts and learning rate follow.
+        parameters: all weights of the adapter, by name.
+        partition: which of them this process steps and averages.
+        stats: losses and gradient norms since the last line of the log.
+    """
+
+    samples_seen: int
+    parameters: Mapping[str, nn.Parameter]
+    partition: ZeroPartition
+    optimizer: AdapterOptimizer
+    ema: EMA
+    stats: StepStats
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Restores the average and the optimizer; weights and statistics are restored as they are made."""
+        self.ema.load(tensors["gligen_adapter"], state["ema_steps"])
+        self.optimizer.load(tensors["optimizer"], state["scaler"])
+
+    def save(
+        self,
+        root: Path,
+        adapter: AdapterConfig,
+        run: RunIdentity,
+        *,
+        is_main: bool,
+        keep: int,
+        keep_every: int | None,
+    ) -> Path:
+        """Writes a checkpoint; every process has to call this, and the main one writes (see `save_checkpoint`).
+
+        Returns:
+            The checkpoint's folder; `root` on the other processes.
+        """
+        tensors = {
+            "gligen_adapter": self.partition.gather(self.ema.average),
+            "weights": self.parameters,
+            "optimizer": self.partition.gather(self.optimizer.tensors()),
+            "log": self.stats.tensors(),
+        }
+        if not is_main:
+            return root
+        state = {
+            "adapter": adapter.to_dict(),
+            "base": run.base,
+            "ema_steps": self.ema.steps,
+            "groups": run.groups,
+            "held_out": run.held_out,
+            "weights": run.weights,
+            "windows": run.windows,
+            "log": self.stats.state(),
+            "scaler": self.optimizer.scaler_state(),
+            "config": run.config,
+            "versions": versions(),
+        }
+        description = describe_adapter(adapter, run.adapter_metadata(self.samples_seen))
+        return save_checkpoint(
+            root, self.samples_seen, tensors, state, keep=keep, keep_every=keep_every,
+            documents={CONFIG_NAME: description},
+        )  # fmt: skip
+
+
 def save_checkpoint(
     root: str | Path,
-    position: int,
+    samples_seen: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     *,
@@ -42,22 +144,22 @@ def save_checkpoint(
     keep_every: int | None = None,
     documents: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `root/checkpoint-{position}` and remove all but the newest `keep` and those that stay for good.
+    """Writes `root/checkpoint-SAMPLES` and removes older ones, except the newest `keep` and those that stay for good.
 
     Args:
         tensors: one safetensors file per entry, named by its key.
-        state: what `state.json` holds beside the position; must be JSON.
+        state: what `state.json` holds beside the samples seen; must be JSON.
         keep_every: the first checkpoint at or after every multiple of so many samples stays for good.
         documents: further JSON files, by name.
 
     Raises:
-        OSError: it could not be written, as when the disk is full. Those that stood there stand.
+        OSError: it could not be written, as when the disk is full. Earlier checkpoints remain.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint has to stay")
-    for left in Path(root).glob(".checkpoint-*.partial"):  # of a run that was killed while it saved or removed
-        shutil.rmtree(left, ignore_errors=True)  # what somebody reads from a network disk goes the next time
-    target = Path(root) / f"checkpoint-{position:08d}"
+    for left in Path(root).glob(".checkpoint-*.partial"):  # left by a kill while saving or removing
+        shutil.rmtree(left, ignore_errors=True)  # a file in use on a network disk is removed next time
+    target = Path(root) / f"checkpoint-{samples_seen:08d}"
     try:
         with whole_folder(target) as folder:
             for name, group in tensors.items():
@@ -65,7 +167,7 @@ def save_checkpoint(
                 save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, file)
             for name, document in (documents or {}).items():
                 write_json(folder / name, document)
-            write_json(folder / _STATE, {**state, "position": position})
+            write_json(folder / _STATE, {**state, "position": samples_seen})
             write_manifest(folder)
     except (OSError, SafetensorError) as error:
         there = list_checkpoints(root)
@@ -78,10 +180,10 @@ def save_checkpoint(
 
 
 def _to_remove(checkpoints: list[Path], keep: int, keep_every: int | None) -> list[Path]:
-    """Those, of all there are, oldest first, that are neither among the newest nor the first of their span."""
+    """Returns the checkpoints, of all oldest first, that are neither among the newest nor the first of their span."""
     removed, former_span = [], 0
     for path in checkpoints[:-keep]:
-        span = _position(path) // keep_every if keep_every else 0
+        span = _samples_of(path) // keep_every if keep_every else 0
         if span == former_span:
             removed.append(path)
         former_span = span
@@ -89,18 +191,18 @@ def _to_remove(checkpoints: list[Path], keep: int, keep_every: int | None) -> li
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Lists the checkpoints of a run, oldest first."""
     root = Path(root)
-    found = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=_position)
+    checkpoints = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(checkpoints, key=_samples_of)
 
 
-def _position(path: Path) -> int:
+def _samples_of(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file and the state of one checkpoint, every file compared with its recorded checksum.
+    """Reads the tensors, by file, and the state of a checkpoint, and compares every file with its recorded checksum.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -123,7 +225,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dic
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The state of a checkpoint: `state.json` is compared with its checksum, of the other files the sizes alone.
+    """Reads the state of a checkpoint; compares `state.json` with its checksum, and other files with their sizes alone.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -143,13 +245,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path / _STATE} is damaged: it has no position")
     if files is None and not isinstance(state.get("sha256"), dict):
         raise FileNotFoundError(f"{path} lacks {MANIFEST_NAME}, and so the checksums of its files")
-    if _NAME.fullmatch(path.name) and state["position"] != _position(path):
+    if _NAME.fullmatch(path.name) and state["position"] != _samples_of(path):
         raise ValueError(f"{path / _STATE} is of position {state['position']}, not of this folder")
     return state
 
 
 def _check_former(path: Path, checksums: dict[str, Any]) -> None:
-    """The files of a checkpoint without a manifest, by the checksums in its `state.json`."""
+    """Compares the files of a checkpoint without a manifest with the checksums in its `state.json`."""
     for name, expected in checksums.items():
         if Path(name).name != name:
             raise ValueError(f"{path / _STATE} is damaged: {name!r} is not a file of its folder")
@@ -162,12 +264,12 @@ def _check_former(path: Path, checksums: dict[str, Any]) -> None:
 def last_whole(
     root: str | Path, check: Callable[[Path, dict[str, dict[str, Tensor]], dict[str, Any]], None]
 ) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """The newest checkpoint that is not damaged, and what it holds; None where there is no checkpoint.
+    """Returns the newest checkpoint that is not damaged, with its tensors and state; None if there is no checkpoint.
 
-    Damaged ones after it are renamed to `damaged-checkpoint-POSITION`, with a warning.
+    Later, damaged ones are renamed to `damaged-checkpoint-POSITION`, with a warning.
 
     Args:
-        check: raises a ValueError where a checkpoint (folder, tensors, state) lacks what its reader needs.
+        check: raises a ValueError if a checkpoint (folder, tensors, state) lacks what its reader needs.
 
     Raises:
         ValueError: all are damaged. They stay where they are.
@@ -192,8 +294,7 @@ def last_whole(
 
 
 def last_whole_adapter(root: str | Path) -> Path | None:
-    """The newest checkpoint whose average, an adapter folder, is not damaged; nothing is moved. None where there is no
-    checkpoint.
+    """Returns the newest checkpoint whose average is not damaged, and moves nothing; None if there is no checkpoint.
 
     Raises:
         ValueError: all are damaged.
@@ -213,38 +314,3 @@ def last_whole_adapter(root: str | Path) -> Path | None:
     if damaged:
         raise ValueError(f"{damaged[-1]}; there is no whole checkpoint before it")
     return None
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The state of one of torch's optimizers or bitsandbytes' as flat named tensors: "<parameter number>.<name>".
-
-    Args:
-        parameters: what the numbers count, where the optimizer has only some of them; by default its own.
-    """
-    parameters = _parameters(optimizer) if parameters is None else parameters
-    return {
-        f"{number}.{name}": value.clone() if name.startswith("qmap") else torch.as_tensor(value)  # qmaps are shared
-        for number, parameter in enumerate(parameters)
-        for name, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor] | None = None
-) -> None:
-    """Put back what `optimizer_tensors` gave, for the same parameters in the same order, or for some of them."""
-    own = {parameter: index for index, parameter in enumerate(_parameters(optimizer))}
-    parameters = list(own) if parameters is None else parameters
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        if (parameter := parameters[int(number)]) in own:
-            counter = value.dim() == 0 and not value.is_floating_point()  # a number of steps, as bitsandbytes keeps it
-            state.setdefault(own[parameter], {})[name] = int(value) if counter else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for group in optimizer.param_groups for value in group["params"]]

@@ -1,4 +1,4 @@
-"""What the U-Net is conditioned on in training: captions as the pipeline encodes them, grounding tokens, sizes.
+"""Conditioning of the U-Net in training: captions as the pipeline encodes them, grounding tokens, sizes.
 
 Nothing here waits for a GPU: numbers go to it through `to_device`, and nothing is read back.
 """

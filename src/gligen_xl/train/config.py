@@ -17,7 +17,7 @@ from ..worlds import DATA_FORM, drawn_count
 
 
 class Expected(NamedTuple):
-    """Which values a setting may have, in words and as a test that NaN does not pass."""
+    """Describes the values that a setting may have, in words and as a test that NaN does not pass."""
 
     words: str
     holds: Callable[[float], bool]
@@ -40,7 +40,7 @@ def up_to(limit: int, *, least: int = 1) -> Expected:
 
 
 def _check(options: Any, group: str = "", **expected: Expected) -> None:
-    """Refuse a value that is not as expected; None is one where it is the default."""
+    """Refuses a value that is not as expected; None is allowed if it is the default."""
     for name, (words, holds) in expected.items():
         value = getattr(options, name)
         if value is None and options.__dataclass_fields__[name].default is None:
@@ -51,18 +51,19 @@ def _check(options: Any, group: str = "", **expected: Expected) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """Form of a new adapter (see `gligen_xl.adapter.AdapterConfig`) and how it begins; slots are those of the data.
+    """The form of a new adapter (see `gligen_xl.adapter.AdapterConfig`) and its initialisation.
 
     Args:
-        blocks: which transformer blocks may carry a fuser: all, or the first of each group.
-        every: a fuser on every k-th of them.
-        grounding_logit_bias: added to the logits of the grounding tokens; 0 is the published form.
-        bias_share: over this first share of the run the bias falls linearly to 0, so that the finished adapter has the
-            published form; by default it stays.
-        gate_init: tanh of every gate at the start; 0 changes nothing of the base's images until it is trained.
-        fuser_init: "fresh" weights, or those of the block's own "self_attention" (see `gligen_xl.train.init`).
-        grounding_share: of the fusers' attention that goes to the grounding tokens at the start, through the weights
-            alone (see `gligen_xl.train.init`); by default what fresh weights give, about a hundredth.
+        blocks: which transformer blocks may have a fuser: all, or the first of each group.
+        every: put a fuser on every k-th of those blocks.
+        grounding_logit_bias: constant added to the logits of the grounding tokens; 0 is the published form.
+        bias_share: first share of the run over which the bias falls linearly to 0, so that the finished adapter has
+            the published form; by default the bias is constant.
+        gate_init: tanh of every gate at the start; at 0 an untrained adapter does not change the base's images.
+        fuser_init: initialise fusers with "fresh" weights, or with those of the block's own "self_attention" (see
+            `gligen_xl.train.init`).
+        grounding_share: share of the fusers' attention on the grounding tokens at the start, set through the weights
+            alone (see `gligen_xl.train.init`); by default what fresh weights give, about 0.01.
     """
 
     blocks: Literal["all", "first"] = "all"
@@ -88,28 +89,28 @@ class AdapterOptions:
         if self.grounding_share is not None and self.grounding_logit_bias:
             raise ValueError("grounding_share and grounding_logit_bias are two ways to the same; choose one")
 
-    def logit_bias(self, position: int, samples: int) -> float:
-        """The logit bias at `position` of `samples`."""
+    def logit_bias(self, samples_seen: int, samples: int) -> float:
+        """Returns the logit bias after `samples_seen` of `samples`."""
         if self.bias_share is None:
             return self.grounding_logit_bias
-        return self.grounding_logit_bias * max(0.0, 1 - position / (self.bias_share * samples))
+        return self.grounding_logit_bias * max(0.0, 1 - samples_seen / (self.bias_share * samples))
 
     @property
     def starts_fresh(self) -> bool:
-        """Whether a new adapter is as GLIGEN's begins."""
+        """Whether a new adapter is initialised as GLIGEN's."""
         return self.gate_init == 0 and self.fuser_init == "fresh" and self.grounding_share is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the loss makes of the errors (see `gligen_xl.train.objective`); the defaults are GLIGEN's recipe.
+    """The loss (see `gligen_xl.train.objective`); the defaults are GLIGEN's recipe.
 
     Args:
-        snr_gamma: of min-SNR weighting, usually 5; by default every timestep counts alike.
-        noisy_bias: timesteps t in 0-1 are drawn with the density (1 + b) t**b; 0 is uniform, 1 favours noisy ones.
-        noisy_share: over this first share of the run the bias falls linearly to 0, so that what is nearly clean is
-            learned as well; by default it stays.
-        box_weight: what latent pixels inside of boxes count against those outside.
+        snr_gamma: gamma of min-SNR weighting, usually 5; by default all timesteps have the same weight.
+        noisy_bias: b of the density (1 + b) t**b of timesteps t in 0-1; 0 is uniform, 1 favours noisy timesteps.
+        noisy_share: first share of the run over which the bias falls linearly to 0, so that nearly clean timesteps are
+            learned as well; by default the bias is constant.
+        box_weight: weight of latent pixels inside boxes relative to those outside.
     """
 
     snr_gamma: float | None = None
@@ -125,11 +126,11 @@ class Objective:
         if self.noisy_share is not None and not self.noisy_bias:
             raise ValueError("objective.noisy_share is set, but noisy_bias is 0: there is nothing to fade out")
 
-    def at(self, position: int, samples: int) -> Objective:
-        """The objective at `position` of `samples`, whose bias stays."""
+    def at(self, samples_seen: int, samples: int) -> Objective:
+        """Returns the objective after `samples_seen` of `samples`, with a constant bias."""
         if self.noisy_share is None:
             return self
-        left = max(0.0, 1 - position / (self.noisy_share * samples))
+        left = max(0.0, 1 - samples_seen / (self.noisy_share * samples))
         return replace(self, noisy_bias=self.noisy_bias * left, noisy_share=None)
 
 
@@ -138,19 +139,19 @@ class Optimization:
     """AdamW over the adapter's parameters.
 
     Args:
-        optimizer: "adamw8bit" keeps the moments in 8 bits (bitsandbytes, extra 8bit): a quarter of their memory.
-        learning_rate: after the warm-up.
-        gate_learning_rate: of the gates; by default as all, 0 holds them as they are.
+        optimizer: "adamw8bit" keeps the moments in 8 bits (bitsandbytes, extra 8bit), in a quarter of the memory.
+        learning_rate: rate after the warm-up.
+        gate_learning_rate: rate of the gates; by default that of all weights, and 0 keeps the gates as they are.
         beta1: decay of AdamW's first moment.
         beta2: decay of its second moment.
-        weight_decay: of all but the gates.
-        max_grad_norm: gradients are scaled down to this norm.
-        warmup_samples: the rate grows linearly over these first samples, then stays.
-        decay_share: over this last share of the run the rate falls linearly to 0; 0 is constant to the end.
-        ema_decay: of the average that is validated and shipped; 0 is the adapter as it is.
-        attention_weight: of the attention supervision at the start (see `gligen_xl.train.attention`); 0 is without,
-            as published.
-        attention_share: over this first share of the run it falls linearly to 0.
+        weight_decay: decay of all weights except the gates.
+        max_grad_norm: clip gradients to this norm.
+        warmup_samples: samples over which the rate grows linearly at the start.
+        decay_share: last share of the run over which the rate falls linearly to 0; 0 keeps it constant.
+        ema_decay: decay of the average of the weights, which is validated and saved; 0 uses the weights themselves.
+        attention_weight: weight of the attention supervision at the start (see `gligen_xl.train.attention`); 0, as
+            published, turns it off.
+        attention_share: first share of the run over which that weight falls linearly to 0.
     """
 
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -183,37 +184,38 @@ class Optimization:
             attention_share=SHARE_OF_RUN,
         )
 
-    def attention(self, position: int, samples: int) -> float:
-        """Weight of the attention supervision at `position` of `samples`."""
-        return self.attention_weight * max(0.0, 1 - position / max(self.attention_share * samples, 1))
+    def attention(self, samples_seen: int, samples: int) -> float:
+        """Returns the weight of the attention supervision after `samples_seen` of `samples`."""
+        return self.attention_weight * max(0.0, 1 - samples_seen / max(self.attention_share * samples, 1))
 
-    def rate(self, position: int, samples: int) -> float:
-        """Factor on the learning rates at `position` of `samples`."""
-        warm = min(1.0, (position + 1) / max(self.warmup_samples, 1))
+    def rate(self, samples_seen: int, samples: int) -> float:
+        """Returns the factor on the learning rates after `samples_seen` of `samples`."""
+        warm = min(1.0, (samples_seen + 1) / max(self.warmup_samples, 1))
         decay_samples = self.decay_share * samples
-        return warm * min(1.0, (samples - position) / decay_samples if decay_samples else 1.0)
+        return warm * min(1.0, (samples - samples_seen) / decay_samples if decay_samples else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What is looked at while training; all counts in samples of the run or images.
+    """Validation during training.
 
     Args:
-        data: folder of held-out shards, or "shapes:COUNT"; by default images of the training's own data, see held_out.
-        held_out: where data is not set, this share of the images of the training's data is kept out of the training and
-            validated on: 0.05 in every recipe. At least one image and at most 500 of each source; of fewer than 10
-            images none, and those of the training are looked at. Of data that is drawn ("shapes:COUNT") 256 other
-            scenes are drawn. 0, without data: no validation.
+        data: folder of held-out shards, or "shapes:COUNT"; by default images of the training data (see held_out).
+        held_out: if data is not set, keep this share of the training images out of the training and validate on them;
+            0.05 in every recipe. At least one image and at most 500 of each source are held out; a source of fewer
+            than 10 images is validated on its training images. For drawn data ("shapes:COUNT") 256 other scenes are
+            drawn. 0 without data turns validation off.
         every: samples between validations.
-        gain_every: samples between looks at the grounding gain alone, which costs little; by default only with all.
-        loss_samples: held-out samples for the grounding gain.
-        pictures: held-out layouts to generate, with grounding on and off.
-        steps: denoising steps of those images.
-        guidance_scale: of those images.
-        detector: finds the objects again, for box metrics: a folder or repository of one (see
-            `gligen_xl.evaluate.find_detector`), or "shapes" for the shapes world. It stands on the device beside the
-            model. By default that of the shapes world on the embedded model, where it knows all phrases; else, and with
-            "none", grounding gain and images are all.
+        gain_every: samples between measurements of the grounding gain alone, which are cheap; by default it is measured
+            with everything else only.
+        loss_samples: number of held-out samples for the grounding gain.
+        pictures: number of held-out layouts to generate, with grounding on and off.
+        steps: denoising steps of these images.
+        guidance_scale: guidance scale of these images.
+        detector: detector for box metrics: a folder or repository (see `gligen_xl.evaluate.find_detector`), or "shapes"
+            for the shapes world. It is loaded on the device of the model. By default the shapes detector is used for
+            the embedded model, if it knows all phrases; otherwise, and with "none", only grounding gain and images
+            are made.
     """
 
     data: str | None = None
@@ -255,49 +257,51 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. Rates, lengths and dropouts are by default those of GLIGEN-XL at 512; the recipe `sdxl-512` sets the
-    rest: fp16, gradient checkpointing, 32 slots, data loading processes.
+    """The settings of a run. By default, rates, lengths and dropouts are those of GLIGEN-XL at 512; recipe `sdxl-512`
+    also sets fp16, gradient checkpointing, 32 slots and data loading processes.
 
     Args:
-        model: the base: a pipeline folder, a Hub repository, or "shapes".
+        model: base model: a pipeline folder, a Hub repository, or "shapes".
         data: folder of shards, or a URL of one (hf://datasets/OWNER/NAME/FOLDER, s3://BUCKET/FOLDER); or
-            "shapes:COUNT", images of the shapes world, drawn and encoded into `out` first. Several with their
-            weights, as {shards-a: 0.9, shards-b: 0.1}, are mixed in that proportion of samples.
-        out: folder of the run; a run that stands there is continued.
-        variant: of the base's files, as fp16; by default the plain ones.
-        without_boxes: it is meant that no image of the data has a box that counts; else that is an error.
-        init_adapter: what to start from, in place of a fresh adapter: an adapter folder, that of a run, or any other
-            form that `gligen-xl convert` reads (pipeline or gated U-Net folder, GLIGEN file, Hub repository).
-        resolution: pixels that the data has to be prepared for, that of other sizes is refused; by default any.
+            "shapes:COUNT", images of the shapes world, which are drawn and encoded into `out` first. Several sources
+            with weights, as {shards-a: 0.9, shards-b: 0.1}, are mixed in that proportion of samples.
+        out: folder of the run; an existing run in it is continued.
+        variant: variant of the base's files, such as fp16; by default the plain files.
+        without_boxes: allow data in which no image has a usable box, which is otherwise an error.
+        init_adapter: adapter to start from in place of a fresh one: an adapter folder, a run folder, or any other form
+            that `gligen-xl convert` reads (pipeline or gated U-Net folder, GLIGEN file, Hub repository).
+        resolution: resolution in pixels that the data must be prepared for; by default any.
         samples: length of the run, in samples seen.
-        batch_size: samples of one optimizer step, over all processes.
-        micro_batch: samples of one forward pass on one process; by default its whole share of the batch. Less takes
-            less memory and gives the same step.
-        seed: everything random follows from it and the position.
-        precision: of the frozen base and the computation: no (float32), fp16 or bf16, by any of their names; the
-            adapter itself is kept in float32.
-        deterministic: kernels that add in the same order each time, so that a run on a GPU that was stopped ends with
-            the bits of one that was not. On a CPU it is so anyway.
-        gradient_checkpointing: less memory, a third more time.
-        compile: the U-Net by torch.compile. The first steps take minutes, so does a new size of latents.
-        compile_backend: of torch.compile; "eager" and "aot_eager" only trace, to find what does not compile.
-        gradient_compression: gradients pass between the processes as they are, or as bfloat16: half the traffic.
-        shard_optimizer: each process keeps moments and average of its share of the adapter alone; the weights are the
-            same to the bit, and exchanged once more a step.
-        offload_optimizer: moments, average and a copy of the weights are in main memory, and the CPU steps them: takes
-            45 % less of a GPU's memory (SDXL, by the dry run), and longer. The rounding is another than a GPU's.
+        batch_size: samples per optimizer step, over all processes.
+        micro_batch: samples per forward pass of a process; by default its whole share of the batch. A smaller number
+            takes less memory and gives the same step.
+        seed: everything random follows from it and the number of samples seen.
+        precision: precision of the frozen base and of the computation: no (float32), fp16 or bf16, by any of their
+            names; the adapter itself is kept in float32.
+        deterministic: use kernels that add in the same order each time, so that an interrupted run on a GPU ends with
+            the same bits as an uninterrupted one. A CPU does so anyway.
+        gradient_checkpointing: take less memory and a third more time.
+        compile: compile the U-Net with torch.compile. The first steps take minutes, as does every new size of latents.
+        compile_backend: backend of torch.compile; "eager" and "aot_eager" only trace, to find what does not compile.
+        gradient_compression: exchange gradients between the processes as they are (no), or as bfloat16 with half the
+            traffic.
+        shard_optimizer: divide moments and average among the processes (ZeRO). The weights are the same, bit for bit,
+            and are exchanged once more per step.
+        offload_optimizer: keep moments, average and a copy of the weights in main memory, where the CPU steps them.
+            Takes 45 % less GPU memory (SDXL, by the dry run) and more time, and rounds differently than a GPU.
         process_timeout: seconds that a process waits for the others, or for a batch of a loading process, before it
-            ends with an error; more than a validation and a checkpoint take.
-        skip_limit: steps of which loss or gradients are not finite are left out; so many in a row end the run.
-        workers: data loading processes.
-        window: samples are mixed within so many shards at a time; by default within all, or as many of a URL's as half
-            of the cache holds, 16 at most.
-        cache_gb: of the disk for the latents of shards from a URL, 10**9 bytes each; in GLIGEN_XL_CACHE or ~/.cache.
+            ends with an error; must exceed the time of a validation and a checkpoint.
+        skip_limit: end the run after so many steps in a row with a loss or gradients that are not finite; such steps
+            are skipped.
+        workers: number of data loading processes.
+        window: number of shards within which samples are mixed at a time; by default all, or as many shards of a URL as
+            half the cache holds, at most 16.
+        cache_gb: gigabytes (10**9 bytes) of disk for the latents of shards from a URL, in GLIGEN_XL_CACHE or ~/.cache.
         log_every: optimizer steps between lines of metrics.jsonl.
         checkpoint_every: samples between checkpoints.
-        keep_checkpoints: how many of the newest stay.
-        keep_every: beside them, the first checkpoint of every so many samples stays for good.
-        track: trackers of accelerate to report to; by default tensorboard, where it is installed.
+        keep_checkpoints: number of newest checkpoints to keep.
+        keep_every: also keep the first checkpoint of every so many samples for good.
+        track: trackers of accelerate to report to; by default tensorboard, if it is installed.
     """
 
     data: dict[str, float] | str
@@ -345,7 +349,7 @@ class TrainConfig:
                 f"a positive multiple of 8 pixels, up to {MAX_SIDE}",
                 lambda value: 0 < value <= MAX_SIDE and value % 8 == 0,
             ),
-            samples=up_to(2**62),  # a position is a number of 64 bits
+            samples=up_to(2**62),  # samples seen are a number of 64 bits
             batch_size=up_to(MAX_BATCH),
             micro_batch=up_to(MAX_BATCH),
             seed=Expected("0 to 2**31 - 1", lambda value: 0 <= value < 2**31),
@@ -391,7 +395,7 @@ class TrainConfig:
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as they are written down, shown and compared: without passwords and keys of addresses."""
+        """Returns the settings as they are saved, shown and compared: without the passwords and keys of addresses."""
         return redacted_values(asdict(self))
 
 
@@ -399,11 +403,11 @@ class TrainConfig:
 
 
 def check_names(settings: Mapping[str, Any], source: str) -> None:
-    """Refuse names that are no settings of a run, and groups that hold none.
+    """Refuses names that are no settings of a run, and groups that hold no settings.
 
     Args:
-        settings: as a YAML file has them.
-        source: that file, for the error.
+        settings: the content of a YAML file.
+        source: that file, for the error message.
     """
     groups = {entry.name: entry.default_factory for entry in fields(TrainConfig) if is_dataclass(entry.default_factory)}
     inner = {group: [entry.name for entry in fields(kind)] for group, kind in groups.items()}  # type: ignore[arg-type]
@@ -423,7 +427,7 @@ def check_names(settings: Mapping[str, Any], source: str) -> None:
 
 
 def _near(name: str, known: list[str]) -> list[str]:
-    """Settings of nearly this name: of the same group, or of another one."""
+    """Returns settings with nearly this name, in the same group or another one."""
     last = name.rpartition(".")[2]
     close = difflib.get_close_matches(last, {full.rpartition(".")[2] for full in known}, n=1, cutoff=0.75)
     same = [full for best in close for full in known if full.rpartition(".")[2] == best]

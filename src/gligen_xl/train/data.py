@@ -1,4 +1,4 @@
-"""The data of a run, and what it is validated on: folders of shards, or of the shapes world, which are drawn first."""
+"""The data that a run trains and validates on: folders of shards, or images of the shapes world, drawn first."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .config import TrainConfig
 
 
 def is_drawn(source: str) -> bool:
-    """Whether its images are drawn when the run begins."""
+    """Tells whether the images of a source are drawn when the run begins."""
     return drawn_count(source) is not None
 
 
 def world_of(config: TrainConfig) -> str | None:
-    """The embedded world that the run is about: that of its model, or the one that draws its data."""
+    """Returns the embedded world of the model or, failing that, of the data; None if neither has one."""
     names = [config.model, *(source.partition(":")[0] for source in filter(is_drawn, config.sources))]
     return next((name for name in names if find_world(name)), None)
 
 
 def validation_data(config: TrainConfig) -> str | None:
-    """What is validated on, beside what is held out of the training's own data."""
+    """Returns the data to validate on, unless it is held out of the training's own data."""
     if config.validation.data is None and config.validation.held_out and all(map(is_drawn, config.sources)):
         name = next(iter(config.sources)).partition(":")[0]
         world = find_world(name)
@@ -35,15 +35,15 @@ def validation_data(config: TrainConfig) -> str | None:
 
 
 def shares_held_out(config: TrainConfig, share: float) -> list[float]:
-    """Of each source, the share of its images that is kept out of the training; none of what is drawn."""
+    """Returns the share of images of each source that is kept out of the training; 0 for drawn images."""
     return [0.0 if is_drawn(source) else share for source in config.sources]
 
 
 def open_data(config: TrainConfig, pipeline: GroundingMixin, held_out: float = 0.0) -> ShardDataset:
-    """All sources of a run, in their order; what has to be drawn is drawn into its folder.
+    """Opens all sources of a run, in their order, and draws images into the run's folder if a source asks for it.
 
     Args:
-        held_out: share of the images that is kept out.
+        held_out: share of the images that is kept out of the training.
     """
     folders = [_folder(source, pipeline, Path(config.out) / "data") for source in config.sources]
     return ShardDataset(
@@ -56,13 +56,13 @@ def open_data(config: TrainConfig, pipeline: GroundingMixin, held_out: float = 0
 
 
 def held_out_folder(config: TrainConfig, pipeline: GroundingMixin) -> str | Path | None:
-    """Where the shards for validation are; None without, or where images of the training's data are held out."""
+    """Returns where the shards for validation are; None without validation, or with held-out training images."""
     data = validation_data(config)
     return data and _folder(data, pipeline, Path(config.out) / "validation-data", held_out=True)
 
 
 def _folder(data: str, pipeline: GroundingMixin, drawn: Path, *, held_out: bool = False) -> str | Path:
-    """The folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
+    """Returns the folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
     name, _, count = data.partition(":")
     if (world := find_world(name)) is None or not count:
         return data
@@ -79,13 +79,13 @@ def boxes_in_words(source: str, statistics: BoxStatistics, min_score: float) -> 
 
 
 def check_boxes(config: TrainConfig, source: str, statistics: BoxStatistics, scored: BoxStatistics) -> None:
-    """Refuse a source none of whose images has a box that counts.
+    """Refuses a source of which no image has a usable box.
 
     Args:
-        statistics: of all boxes. scored: of those that are above `augmentation.min_score`.
+        statistics: of all boxes. scored: of those with a score above `augmentation.min_score`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no image has a usable box.
     """
     if config.without_boxes:
         return
@@ -96,10 +96,10 @@ def check_boxes(config: TrainConfig, source: str, statistics: BoxStatistics, sco
 
 
 def source_statistics(config: TrainConfig, dataset: ShardDataset) -> list[str]:
-    """How many boxes the images of each source have, in words.
+    """Describes how many boxes the images of each source have.
 
     Raises:
-        ValueError: those of one have none that counts.
+        ValueError: a source has no usable box.
     """
     lines = []
     for source, shards in zip(config.sources, dataset.sources, strict=True):
@@ -111,10 +111,10 @@ def source_statistics(config: TrainConfig, dataset: ShardDataset) -> list[str]:
 
 
 def held_out_in_words(config: TrainConfig, share: float, parts: list[HeldOut]) -> list[str]:
-    """What is validated on, for the log and the dry run.
+    """Describes the data to validate on, for the log and the dry run.
 
     Args:
-        share: that is kept out of the training. parts: of each source.
+        share: share of the images kept out of the training. parts: held-out images of each source.
     """
     if data := validation_data(config):
         return [f"validation: on {data}"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class EMA:
-    """Keeps `average = decay * average + (1 - decay) * parameter`, in float32, for the parameters it was given.
+    """Maintains `average = decay * average + (1 - decay) * parameter`, in float32, for the parameters it was given.
 
     The decay is lowered at the start to (1 + steps) / (10 + steps), so that the first random values are forgotten.
     At a decay of 0 the average is the parameters themselves, and takes no memory.
@@ -28,15 +28,15 @@ class EMA:
 
     @property
     def steps(self) -> int:
-        """How many steps are in the average. Waits for the device."""
+        """The number of steps in the average. Waits for the device."""
         return int(self._steps)
 
     @torch.no_grad()
     def update(self, counts: Tensor | None = None) -> None:
-        """Take in the parameters as they are now.
+        """Adds the present parameters to the average.
 
         Args:
-            counts: a true or false; false, where the step was left out, changes nothing.
+            counts: a boolean scalar; if false, as for a skipped step, nothing changes.
         """
         counted = torch.ones_like(self._steps) if counts is None else counts.to(self._steps)
         self._steps += counted
@@ -55,24 +55,24 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the parameters hold their averages; afterwards their own values again, bit for bit.
+        """Lets float32 parameters hold their averages in the block, and afterwards their own values, bit for bit.
 
-        They change places one by one, so no second copy of all is made; for float32 parameters.
+        They are swapped one by one, so no second copy of all is made.
         """
-        self._change_places()
+        self._swap()
         try:
             yield
         finally:
-            self._change_places()
+            self._swap()
 
     def copy_to_parameters(self) -> None:
-        """The parameters become their averages."""
+        """Copies the averages to the parameters."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(self.average[name])
 
     @torch.no_grad()
-    def _change_places(self) -> None:
+    def _swap(self) -> None:
         for name, parameter in self._parameters.items():
             own = parameter.clone()
             parameter.copy_(self.average[name])

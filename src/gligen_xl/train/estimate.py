@@ -1,4 +1,4 @@
-"""What a run will take, told before it is launched: parameters, memory of each GPU, checkpoints, epochs.
+"""Estimates what a run will take before it is launched: parameters, memory of each GPU, checkpoints, epochs.
 
     print(describe(estimate(config, processes=8)))
 
@@ -33,7 +33,7 @@ SMALL, BLOCK = 4096, 256  # of bitsandbytes: tensors that keep 32-bit moments, a
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of one run.
+    """The estimate of a run.
 
     Args:
         parameters: by part.
@@ -57,7 +57,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
-    """What the run of `config` takes on so many processes, each with a GPU of its own.
+    """Estimates what the run of `config` takes on so many processes, each with a GPU of its own.
 
     Raises:
         ValueError: the batch cannot be shared by them, the base cannot be described, or the run would refuse its
@@ -124,7 +124,7 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
 
 
 def _put_adapter_on(base: BaseParts, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """The base in the precision of the run, with an adapter of its form; returns the adapter's parameters."""
+    """Puts the base in the precision of the run, attaches an adapter, and returns the adapter's parameters."""
     for part in (base.unet, *base.text_encoders):
         nn.Module.to(part.requires_grad_(False), DTYPES[config.precision])
     form = AdapterConfig(
@@ -159,7 +159,7 @@ def latent_shape(config: TrainConfig, base: BaseParts) -> tuple[tuple[int, int, 
 
 
 def moment_bytes(sizes: Iterable[int], optimizer: str) -> int:
-    """What AdamW keeps of tensors of so many numbers: two moments of each, in 32 bits, or in 8 with a scale a block."""
+    """Returns the bytes of AdamW's two moments of tensors of these sizes, in 32 bits or in 8 with scales."""
     if optimizer == "adamw":
         return sum(8 * size for size in sizes)
     return sum(8 * size if size < SMALL else 2 * (size + 4 * -(-size // BLOCK)) for size in sizes)
@@ -168,7 +168,7 @@ def moment_bytes(sizes: Iterable[int], optimizer: str) -> int:
 def step_bytes(
     base: BaseParts, config: TrainConfig, shape: tuple[int, int, int], micro_batch: int, gradients_stay: bool
 ) -> int:
-    """What a forward and backward pass takes at its peak, beside parameters and all of their gradients.
+    """Returns the bytes of a forward and backward pass at its peak, without parameters and their gradients.
 
     Args:
         shape: (C, h, w) of the latents.
@@ -203,7 +203,7 @@ def step_bytes(
 
 
 def _conditioning(base: BaseParts, slots: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What the U-Net is conditioned on, as `gligen_xl.train.conditioning` makes it, without values."""
+    """Returns conditioning of the U-Net as `gligen_xl.train.conditioning` makes it, without values."""
     settings = base.unet.config
     tokens = base.text_encoders[0].config.max_position_embeddings
     grounding = {
@@ -271,7 +271,7 @@ def _scaled(rows: dict[str, int], unit: float) -> dict[str, float]:
 
 
 def _epochs(config: TrainConfig) -> list[str]:
-    """How often each set of data is gone through."""
+    """Describes how many epochs each set of data is used for."""
     lines, total = [], sum(config.sources.values())
     for source, weight in config.sources.items():
         drawn = drawn_count(source)

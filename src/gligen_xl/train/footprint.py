@@ -1,4 +1,4 @@
-"""What a forward and backward pass takes of a GPU's memory, counted on tensors without data (torch's "meta" device).
+"""Counts the GPU memory of a forward and backward pass on tensors without data (torch's "meta" device).
 
     kernels = GPUKernels(torch.float16)
     with LiveBytes(unet.parameters()) as live:
@@ -99,7 +99,7 @@ class GPUKernels(TorchFunctionMode):
         self._copies: dict[Tensor, Tensor] | None = {}
 
     def leave_autocast(self) -> None:
-        """The copies of weights that autocast keeps for the length of its block are let go."""
+        """Releases the copies of weights that autocast keeps for the length of its block."""
         self._copies = None
 
     def checkpoint(self, module: Callable[..., Any], *inputs: Any) -> Any:
@@ -140,7 +140,7 @@ def _float32(value: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused attention kernel keeps: its inputs, its output, and a float32 number for each query and head."""
+    """Keeps what a fused attention kernel keeps: inputs, output, and a float32 number for each query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (B, heads, L, D) each

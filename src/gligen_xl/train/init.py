@@ -1,4 +1,4 @@
-"""How an adapter begins, where it does not as GLIGEN's does: gates at 0 and random weights.
+"""Initialisation of an adapter other than GLIGEN's own, which has gates at 0 and random weights.
 
 A fresh fuser spreads its attention evenly over thousands of visual tokens and a few grounding tokens, about a hundredth
 of it on the latter, behind a gate that is closed. Each option takes one of these hindrances away, and each is in the
@@ -23,11 +23,11 @@ _QUERIES = 256  # visual tokens, evenly chosen, that a share is measured on
 
 
 @torch.no_grad()
-def start_adapter(unet: nn.Module, options: AdapterOptions, look: Callable[[], object]) -> None:
-    """Give the attached, fresh adapter the beginning that `options` ask for.
+def init_adapter_weights(unet: nn.Module, options: AdapterOptions, run_unet: Callable[[], object]) -> None:
+    """Initialises the weights of the attached, fresh adapter as `options` ask.
 
     Args:
-        look: runs the U-Net once, on samples of the training with their grounding; for a `grounding_share` only.
+        run_unet: runs the U-Net once on grounded samples of the training; called for a `grounding_share` only.
 
     Raises:
         ValueError: a block's self-attention does not fit its fuser.
@@ -42,12 +42,12 @@ def start_adapter(unet: nn.Module, options: AdapterOptions, look: Callable[[], o
             fuser.alpha_dense.fill_(math.atanh(options.gate_init))
     if (share := options.grounding_share) is not None:
 
-        def raise_share(fuser: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
-            give_share(fuser, *inputs, share)  # type: ignore[arg-type]
+        def set_share(fuser: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+            set_attention_share(fuser, *inputs, share)  # type: ignore[arg-type]
 
-        hooks = [fuser.register_forward_pre_hook(raise_share) for fuser in fusers(unet).values()]
+        hooks = [fuser.register_forward_pre_hook(set_share) for fuser in fusers(unet).values()]
         try:
-            look()
+            run_unet()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -82,7 +82,7 @@ def copy_self_attention(fuser: Fuser, block: Any, name: str = "the block") -> No
 # A share of the attention -------------------------------------------------------------------------------------------
 
 
-def give_share(fuser: Fuser, x: Tensor, objs: Tensor, share: float) -> None:
+def set_attention_share(fuser: Fuser, x: Tensor, objs: Tensor, share: float) -> None:
     """Change a fuser so that `share` of its attention goes to the grounding tokens, on average over what is given.
 
     The published form has no logit bias, but weights can make one. `norm1.bias` gives every query a constant part. The
@@ -109,7 +109,7 @@ def give_share(fuser: Fuser, x: Tensor, objs: Tensor, share: float) -> None:
 
 
 def discriminant(ones: Tensor, others: Tensor) -> Tensor:
-    """The direction w, (D,), in which (n, D) `ones` lie 1 above `others` on average, and both vary least around it."""
+    """Returns the direction w, (D,), in which (n, D) `ones` lie 1 above `others` on average with least variance."""
     apart = ones.mean(0) - others.mean(0)
     spread = torch.cov(ones.T) + torch.cov(others.T)
     spread.diagonal().add_(0.01 * spread.diagonal().mean() + 1e-6)  # fewer tokens than dimensions can be given
@@ -118,7 +118,7 @@ def discriminant(ones: Tensor, others: Tensor) -> Tensor:
 
 
 def attention_share(attention: FuserAttention, tokens: Tensor, num_visual: int) -> float:
-    """The part of a fuser's attention that goes to the grounding tokens: mean over samples, heads and queries.
+    """Returns the share of a fuser's attention on the grounding tokens, as a mean over samples, heads and queries.
 
     Args:
         tokens: (B, num_visual + N, D) after the norm, the visual ones first.

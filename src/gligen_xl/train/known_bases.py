@@ -1,4 +1,4 @@
-"""The parts that a base model is made of, without their weights: read from its folder, or as published.
+"""The parts of a base model without their weights: read from its folder, or as published.
 
 The settings of the bases that the recipes name are built in, so that a dry run needs no network.
 """
@@ -24,7 +24,7 @@ CONFIGS_ONLY = [INDEX_NAME, "unet/config.json", "vae/config.json", "text_encoder
 
 @dataclass(frozen=True, kw_only=True)
 class BaseParts:
-    """A base on torch's "meta" device: shapes, and no numbers."""
+    """A base on torch's "meta" device, which has shapes but no numbers."""
 
     source: str  # where its settings come from, for people
     unet: diffusers.UNet2DConditionModel
@@ -33,7 +33,7 @@ class BaseParts:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a latent pixel."""
+        """Pixels per latent pixel."""
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)  # type: ignore[index]
 
     @property
@@ -43,7 +43,7 @@ class BaseParts:
 
 
 def base_parts(model: str) -> BaseParts:
-    """The parts of a pipeline folder, of "shapes", or of a Hub repository, of which only settings are fetched.
+    """Builds the parts of a pipeline folder, of "shapes", or of a Hub repository, of which only settings are fetched.
 
     Raises:
         FileNotFoundError: there is no such folder or repository.

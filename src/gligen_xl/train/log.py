@@ -34,7 +34,7 @@ from ..redact import redacted
 from ..versions import versions
 from .config import TrainConfig
 from .report import refresh_report
-from .step_stats import Skipped, Steps
+from .step_stats import Skipped, StepStats
 from .validate import describe
 
 _LOGGER = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class RunLog:
         accelerator: Accelerator,
         config: TrainConfig,
         position: int,
-        steps: Steps,
+        steps: StepStats,
         image_ids: Callable[[int], list[str]],
     ):
         self.accelerator, self.config, self.start = accelerator, config, position
@@ -140,7 +140,7 @@ class RunLog:
         self._clock.began += time.perf_counter() - began
 
     def step(self, position: int, losses: Tensor, quarters: Tensor, norm: Tensor) -> bool:
-        """Take note of the step that ended at `position` (see `Steps.add`); returns whether a line is due."""
+        """Take note of the step that ended at `position` (see `StepStats.add`); returns whether a line is due."""
         self.steps.add(losses, quarters, norm)
         self._clock.steps += 1
         with suppress(OSError):
@@ -153,12 +153,12 @@ class RunLog:
         Raises:
             FloatingPointError: so many in a row that the run should end.
         """
-        for skipped in self.steps.look():
+        for skipped in self.steps.fetch():
             self._record_skipped(skipped)
             if skipped.in_a_row >= self.config.skip_limit:
                 raise FloatingPointError(
                     f"{skipped.in_a_row} steps in a row had a loss or gradients that are not finite, the last one that "
-                    f"of {skipped.position} samples seen; the adapter is as it was before them. "
+                    f"of {skipped.samples_seen} samples seen; the adapter is as it was before them. "
                     f"{self.out / 'metrics.jsonl'} names their samples. The last checkpoint stands: go on from it with "
                     "a higher skip_limit, or begin another run with init_adapter CHECKPOINT and a lower learning rate, "
                     "or bf16 in place of fp16"
@@ -212,11 +212,11 @@ class RunLog:
     def _record_skipped(self, skipped: Skipped) -> None:
         if not self.main:
             return
-        position = skipped.position + self.config.batch_size
+        position = skipped.samples_seen + self.config.batch_size
         scaler = self.config.precision == "fp16" and not skipped.samples  # at work, and no image is the cause
-        images = [] if scaler else self.image_ids(skipped.position)
+        images = [] if scaler else self.image_ids(skipped.samples_seen)
         named = [images[k] for k in skipped.samples] or images
-        row = {"first": skipped.position, "of_batch": skipped.samples, "image_ids": named}
+        row = {"first": skipped.samples_seen, "of_batch": skipped.samples, "image_ids": named}
         self._record("skipped", position, row)
         if scaler:
             why = "its gradients overflowed in fp16: the loss scaler is finding its range"

@@ -1,8 +1,8 @@
-"""AdamW over the adapter. A step whose gradients are not finite is left out, on the device itself."""
+"""AdamW over the adapter. A step whose gradients are not finite is skipped on the device itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from .checkpoint import load_optimizer_tensors, optimizer_tensors
 from .config import Optimization
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused AdamW
@@ -25,7 +24,7 @@ class AdapterOptimizer:
     Args:
         parameters: by name; all of them are trained.
         scaler: of the loss, in float16.
-        own: what this process steps, by name, see `Shares`; by default all parameters themselves.
+        own: what this process steps, by name, see `ZeroPartition`; by default all parameters themselves.
         in_buckets: the gradients are views of what the processes exchange: they are set to 0 rather than dropped, else
             new ones would be made beside those.
     """
@@ -63,12 +62,12 @@ class AdapterOptimizer:
             self.inner = torch.optim.AdamW(groups, betas=betas, fused=self.fused)
 
     def set_rate(self, factor: float) -> None:
-        """Learning rates, as a factor of those of the options."""
+        """Sets the learning rates to a factor of those of the options."""
         for group in self.inner.param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def step(self) -> Tensor:
-        """Clip the gradients, step, and clear them.
+        """Clips the gradients, steps, and clears them.
 
         Returns:
             Their norm before clipping, a scalar on the device. If it is not finite, weights and moments are as before.
@@ -90,11 +89,11 @@ class AdapterOptimizer:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Moments and counts of those that this process steps, by the number among all; see `optimizer_tensors`."""
+        """Returns the state of the parameters that this process steps, numbered among all (see `optimizer_tensors`)."""
         return optimizer_tensors(self.inner, self._stepped)
 
     def load(self, tensors: Mapping[str, Tensor], scaler: dict[str, Any] | None) -> None:
-        """Go on from what `tensors` gave, here or on all processes, and from the state of the scaler."""
+        """Restores the result of `tensors`, of this process or gathered from all, and the state of the scaler."""
         load_optimizer_tensors(self.inner, tensors, self._stepped)
         if self.scaler is not None and scaler is not None:
             self.scaler.load_state_dict(scaler)
@@ -104,7 +103,7 @@ class AdapterOptimizer:
 
 
 def _to(before: Tensor | None, gradient: Tensor) -> Tensor:
-    """The gradient in main memory, where the one before was; on its way there, from a GPU."""
+    """Copies a gradient to main memory, over the previous one; asynchronously from a GPU."""
     if before is None:
         before = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
     return before.copy_(gradient, non_blocking=True)
@@ -119,3 +118,41 @@ def _eight_bit(groups: list[dict[str, Any]], betas: tuple[float, float], device:
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, betas=betas)
+
+
+# The state as tensors ------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Returns the state of an optimizer of torch or bitsandbytes as flat named tensors: "<parameter number>.<name>".
+
+    Args:
+        parameters: what the numbers count, if the optimizer has only some of them; by default its own.
+    """
+    parameters = _parameters(optimizer) if parameters is None else parameters
+    return {
+        f"{number}.{name}": value.clone() if name.startswith("qmap") else torch.as_tensor(value)  # qmaps are shared
+        for number, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor] | None = None
+) -> None:
+    """Restores what `optimizer_tensors` returned, for the same parameters in the same order, or for some of them."""
+    own = {parameter: index for index, parameter in enumerate(_parameters(optimizer))}
+    parameters = list(own) if parameters is None else parameters
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        if (parameter := parameters[int(number)]) in own:
+            counter = value.dim() == 0 and not value.is_floating_point()  # a number of steps, as bitsandbytes keeps it
+            state.setdefault(own[parameter], {})[name] = int(value) if counter else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for group in optimizer.param_groups for value in group["params"]]

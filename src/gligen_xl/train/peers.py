@@ -1,8 +1,9 @@
-"""What the processes of a run tell each other about their end.
+"""How the processes of a run tell each other that one of them has ended.
 
-Collective operations notice a process that is gone late (NCCL after `process_timeout`) or not at all (before they have
-met). So every process keeps a connection to the first one: a failure is told, with its reason, and a death closes it.
-Before they have met, they meet at a store of torch's at MASTER_ADDR and MASTER_PORT, where one that fails leaves word.
+Collective operations notice a missing process late (NCCL after `process_timeout`), or never (before the first
+rendezvous). So every process keeps a connection to the first one: a failing process sends its reason, and a dying one
+closes the connection. Before the rendezvous, at a torch store on MASTER_ADDR and MASTER_PORT, a failing process leaves
+its reason in the store.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Peers:
-    """A star of connections, with the first process in its middle.
+    """Connects all processes with the first one.
 
     Args:
-        tell_all: hands a text of the first process to all.
+        tell_all: sends a text of the first process to all.
     """
 
     def __init__(self, rank: int, count: int, tell_all: Callable[[str], str]):
@@ -54,10 +55,10 @@ class Peers:
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
     def leave(self, reason: str = "", code: int = 0) -> None:
-        """Tell the others that this process ends.
+        """Tells the others that this process ends.
 
         Args:
-            reason: why the run cannot go on; empty, where it is finished or stopped as a whole.
+            reason: why the run cannot go on; empty if it is finished or stopped as a whole.
         """
         with self._lock:
             if self._left:
@@ -69,7 +70,7 @@ class Peers:
                 _send(connection, {"code": code, "reason": reason})
 
     def reason(self, seconds: float) -> str | None:
-        """Why another process has ended the run, waiting for word of it; None if none has."""
+        """Waits for the reason why another process has ended the run; returns None if none has."""
         self._judged.wait(seconds)
         return self._verdict[1] if self._verdict else None
 
@@ -123,7 +124,7 @@ class Peers:
                         self._end(message["code"], message["reason"] if message["code"] else f"process {rank} is gone")
 
     def _end(self, code: int, reason: str) -> None:
-        """Another process cannot go on, so neither can this one."""
+        """Ends this process, as another one has ended."""
         self._verdict = code, reason
         self._judged.set()
         for connection in self._connections.values():
@@ -137,12 +138,12 @@ class Peers:
 
 
 def ended(reason: str) -> str:
-    """What a process says when another one has ended the run."""
+    """Returns the message of a process when another one has ended the run."""
     return f"another process of this run is gone, {reason}. The last checkpoint stands; the same command continues"
 
 
 def _end_stopped(reason: str) -> NoReturn:
-    """The end of a process when another one was asked to stop before the first step."""
+    """Ends this process, as another one was asked to stop before the first step."""
     _write(f"stopped: {reason}; the same command begins again")
     os._exit(STOPPED)
 
@@ -158,7 +159,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _receive(connection: Any, received: bytearray) -> dict[str, Any] | None:
-    """The message of a connection once it is there; its end counts as one."""
+    """Returns the message of a connection, if it is complete; a closed connection counts as a message."""
     try:
         part = connection.recv(65536)
     except OSError:
@@ -172,7 +173,7 @@ def _receive(connection: Any, received: bytearray) -> dict[str, Any] | None:
         return {"code": 0, "reason": "gone"}
 
 
-# Before they have met -----------------------------------------------------------------------------------------------
+# Before the rendezvous -----------------------------------------------------------------------------------------------
 
 
 _store: Any = None  # of this process; the first one's is the others' too, and has to stay
@@ -180,16 +181,16 @@ _waited = _met = False  # for the others; they are there
 
 
 def meet(timeout: float) -> None:
-    """Wait for all processes of the run to come.
+    """Waits for all processes of the run.
 
     Raises:
-        RuntimeError: one does not come, or cannot go on.
+        RuntimeError: one does not come, or cannot begin.
     """
     global _waited, _met
-    if (place := _place()) is None or _met or dist.is_initialized():
+    if (ours := _rank_and_count()) is None or _met or dist.is_initialized():
         return
     _waited = True
-    rank, count = place
+    rank, count = ours
     end = time.monotonic() + min(timeout, MEETING)
     store = _open_store(end)
     missing = list(range(count))
@@ -223,12 +224,12 @@ def _check_presence(ranks: Iterable[int]) -> None:
 
 
 def tell_failure(reason: str, code: int) -> None:
-    """Leave word for the others, before they have met, that this process cannot begin."""
+    """Tells the others, before the rendezvous, that this process cannot begin."""
     global _met
-    if (place := _place()) is None or _met or dist.is_initialized():
+    if (ours := _rank_and_count()) is None or _met or dist.is_initialized():
         return
     _met = True  # it is said once
-    rank, count = place
+    rank, count = ours
     end = time.monotonic() + _TELLING
     with suppress(RuntimeError, ValueError, OSError):
         store = _open_store(end)
@@ -246,8 +247,8 @@ def tell_failure(reason: str, code: int) -> None:
                 time.sleep(_POLL)
 
 
-def _place() -> tuple[int, int] | None:
-    """Rank and number of processes, where there are several."""
+def _rank_and_count() -> tuple[int, int] | None:
+    """Returns rank and number of processes; None if there is only one."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names) or int(os.environ["WORLD_SIZE"]) < 2:
         return None
@@ -255,7 +256,7 @@ def _place() -> tuple[int, int] | None:
 
 
 def _open_store(end: float) -> Any:
-    """The store where the processes meet; None if nobody is there until `end`, of the monotonic clock."""
+    """Returns the store of the rendezvous; None if nobody serves it until `end`, of the monotonic clock."""
     global _store
     if _store is None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

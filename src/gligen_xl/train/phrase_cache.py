@@ -1,4 +1,4 @@
-"""Phrase embeddings that are kept from batch to batch."""
+"""A cache of phrase embeddings across batches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..device import to_device
 
 
 class PhraseCache:
-    """A table of the embeddings used last, on the device that uses them. Its memory is taken once and never grows.
+    """Keeps the embeddings used last on the device that uses them, in memory allocated once.
 
     Args:
-        size: how many phrases are kept; 0 keeps none.
+        size: number of phrases to keep; 0 keeps none.
         width: numbers in one embedding.
     """
 
@@ -25,10 +25,10 @@ class PhraseCache:
         self._table = torch.zeros(size + 1, width, device=device, dtype=dtype)
 
     def table(self, phrases: list[str], encode: Callable[[list[str]], Tensor]) -> tuple[Tensor, dict[str, int]]:
-        """A table (R, width) of these distinct phrases, and perhaps others, and the row of each; row 0 is zeros.
+        """Returns a table (R, width) with these distinct phrases, and the row of each; row 0 is zeros.
 
         Args:
-            encode: gives the embeddings, (n, width), of those that are not there.
+            encode: returns the embeddings, (n, width), of phrases that are not in the cache.
         """
         if len(phrases) > self._size:
             return torch.cat([self._table[:1], encode(phrases)]), {phrase: k for k, phrase in enumerate(phrases, 1)}
@@ -47,7 +47,7 @@ class PhraseCache:
         return self._table, self._rows
 
     def _free_rows(self, count: int) -> list[int]:
-        """Rows that nothing is in yet, then those of the phrases used longest ago."""
+        """Returns unused rows first, then those of the phrases used longest ago."""
         first = len(self._rows) + 1
         unused = list(range(first, min(first + count, self._size + 1)))
         return unused + [self._rows.popitem(last=False)[1] for _ in range(count - len(unused))]

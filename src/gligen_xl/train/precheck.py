@@ -1,4 +1,4 @@
-"""What a run would refuse, found before anything is loaded: from settings, headers and folders on the disk."""
+"""Checks before a run, without loading anything: of settings, file headers and folders."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from ..io import read_json
 from ..manifest import check_listed
 from ..text_embeddings import phrase_width
 from ..worlds import NAMES
-from .agreement import check_form, check_same_run
-from .base import check_base_files, check_fit
+from .base import check_adapter_form, check_base_files, check_fit
 from .checkpoint import list_checkpoints, read_state
 from .config import TrainConfig
 from .data import boxes_in_words, check_boxes, held_out_in_words, is_drawn, shares_held_out, validation_data
 from .known_bases import PUBLISHED, BaseParts
-from .resume import check_state
+from .resume import check_same_run, check_state
 
 _PUBLISHED_ADAPTERS = ("jiuntian/gligen-xl-1024",)  # of the recipes; of the published form
 _PUBLISHED_FORM = AdapterConfig(cross_attention_dim=2048, phrase_dim=2048)  # the widths are not looked at
 
 
-def reached_position(config: TrainConfig) -> int | None:
-    """Samples that the run in `config.out` has seen, by its last whole checkpoint; None where no run stands.
+def samples_seen_by_run(config: TrainConfig) -> int | None:
+    """Returns how many samples the run in `config.out` has seen, by its last whole checkpoint; None without one.
 
-    Of the large files only the sizes are looked at.
+    Checks only the sizes of large files.
 
     Raises:
         ValueError: the run there was begun with other settings.
@@ -50,13 +49,13 @@ def reached_position(config: TrainConfig) -> int | None:
 
 
 def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str]:
-    """Refuse what the run of `config` would refuse. Data and repositories that are not here pass.
+    """Refuses what the run of `config` would refuse. Data and repositories that are not on this machine pass.
 
     Args:
-        base: its parts; without, data is not looked at, and no more is known of the adapter than its form.
+        base: the parts of the base; without them, latents and the widths of an adapter are not checked.
 
     Returns:
-        For people: how many boxes the images of the data have, and what could not be looked at.
+        Notes: how many boxes the images of the data have, and what could not be checked.
 
     Raises:
         ValueError: settings, data, base or adapter do not fit each other, or the run that stands in `out`.
@@ -64,7 +63,7 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
     """
     notes = []
     check_base_files(config)
-    if reached_position(config) is None and config.init_adapter:
+    if samples_seen_by_run(config) is None and config.init_adapter:
         notes += _check_init_adapter(config.init_adapter, config, base)
     held_out = validation_data(config)
     if held_out and not is_drawn(held_out) and not is_remote(held_out) and not Path(held_out).exists():
@@ -92,7 +91,7 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
 
 
 def validation_in_words(config: TrainConfig) -> list[str]:
-    """What the run of `config`, if it is new, is validated on, as far as the data is here."""
+    """Describes what a new run of `config` validates on, as far as the data is on this machine."""
     share = config.validation.held_out if config.validation.data is None else 0.0
     sources = zip(config.sources, shares_held_out(config, share), strict=True)
     parts = [hold_out(local_shards(source), part) for source, part in sources]
@@ -102,7 +101,7 @@ def validation_in_words(config: TrainConfig) -> list[str]:
 
 
 def local_shards(source: str) -> list[Shard]:
-    """The shards of a folder, without their tables; none where it is not here.
+    """Opens the shards of a folder, without their tables; none if it is not on this machine.
 
     Raises:
         ValueError: it is a file.
@@ -115,7 +114,7 @@ def local_shards(source: str) -> list[Shard]:
 
 
 def _check_data(source: str, model: str, base: BaseParts, resolution: int | None = None) -> None:
-    """Whether its latents, where they are here, are those of the base's VAE and of the resolution asked for."""
+    """Checks that latents on this machine are those of the base's VAE and of the resolution that the run asks for."""
     scale = base.vae.config["scaling_factor"]  # type: ignore[index]
     if model in PUBLISHED and not Path(model).is_dir() and base.unet.config["addition_embed_type"] == "text_time":
         scale = float(SDXL_SCALING_FACTOR)  # which the built-in settings leave out
@@ -125,11 +124,11 @@ def _check_data(source: str, model: str, base: BaseParts, resolution: int | None
 
 
 def _check_init_adapter(source: str, config: TrainConfig, base: BaseParts | None) -> list[str]:
-    """Whether the adapter to begin from is there and has the form that the run asks for; nothing of it is loaded."""
+    """Checks, without loading it, that the adapter to start from exists and has the form that the run asks for."""
     path = Path(source).expanduser()
     if path.exists():
         form = _form(path)
-        check_form(form or _PUBLISHED_FORM, config, phrase_width(base.text_encoders) if base and form else None)
+        check_adapter_form(form or _PUBLISHED_FORM, config, phrase_width(base.text_encoders) if base and form else None)
         return []
     if not names_repository(source):
         raise FileNotFoundError(
@@ -137,12 +136,12 @@ def _check_init_adapter(source: str, config: TrainConfig, base: BaseParts | None
             "adapter)"
         )
     if source in _PUBLISHED_ADAPTERS:
-        check_form(_PUBLISHED_FORM, config)
+        check_adapter_form(_PUBLISHED_FORM, config)
     return [f"init_adapter {source} is not here; it is fetched when the run begins"]
 
 
 def _form(path: Path) -> AdapterConfig | None:
-    """The form of an adapter folder, or of one in a pipeline or a run; None for what has the published form."""
+    """Reads the form of an adapter folder, alone or in a pipeline or a run; None for files of the published form."""
     if path.is_file():
         return None
     for folder in (path, path / "gligen_adapter", path / "adapter"):

@@ -1,7 +1,7 @@
-"""Which of the processes of a run, begun together on one machine, have ended before all had met.
+"""Tells which processes of a run on this machine have ended before all had met.
 
-Each holds a lock on a file of its own, from the first moment; the system frees it however the process ends. Of other
-machines nothing is known. Nothing heavy is imported here.
+Each process locks a file of its own from the start; the system releases the lock however the process ends. Nothing is
+known of processes on other machines. This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _free_since: dict[int, float] = {}
 
 
 def announce() -> None:
-    """This process is there, until it ends or has met the others."""
+    """Locks the file of this process, until it ends or has met the others."""
     global _file, _began
     if fcntl is None or _file is not None or int(os.environ.get("WORLD_SIZE") or 1) < 2:
         return
@@ -41,7 +41,7 @@ def announce() -> None:
 
 
 def withdraw() -> None:
-    """All have met."""
+    """Removes the file of this process once all have met."""
     global _file
     if _file is not None:
         os.close(_file)
@@ -51,7 +51,7 @@ def withdraw() -> None:
 
 
 def gone(ranks: Iterable[int]) -> int | None:
-    """One of these processes that is known to have ended; to be asked again and again."""
+    """Returns one of these processes that has certainly ended; the caller polls this."""
     if _file is None:
         return None
     now = time.monotonic()
@@ -64,7 +64,7 @@ def gone(ranks: Iterable[int]) -> int | None:
 
 
 def _path(rank: int) -> Path:
-    """The same launcher or shell begins the processes of a run."""
+    """Returns the file of a process; the processes of a run have the same parent, a launcher or shell."""
     names = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
     run = "-".join("".join(letter for letter in name if letter.isalnum() or letter == ".") for name in names)
     folder = Path(tempfile.gettempdir()) / f"gligen-xl-processes-{os.getuid()}"
@@ -72,7 +72,7 @@ def _path(rank: int) -> Path:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether the process of the file was there and no longer is."""
+    """Tells whether the process of the file has started and ended."""
     assert fcntl is not None
     try:
         if path.stat().st_mtime < _began - _FORMER:

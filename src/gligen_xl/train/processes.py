@@ -1,7 +1,7 @@
-"""The processes of a run: how they come together, agree, wait for each other, and end when one of them is gone.
+"""The processes of a run: they meet, agree, wait for each other, and end when one of them is gone.
 
-Gradients pass over the devices' own links (NCCL on GPUs). What the programs themselves have to say to each other passes
-over the network between CPUs (gloo): it does not wait for a device, and a process that has died is noticed at once.
+Gradients are exchanged by the devices' own links (NCCL on GPUs). All else is exchanged between the CPUs (gloo), which
+does not wait for a device, and notices at once that a process has died.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .peers import Peers, ended, meet
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate as `config` asks for it.
+    """Makes the Accelerator that `config` asks for.
 
     Raises:
-        ValueError: a way of sharing the work that training does not know, or a tracker that is not installed.
+        ValueError: accelerate is set up for a strategy that training does not support, or a tracker is not installed.
         RuntimeError: another process of the run does not come, or cannot begin.
     """
     trackers = _trackers(config)
@@ -67,7 +67,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 class Processes:
-    """Agreement of all processes of a run. Alone, there is nothing to agree on.
+    """Communication among all processes of a run; a single process talks to nobody.
 
     Raises (from every method):
         RuntimeError: another process is gone, or was not heard of for `timeout` seconds.
@@ -83,7 +83,7 @@ class Processes:
             self._peers = Peers(self.rank, self.count, self.from_main)
 
     def __enter__(self) -> Processes:
-        """The block is the run: an error that leaves it ends those of the others, with its reason."""
+        """Begins the run; an error that leaves the block ends the other processes too, with its reason."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -95,26 +95,26 @@ class Processes:
         reason = "" if error is None else " ".join(str(error).split()) or type(error).__name__
         self._peers.leave(reason, 2 if error is not None else 0)
 
-    def any(self, came: bool) -> bool:
-        """Whether it holds for any of them; all have to ask."""
+    def any(self, flag: bool) -> bool:
+        """Tells whether `flag` is true on any process; all have to call it."""
         if self.count == 1:
-            return came
-        flag = torch.tensor(int(came))
-        with self._heard():
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+            return flag
+        value = torch.tensor(int(flag))
+        with self._named_errors():
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
+        return bool(value)
 
     def wait(self) -> None:
-        """For all of them to come here."""
+        """Waits until all processes have called this."""
         self.any(False)
 
     def from_main(self, text: str) -> str:
-        """What the main process gives; all have to ask."""
+        """Returns the text of the main process; all have to call it."""
         if self.count == 1:
             return text
         content = text.encode()
         size = torch.tensor(len(content))
-        with self._heard():
+        with self._named_errors():
             dist.broadcast(size, 0, group=self._group)
             letters = torch.zeros(int(size), dtype=torch.uint8)
             if self.is_main and content:
@@ -124,16 +124,16 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process goes through the block before the others do."""
+        """Lets the main process run the block before the others."""
         if not self.is_main:
             self.wait()
         yield
         if self.is_main:
             self.wait()
 
-    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The named tensors of all processes, on the main one, in main memory; the others get theirs back."""
-        with self._heard():
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors of all processes by name, in main memory, on the main one; on the others, their own."""
+        with self._named_errors():
             if not self.is_main:
                 self._send(tensors)
                 return dict(tensors)
@@ -162,7 +162,7 @@ class Processes:
         return tensors
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
+    def _named_errors(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -173,7 +173,7 @@ class Processes:
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
-    """Whether it is of the exchange between processes."""
+    """Tells whether an error comes from the communication between processes."""
     if isinstance(error, dist.DistError) or isinstance(error.__cause__, RuntimeError):
         return True
     return any(name in str(error) for name in ("gloo", "NCCL", "Connection closed", "Connection reset"))

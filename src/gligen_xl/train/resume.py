@@ -1,9 +1,9 @@
-"""How far a run has come: what its last checkpoint holds, and whether it may go on from there."""
+"""The point from which a run resumes: its last checkpoint, and the checks that it is still the same run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import AdapterConfig
-from .agreement import check_same_run
 from .checkpoint import last_whole, load_checkpoint
 from .config import TrainConfig, Validation
 from .data import is_drawn
@@ -19,7 +18,7 @@ from .processes import Processes
 
 
 @dataclass(frozen=True)
-class Reached:
+class ResumePoint:
     """The last checkpoint of a run: its folder, tensors by file, and state. A new run has none."""
 
     config: TrainConfig
@@ -28,10 +27,10 @@ class Reached:
     state: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: TrainConfig, processes: Processes) -> Reached:
-        """What stands in `config.out`: the last whole checkpoint, which the main process finds for all.
+    def load(cls, config: TrainConfig, processes: Processes) -> ResumePoint:
+        """Loads the last undamaged checkpoint in `config.out`, which the main process chooses for all.
 
-        Damaged ones after it are put aside, with a warning, as `damaged-checkpoint-POSITION`.
+        Later, damaged ones are renamed to `damaged-checkpoint-SAMPLES`, with a warning.
 
         Raises:
             ValueError: the run there was begun with other settings; its only checkpoint is damaged; or a process has
@@ -40,8 +39,8 @@ class Reached:
         settings = json.dumps(config.to_dict(), sort_keys=True)
         if processes.from_main(settings) != settings:
             raise ValueError(f"process {processes.rank} was started with other settings than the first")
-        found = last_whole(config.out, _check) if processes.is_main else None
-        name = processes.from_main(found[0].name if found else "")
+        newest = last_whole(config.out, _check) if processes.is_main else None
+        name = processes.from_main(newest[0].name if newest else "")
         if not name:
             return cls(config)
         checkpoint = Path(config.out) / name
@@ -50,22 +49,22 @@ class Reached:
                 f"process {processes.rank} does not see {checkpoint}, from which the first goes on; all processes need "
                 "the same folder out, under the same path"
             )
-        tensors, state = found[1:] if found else load_checkpoint(checkpoint)
+        tensors, state = newest[1:] if newest else load_checkpoint(checkpoint)
         check_same_run(state["config"], config)
         return cls(config, checkpoint, tensors, state)
 
     @property
-    def position(self) -> int:
-        """Samples seen."""
+    def samples_seen(self) -> int:
+        """How many samples the run has seen."""
         return self.state.get("position", 0)
 
     @property
     def form(self) -> AdapterConfig | None:
-        """Of the adapter in the checkpoint."""
+        """The configuration of the adapter in the checkpoint."""
         return AdapterConfig.from_dict(self.state["adapter"]) if self.checkpoint else None
 
     def check_base(self, base: str) -> None:
-        """Whether it is the base, by its fingerprint, that the run was begun on."""
+        """Checks that the base, by its fingerprint, is the one that the run was begun on."""
         if self.checkpoint and self.state["base"] != base:
             raise ValueError(
                 f"the run in {self.config.out} was begun on another base than what {self.config.model} is now"
@@ -73,17 +72,17 @@ class Reached:
 
     @property
     def held_out_share(self) -> float:
-        """Of the images of the training's data, the share that is kept out of the training since the run began."""
+        """The share of the training's images that has been kept out of the training since the run began."""
         options = self.config.validation
         if not self.checkpoint:
             drawn = all(map(is_drawn, self.config.sources))
             return options.held_out if options.data is None and not drawn else 0.0
         return (self.state.get("held_out") or {"share": 0.0})["share"]
 
-    def settled(self) -> TrainConfig:
-        """The settings with the validation that the run was begun with, where they leave it open.
+    def settled_config(self) -> TrainConfig:
+        """Returns the settings, with the validation that the run was begun with if they leave it open.
 
-        A run that was begun without images that are held out cannot do without them later.
+        A run that was begun without held-out images cannot hold images out later.
 
         Raises:
             ValueError: another share is to be held out than the run was begun with.
@@ -105,7 +104,7 @@ class Reached:
         return replace(self.config, validation=settled)
 
     def check_held_out(self, digest: str) -> None:
-        """Whether the same images are held out as since the run began."""
+        """Checks that the same images are held out as when the run began."""
         former = self.state.get("held_out") if self.checkpoint else None
         if former and former["digest"] != digest:
             raise ValueError(
@@ -115,7 +114,7 @@ class Reached:
             )
 
     def check_data(self, groups: list[int], weights: list[float]) -> None:
-        """Whether it is the data, by numbers of samples and weights, that the run was begun with."""
+        """Checks, by numbers of samples and weights, that the data is what the run was begun with."""
         if not self.checkpoint:
             return
         if (former := self.state["groups"]) != groups:
@@ -125,6 +124,44 @@ class Reached:
             )
         if (former := self.state.get("weights", weights)) != weights:
             raise ValueError(f"the run in {self.config.out} was begun with data of the weights {former}, not {weights}")
+
+
+# The same settings --------------------------------------------------------------------------------------------------
+
+
+# Settings that a resumed run may change. The base is known by its fingerprint.
+_MAY_CHANGE = {
+    "out", "data", "model", "variant", "without_boxes", "init_adapter", "resolution", "micro_batch",
+    "deterministic", "gradient_checkpointing",
+    "compile", "compile_backend", "shard_optimizer", "offload_optimizer", "process_timeout", "skip_limit", "workers",
+    "cache_gb", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "track", "validation",
+}  # fmt: skip
+
+
+def check_same_run(former: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuses to resume a run with settings that would have made it another one.
+
+    A setting that `former` lacks, because the program did not have it then, counts as the default.
+    """
+    current, usual = config.to_dict(), TrainConfig(data=config.data, out=config.out).to_dict()
+    for name in sorted(set(current) - _MAY_CHANGE):
+        was, now = former.get(name, usual[name]), current[name]
+        if isinstance(now, dict) and isinstance(was, dict):
+            for key in now:
+                if (before := was.get(key, usual[name][key])) != now[key]:
+                    _refuse(f"{name}.{key}", before, now[key], config.out)
+        elif was != now:
+            _refuse(name, was, now, config.out)
+
+
+def _refuse(name: str, was: Any, now: Any, out: str) -> None:
+    raise ValueError(
+        f"the run in {out} was begun with {name} {was!r}, now it is {now!r}; "
+        "continue it with its own settings, or choose another folder"
+    )
+
+
+# The state of a checkpoint ------------------------------------------------------------------------------------------
 
 
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # torch's own names
@@ -151,7 +188,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_state(path: Path, state: dict[str, Any]) -> None:
-    """Whether the state of a checkpoint has what a run goes on from.
+    """Checks that the state of a checkpoint has what a run needs to resume.
 
     Raises:
         ValueError: a key is missing, or its value is of another kind.

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop, from the first moment of the command to its last.
+"""Signals that ask a run to stop, from the start of the command to its end.
 
-Nothing heavy is imported here: the command line begins with this module. Before the first step there is nothing to
-save, so a request ends the program at once; from then on it ends the step that is being made. A thread hears the
-signals too, as Python itself tells of them only when the main thread comes back from whatever it is in.
+This module imports nothing heavy, as the command line begins with it. Before the first step there is nothing to save,
+so a request ends the program at once; afterwards the run ends after the present step. A thread receives the signals
+too, because Python handles them only when the main thread returns to it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class StopRequest:
 
 
 class _Watch:
-    """A thread that hears of signals, and of the end of the launcher, whatever the main thread is at.
+    """A thread that receives signals and notices the end of the launcher, whatever the main thread does.
 
     Attributes:
-        steps_began: there is something to save: the request is the loop's.
-        farewell: what is done before the program is ended at once.
+        steps_began: there is something to save, so the training loop handles requests.
+        farewell: a function called before the program is ended at once.
     """
 
     def __init__(self) -> None:
@@ -55,11 +55,11 @@ class _Watch:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._former_file = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._former = {number: signal.signal(number, _heard) for number in _heeded()}
+        self._former = {number: signal.signal(number, _heard) for number in _handled_signals()}
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def close(self) -> None:
-        """Everything as before."""
+        """Restores the former handlers."""
         signal.set_wakeup_fd(self._former_file)
         for number, handler in self._former.items():
             signal.signal(number, handler)
@@ -67,11 +67,11 @@ class _Watch:
         os.write(self._write, b"\0")
 
     def end_with(self, code: int) -> None:
-        """The program ends soon with this code, also where something waits that has no end."""
+        """Ends the program soon with this code, even if something waits for ever."""
         self._code, self._ends = code, time.monotonic() + _END
 
     def end_now(self) -> None:
-        """The last of all that is done at an exit."""
+        """Ends the process with its exit code; the last handler at exit."""
         if self._code is not None:
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
@@ -110,7 +110,7 @@ _watch: _Watch | None = None
 
 
 def answer_signals(words: Sequence[str]) -> bool:
-    """Answer signals from now on, if these are the words of `gligen-xl train`; whether that began here."""
+    """Handles signals from now on, if these are the words of `gligen-xl train`; tells whether it began to."""
     global _watch
     if next((word for word in words if word != "--traceback"), None) != "train" or _watch is not None:
         return False
@@ -122,13 +122,13 @@ def answer_signals(words: Sequence[str]) -> bool:
 
 
 def begin_program(words: Sequence[str]) -> None:
-    """As `answer_signals`, for a process that does nothing else; then it does end when its command has ended."""
+    """Does the same for a process that runs nothing else, and ends it when its command has ended."""
     if answer_signals(words) and _watch is not None:
         atexit.register(_watch.end_now)  # the first to be registered is the last to be called
 
 
 def answering_signals(main: Callable[..., int]) -> Callable[..., int]:
-    """`main(argv)`, which answers signals while it trains."""
+    """Wraps `main(argv)` to handle signals while it trains."""
 
     @wraps(main)
     def answering(argv: Sequence[str] | None = None) -> int:
@@ -148,7 +148,7 @@ def answering_signals(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def before_the_end(farewell: Callable[[], object]) -> None:
-    """What to do before the program is ended at once."""
+    """Sets a function to be called before the program is ended at once."""
     if _watch is not None:
         _watch.farewell = farewell
 
@@ -158,7 +158,7 @@ def before_the_end(farewell: Callable[[], object]) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """SIGTERM, SIGHUP and the first Ctrl-C ask for a checkpoint and an end; a second Ctrl-C ends at once."""
+    """Turns SIGTERM, SIGHUP and the first Ctrl-C into a request to save and end; a second Ctrl-C ends at once."""
     request = StopRequest()
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -170,7 +170,7 @@ def stop_requests() -> Iterator[StopRequest]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
-        former = {number: signal.signal(number, receive) for number in _heeded()}
+        former = {number: signal.signal(number, receive) for number in _handled_signals()}
     except ValueError:  # not the main thread: whoever runs this thread has the signals
         yield request
         return
@@ -182,13 +182,13 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def steps_begin() -> None:
-    """From now on a request is the loop's, which saves first."""
+    """Leaves requests to the training loop from now on, which saves first."""
     if _watch is not None:
         _watch.steps_began = True
 
 
-def _heeded() -> list[int]:
-    """The requests that count; under nohup the end of the terminal does not."""
+def _handled_signals() -> list[int]:
+    """Returns the signals to handle; under nohup SIGHUP is not one of them."""
     return [number for number in REQUESTS if number != getattr(signal, "SIGHUP", None) or not _is_ignored(number)]
 
 
@@ -197,7 +197,7 @@ def _is_ignored(number: int) -> bool:
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
-    """Nothing: the thread hears of it too."""
+    """Does nothing: the thread receives the signal too."""
 
 
 def _nothing() -> None:

@@ -1,7 +1,7 @@
-"""What the steps of a run gave since the last line of its log.
+"""Losses and gradient norms of the steps since the last line of a run's log.
 
-The numbers stay on their device until someone looks, so that the computation need not wait for us. Every process then
-knows those of all, and so all come to the same conclusion.
+The numbers stay on their device until they are fetched, so that the computation never waits for them. Every process
+then has those of all, so all reach the same conclusion.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Skipped:
-    """A step that was left out, as its loss or its gradients were not finite."""
+    """A step that was skipped because its loss or its gradients were not finite."""
 
-    position: int  # samples seen before it
-    samples: list[int]  # which of its batch have a loss that is not finite; none, if it was the gradients alone
-    in_a_row: int  # steps that were left out up to this one
+    samples_seen: int  # before it
+    samples: list[int]  # indices in its batch whose loss is not finite; empty if only the gradients were not
+    in_a_row: int  # steps skipped in a row, this one included
 
 
-class Steps:
-    """Losses (S, B), quarters of the timesteps (S, B) and gradient norms (S,) of S steps of B samples.
+class StepStats:
+    """Collects losses (S, B), quarters of the timesteps (S, B) and gradient norms (S,) of S steps of B samples.
 
     Args:
-        position: of the next step.
+        samples_seen: before the next step.
         batch_size: B, over all processes.
-        tensors: what `tensors` gave for the checkpoint that is gone on from.
-        state: what `state` gave.
+        tensors: the result of `tensors` in the checkpoint that the run resumes from.
+        state: the result of `state` there.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        position: int,
+        samples_seen: int,
         batch_size: int,
         tensors: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
     ):
-        self._accelerator, self._batch_size, self._position = accelerator, batch_size, position
+        self._accelerator, self._batch_size, self._samples_seen = accelerator, batch_size, samples_seen
         self._new: list[tuple[Tensor, Tensor, Tensor]] = []
         if tensors is None:
             self.clear()
@@ -53,11 +53,11 @@ class Steps:
         self.in_a_row: int = (state or {}).get("in_a_row", 0)  # up to now
 
     def add(self, losses: Tensor, quarters: Tensor, norm: Tensor) -> None:
-        """A step of this process: losses (b,), quarters 0-3 (b,); and the norm of the gradients of all processes."""
+        """Adds a step of this process: losses (b,), quarters 0-3 (b,), and the gradient norm of all processes."""
         self._new.append((losses.detach(), quarters, norm.detach()))
 
-    def look(self) -> list[Skipped]:
-        """Fetch what is new, from all processes; returns the steps in it that were left out."""
+    def fetch(self) -> list[Skipped]:
+        """Fetches the new steps from all processes; returns those that were skipped."""
         if not self._new:
             return []
         losses, quarters, norms = (torch.stack(values) for values in zip(*self._new, strict=True))
@@ -66,22 +66,22 @@ class Steps:
             torch.stack([losses, quarters.float()], dim=-1).transpose(0, 1).contiguous()
         )
         rows = of_samples.transpose(0, 1).cpu().numpy()  # (S, B, 2)
-        found = []
+        skipped = []
         for norm, row in zip(norms.cpu().tolist(), rows[..., 0], strict=True):
             self.in_a_row = 0 if np.isfinite(norm) else self.in_a_row + 1
             if self.in_a_row:
                 self.skipped += 1
-                found.append(Skipped(self._position, np.flatnonzero(~np.isfinite(row)).tolist(), self.in_a_row))
-            self._position += self._batch_size
+                skipped.append(Skipped(self._samples_seen, np.flatnonzero(~np.isfinite(row)).tolist(), self.in_a_row))
+            self._samples_seen += self._batch_size
         self.losses = np.concatenate([self.losses, rows[..., 0]])
         self.quarters = np.concatenate([self.quarters, rows[..., 1]])
         self.norms = np.concatenate([self.norms, norms.cpu().numpy()])
-        return found
+        return skipped
 
     def means(self) -> dict[str, float | None]:
-        """Of the steps that were looked at and not left out: loss, loss by quarter of the timesteps, gradient norm.
+        """Returns the mean loss, loss by quarter of the timesteps and gradient norm of the fetched steps.
 
-        Those of which there is none are None.
+        Skipped steps do not count. The mean of no steps is None.
         """
         taken = np.isfinite(self.norms)
         losses, quarters = self.losses[taken], self.quarters[taken]
@@ -90,12 +90,12 @@ class Steps:
         return means | {"grad_norm": _mean(self.norms[taken])}
 
     def clear(self) -> None:
-        """Begin the next line."""
+        """Begins the next line."""
         self.losses = self.quarters = np.zeros((0, self._batch_size), np.float32)
         self.norms = np.zeros(0, np.float32)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of a line that is not written yet; look first."""
+        """Returns what a checkpoint keeps of a line that is not written yet; call `fetch` first."""
         arrays = {"losses": self.losses, "quarters": self.quarters, "norms": self.norms}
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
 

@@ -19,7 +19,6 @@ from PIL import Image
 
 from ..adapter import gate_values
 from ..data.dataset import Augmentation, Batch, ShardDataset
-from ..detect.detectors import find_detector
 from ..detect.matching import score_image
 from ..detect.query import Detector
 from ..evaluate.metrics import point_metrics
@@ -36,14 +35,12 @@ _LEAST = 64  # losses: of fewer samples each is taken several times, with other 
 
 
 class Validator:
-    """Looks at the adapter on the pipeline's U-Net; holds nothing that changes from one call to the next.
+    """Measures the adapter on the pipeline's U-Net; its state does not change between calls.
 
     Args:
         data: folder of held-out shards, or a URL of one; or the data of the training, whose held-out images are taken.
         cache_bytes: of the disk, for shards from a URL.
         augmentation: that of the training, for its slots and its least box score.
-        shapes: whether the shapes world's own detector is to find objects, where no other is named and it knows all
-            phrases.
     """
 
     def __init__(
@@ -57,8 +54,6 @@ class Validator:
         batch_size: int,
         seed: int,
         cache_bytes: int,
-        *,
-        world: str | None = None,
     ):
         self.options, self.pipeline, self.conditioner, self.scheduler = options, pipeline, conditioner, scheduler
         self.batch_size, self.seed = batch_size, seed
@@ -72,29 +67,32 @@ class Validator:
         layouts = (self._layout(number) for number in range(len(self.dataset)))
         self.layouts = list(islice((layout for layout in layouts if layout.boxes), options.pictures))
         self.notes: list[str] = []  # for the log
-        self.detector = self._choose_detector(world)
+        self.detector: Detector | None = None
 
-    def _choose_detector(self, world: str | None) -> Detector | None:
-        """The one that is asked for, which has to know all phrases; or that of the embedded world, if it does."""
-        name = self.options.detector
-        if name == "none" or not self.layouts or (name is None and world is None):
-            return None
-        detector = find_detector(name or world or "", device=self.pipeline.unet.device)
+    def use_detector(self, detector: Detector, *, optional: str | None = None) -> None:
+        """Measures boxes with this detector, which has to know all phrases of the layouts.
+
+        Args:
+            optional: what the detector belongs to, if the validation may do without it.
+
+        Raises:
+            ValueError: it does not know a phrase, and is not optional.
+        """
         for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
             try:
-                detector.wanted(phrase)  # complains now, not after hours
+                detector.wanted(phrase)  # an error now, not after hours
             except ValueError:
-                if name is not None:
+                if optional is None:
                     raise
                 self.notes.append(
-                    f"validation: grounding gain and images alone, as the detector of the {world} world does not know "
+                    f"validation: grounding gain and images alone, as the detector of {optional} does not know "
                     f"{phrase!r} (validation.detector names another one)"
                 )
-                return None
-        return detector
+                return
+        self.detector = detector
 
     def _layout(self, number: int) -> Layout:
-        """A held-out sample as a layout, with the boxes that training would keep and the size of its image."""
+        """Returns a held-out sample as a layout, with the boxes that training would keep and the size of its image."""
         shard, index = self.dataset.find(number)
         row, (_, height, width) = self.dataset.row(number), shard.latent_shape
         chosen = self.dataset.augmentation.choose(row.scores)
@@ -111,10 +109,10 @@ class Validator:
             raise ValueError(f"row {index} of shard {shard.stem}: {error}") from error
 
     def __call__(self, *, gain_only: bool = False) -> tuple[dict[str, float], Image.Image | None]:
-        """Metrics by name, and an image of the first layouts with grounding on and off.
+        """Returns metrics by name, and an image of the first layouts with grounding on and off.
 
         Args:
-            gain_only: losses and gates alone, which take seconds.
+            gain_only: measure losses and gates alone, which takes seconds.
         """
         metrics = self.losses()
         gates = gate_values(self.pipeline.unet)
@@ -132,8 +130,8 @@ class Validator:
         off = list(generate(self.pipeline, self.layouts, grounded=False, **settings))
         if self.detector:
             for name, images in (("on", on), ("off", off)):
-                found = zip(self.layouts, self.detector.detect(images, self.layouts), strict=True)
-                scores = [score_image(layout, "", here, self.detector) for layout, here in found]
+                detections = zip(self.layouts, self.detector.detect(images, self.layouts), strict=True)
+                scores = [score_image(layout, "", of_image, self.detector) for layout, of_image in detections]
                 summary = point_metrics([score for of_image in scores for score in of_image.objects])
                 del summary["objects"]
                 metrics |= {f"{name}_{key}": value for key, value in summary.items()}
@@ -145,7 +143,7 @@ class Validator:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Held-out loss with and without boxes, and the grounding gain, whole and by quarter of the timesteps.
+        """Measures held-out loss with and without boxes, and the grounding gain, whole and by quarter of the timesteps.
 
         Samples are spread over all of the data; their times (k + 1/2) / n are shared out once and for all, so that
         the quarters hold equally many.
@@ -164,7 +162,7 @@ class Validator:
         return metrics
 
     def _batches(self) -> Iterator[Batch]:
-        """The held-out samples, always the same with the same noise; each batch of one latent shape."""
+        """Yields the held-out samples, always the same with the same noise; each batch has one latent shape."""
         count = min(self.options.loss_samples, max(len(self.dataset), _LEAST))
         numbers = np.arange(count) * len(self.dataset) // count
         times = (np.random.default_rng(self.seed).permutation(count) + 0.5) / count
@@ -182,7 +180,7 @@ def _gain(on: torch.Tensor, off: torch.Tensor) -> float:
 
 
 def describe(metrics: dict[str, Any]) -> str:
-    """One line for the terminal."""
+    """Returns one line for the terminal."""
     parts = [f"grounding gain {100 * metrics['grounding_gain']:.1f} %", f"gates {metrics['gate_mean']:.3f}"]
     if "on_mean_iou" in metrics:
         parts.append(f"mean IoU {metrics['on_mean_iou']:.2f} on, {metrics['off_mean_iou']:.2f} off")

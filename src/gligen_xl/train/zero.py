@@ -1,11 +1,11 @@
-"""The moments and the average of the adapter, shared among the processes of a run, or held in main memory.
+"""ZeRO: moments and average of the adapter, divided among the processes of a run or kept in main memory.
 
-Every process has all weights and all gradients. Of what the optimizer and the average keep beside them, each holds its
-share alone, steps it, and hands the new weights to the others (ZeRO's first stage, arXiv 1910.02054, section 5.1).
-AdamW and the average go number by number, so the weights are those of a run that shares nothing, to the bit.
+Every process has all weights and all gradients, but keeps moments and average of its own part alone, steps that part
+and sends the new weights to the others (ZeRO stage 1, arXiv 1910.02054, section 5.1). AdamW and the average work
+element by element, so the weights equal those of an undivided run, bit for bit.
 
-In main memory (ZeRO-Offload, arXiv 2101.06840) it is a copy of the weights that is stepped, by the CPU: gradients come
-down to it, and the new weights go up again.
+With offloading (ZeRO-Offload, arXiv 2101.06840) the CPU steps a copy of the weights in main memory: gradients are
+copied to it, and the new weights back.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from .processes import Processes
 
 
-class Shares:
-    """Which process keeps what of some parameters; every process keeps all of them where `sharded` is false.
+class ZeroPartition:
+    """Assigns each parameter to the process that steps and averages it (ZeRO); unless `sharded`, all to every process.
 
     Args:
         parameters: by name, in the same order on every process.
-        sharded: whether they are shared out.
-        offloaded: whether what is stepped are copies in main memory, of the weights as they are now.
+        sharded: whether the processes divide the parameters among themselves.
+        offloaded: whether copies of the present weights, in main memory, are stepped in their place.
 
     Attributes:
-        own: what this process steps, by name: parameters, or their copies.
+        own: the parameters, or their copies, that this process steps, by name.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class Shares:
         self._parameters, self._processes, self._offloaded = parameters, processes, offloaded
         self._owners = _owners(parameters, processes.count) if sharded and processes.count > 1 else {}
         self.own: dict[str, nn.Parameter] = {
-            name: _in_main_memory(value) if offloaded else value
+            name: _offloaded_copy(value) if offloaded else value
             for name, value in parameters.items()
             if self._owners.get(name, processes.rank) == processes.rank
         }
 
     @torch.no_grad()
-    def spread(self) -> None:
-        """Every process gets the weights of all shares, as they have been stepped; all have to call it."""
+    def broadcast(self) -> None:
+        """Sends the stepped weights of every process to all others; all have to call it."""
         if self._offloaded:
             for name, copy in self.own.items():
                 self._parameters[name].copy_(copy)  # and waits: the copy may be changed next
@@ -53,19 +53,19 @@ class Shares:
             assert work is not None  # it is None for those that are in no group
             work.wait()
 
-    def collect(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What all processes hold, by name, on the main process; all have to call it, each with what is its own."""
-        return self._processes.collect(tensors) if self._owners else tensors
+    def gather(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the tensors of all processes, by name, on the main one; all have to call it, each with its own."""
+        return self._processes.gather(tensors) if self._owners else tensors
 
 
-def _in_main_memory(value: Tensor) -> nn.Parameter:
-    """A copy there; pinned, where a GPU has to reach it."""
+def _offloaded_copy(value: Tensor) -> nn.Parameter:
+    """Copies a parameter to main memory; to pinned memory, if it is on a GPU."""
     copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
     return nn.Parameter(copy.copy_(value.detach()))
 
 
 def _owners(parameters: Mapping[str, Tensor], processes: int) -> dict[str, int]:
-    """A process for every parameter: the largest first, each to the one that has least."""
+    """Assigns a process to every parameter: the largest first, each to the process that has least."""
     loads = [0] * processes
     owners = {}
     for name, value in sorted(parameters.items(), key=lambda item: -item[1].numel()):
