@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gligen_xl.detect.detection import Found
 from gligen_xl.detect.matching import ImageScore, ObjectScore
-from gligen_xl.evaluate.metrics import paired_difference, point_metrics, summarize
+from gligen_xl.detect.metrics import point_metrics
+from gligen_xl.evaluate.metrics import paired_difference, summarize
 from gligen_xl.layout import Layout
 
 COLOURS, NAMES = ("red", "blue"), ("cat", "dog")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from ..hub import local_folder
-from ..prepare.settings import THRESHOLD
 from ..worlds import find_world
+from .detection import THRESHOLD
 from .networks import (
     FILES,
     WORD_KINDS,

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..layout import Box
 
+THRESHOLD = 0.2  # of boxes and of words, where free phrases are looked for; IGLIGEN's
+
 
 @dataclass(frozen=True)
 class Found:

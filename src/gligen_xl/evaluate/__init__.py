@@ -3,9 +3,10 @@
 from ..detect.detection import Found
 from ..detect.detectors import find_detector
 from ..detect.matching import ImageScore, ObjectScore, score_image
+from ..detect.metrics import point_metrics
 from ..detect.query import Detector, Wanted
 from .compare import compare
-from .metrics import Estimate, paired_difference, point_metrics, summarize
+from .metrics import Estimate, paired_difference, summarize
 from .protocols import Protocol, find_protocol
 from .report import Report, write_report
 from .run import Condition, evaluate_layouts, score_all

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..detect.matching import FOUND, ImageScore, ObjectScore
+from ..detect.matching import ImageScore
+from ..detect.metrics import Ratio, of_objects, quotients
 from .ap import AP_NAMES, AveragePrecision
 
 _BLOCK = 2_000_000  # weights at once
@@ -90,19 +91,6 @@ def paired_difference(
     return _counts(a) | _estimates(point, samples, lowest=-1)
 
 
-def point_metrics(scores: Sequence[ObjectScore]) -> dict[str, float]:
-    """Those metrics of `summarize` that objects alone tell, without intervals.
-
-    objects, mean_iou, recall_50, recall_75, ATTRIBUTE, ATTRIBUTE_of_found, mean_iou_right and success.
-    """
-    if not scores:
-        raise ValueError("no objects to summarize")
-    ratios = of_objects(scores).items()
-    return {"objects": len(scores)} | {
-        name: float(values.sum() / counted.sum()) for name, (values, counted) in ratios if counted.any()
-    }
-
-
 def ratios_of(values: np.ndarray, counted: np.ndarray, *, seed: int = 0, resamples: int = 1000) -> list[Estimate]:
     """Ratios of sums over n images, with the intervals of `summarize`.
 
@@ -111,9 +99,9 @@ def ratios_of(values: np.ndarray, counted: np.ndarray, *, seed: int = 0, resampl
     """
 
     def resampled(weights: np.ndarray) -> np.ndarray:
-        return _ratios(weights @ values, weights @ counted)
+        return quotients(weights @ values, weights @ counted)
 
-    point = _ratios(values.sum(0), counted.sum(0)).tolist()
+    point = quotients(values.sum(0), counted.sum(0)).tolist()
     samples = _resample(resampled, len(values), resamples, seed)
     return list(_estimates({str(k): value for k, value in enumerate(point)}, samples).values())
 
@@ -138,23 +126,6 @@ def _counts(images: Sequence[ImageScore]) -> dict[str, Estimate]:
 
 
 # Values -------------------------------------------------------------------------------------------------------------
-
-Ratio = tuple[np.ndarray, np.ndarray]  # what is summed, and what its sum is divided by
-
-
-def of_objects(scores: Sequence[ObjectScore]) -> dict[str, Ratio]:
-    """Each metric as a ratio of two sums over objects: (objects,) each."""
-    iou = np.array([score.iou for score in scores])
-    found = (iou >= FOUND).astype(float)
-    success = np.array([score.success for score in scores], float)
-    each = np.ones_like(iou)
-    ratios = {"mean_iou": (iou, each), "recall_50": (found, each), "recall_75": ((iou >= 0.75).astype(float), each)}
-    for name in scores[0].attributes:
-        right = np.array([score.attributes[name] for score in scores], float)
-        ratios |= {name: (right, each), f"{name}_of_found": (right * found, found)}
-    if scores[0].attributes:
-        ratios["mean_iou_right"] = np.where(found > success, 0, iou), each
-    return ratios | {"success": (success, each)}
 
 
 def _of_images(images: Sequence[ImageScore]) -> dict[str, Ratio]:
@@ -185,12 +156,6 @@ def _of_images(images: Sequence[ImageScore]) -> dict[str, Ratio]:
     return ratios
 
 
-def _ratios(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """NaN is undefined."""
-    with np.errstate(invalid="ignore"):
-        return totals / counts
-
-
 class _Statistics:
     """The metrics of n images (`point`), and of resamples of them."""
 
@@ -204,7 +169,7 @@ class _Statistics:
 
     def resampled(self, weights: np.ndarray) -> np.ndarray:
         """The metrics where image k counts `weights[:, k]` times: (r, n) -> (r, metrics); NaN is undefined."""
-        ratios = _ratios(weights @ self._values, weights @ self._counted)
+        ratios = quotients(weights @ self._values, weights @ self._counted)
         return np.hstack([ratios, self._ap.resampled(weights)]) if self._ap else ratios
 
 

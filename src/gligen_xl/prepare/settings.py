@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..data.shards import SDXL_VAE
+from ..detect.detection import THRESHOLD
 from ..limits import MAX_BATCH, MAX_SIDE
 from ..worlds import NAMES
 from .framing import Framing
 
 WORK_FOLDER = ".prepared"  # beside the shards: what is done, and what is made on the way
-THRESHOLD = 0.2  # IGLIGEN's, of boxes and of words
 _THRESHOLDS = ("box_threshold", "text_threshold")
 _OF_A_SOURCE = ("captions", "min_boxes", "detector", "detect_text", *_THRESHOLDS)
 

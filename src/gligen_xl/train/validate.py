@@ -20,8 +20,8 @@ from PIL import Image
 from ..adapter import gate_values
 from ..data.dataset import Augmentation, Batch, ShardDataset
 from ..detect.matching import score_image
+from ..detect.metrics import point_metrics
 from ..detect.query import Detector
-from ..evaluate.metrics import point_metrics
 from ..generate import generate
 from ..images.draw import draw_boxes, grid
 from ..layout import Layout
