@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gligen_xl import Layout
-from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detection import Detection
 from gligen_xl.evaluate import ImageScore, ObjectScore, summarize
 
 RESAMPLES = 1000
@@ -41,7 +41,7 @@ def scores_of(images: int, labels: int) -> list[ImageScore]:
             for _ in range(int(random.choice([0, 1, 1, 2]))):
                 seen = np.clip(box + random.normal(0, 0.02, 4), 0, 1)
                 label = name if random.random() < 0.8 else f"label {random.integers(labels)}"
-                found.append(Found(tuple(seen.tolist()), label, float(random.random())))
+                found.append(Detection(tuple(seen.tolist()), label, float(random.random())))
         layout = Layout(phrases=names, boxes=boxes.tolist(), id=str(key))
         objects = tuple(ObjectScore(0.0, label=name) for name in names)
         every.append(ImageScore(layout, str(key), objects, tuple(found), 0, 0))

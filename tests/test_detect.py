@@ -32,8 +32,8 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
-from gligen_xl.detect.captions import Detector
-from gligen_xl.detect.outputs import Detections, Tokens, candidates, collect
+from gligen_xl.detect.captions import CaptionGrounder
+from gligen_xl.detect.outputs import Tokens, candidates, collect
 from gligen_xl.layout import box_iou, xyxy_from_cxcywh
 from gligen_xl.toyworld.world import draw, sample_scene
 
@@ -75,10 +75,22 @@ def noise(*sizes):
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def close(a: Detections, b: Detections):
-    assert a.phrases == b.phrases
-    np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
-    np.testing.assert_allclose(np.reshape(a.boxes, (-1, 4)), np.reshape(b.boxes, (-1, 4)), atol=1e-4)
+def boxes_of(detections):
+    return [detection.box for detection in detections]
+
+
+def scores_of(detections):
+    return [detection.score for detection in detections]
+
+
+def phrases_of(detections):
+    return [detection.label for detection in detections]
+
+
+def close(a, b):
+    assert phrases_of(a) == phrases_of(b)
+    np.testing.assert_allclose(scores_of(a), scores_of(b), atol=1e-4)
+    np.testing.assert_allclose(np.reshape(boxes_of(a), (-1, 4)), np.reshape(boxes_of(b), (-1, 4)), atol=1e-4)
 
 
 # Phrases ------------------------------------------------------------------------------------------------------------
@@ -136,16 +148,16 @@ def test_boxes_are_clipped_and_sorted_and_the_useless_dropped():
     )  # fmt: skip
     scores = np.array([0.3, 0.8, 0.9, 0.9, np.nan, 0.7, 0.9, 0.9], np.float32)
     found = collect(boxes, scores, ["one", "two", "thin", "outside", "nan", "", "nan", "inf"])
-    assert found.phrases == ["two", "one"]
-    assert found.scores == pytest.approx([0.8, 0.3])
-    np.testing.assert_allclose(found.boxes, [[0.1, 0.1, 0.2, 0.2], [0, 0.2, 0.5, 1]])
+    assert phrases_of(found) == ["two", "one"]
+    assert scores_of(found) == pytest.approx([0.8, 0.3])
+    np.testing.assert_allclose(boxes_of(found), [[0.1, 0.1, 0.2, 0.2], [0, 0.2, 0.5, 1]])
 
 
 # Detectors ----------------------------------------------------------------------------------------------------------
 
 
 def test_thresholds_phrases_and_corners(models):
-    detector = Detector.load(models / "grounding-dino", box_threshold=0.4, text_threshold=0.3)
+    detector = CaptionGrounder.load(models / "grounding-dino", box_threshold=0.4, text_threshold=0.3)
     logits = torch.full((1, 4, TEXT_LIMIT), -torch.inf)  # [CLS] a man . trees . [SEP]
     logits[0, :, :7] = logit(0.01)
     logits[0, 0, 1:3] = torch.tensor([logit(0.35), logit(0.5)])
@@ -154,16 +166,16 @@ def test_thresholds_phrases_and_corners(models):
     logits[0, 3, 0] = logit(0.6)  # no phrase
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.9, 0.25, 0.4, 0.5], [0.5, 0.5, 0.1, 0.1], [0.5, 0.5, 1, 1]]])
     detector.model = Crafted(detector.model, logits, boxes)
-    (found,) = detector.detect(noise((40, 60)), [" A man. TREES "])
-    assert found.phrases == ["trees", "a man"]
-    assert found.scores == pytest.approx([0.9, 0.5])
-    np.testing.assert_allclose(found.boxes, [[0.7, 0, 1, 0.5], [0.4, 0.3, 0.6, 0.7]], atol=1e-6)
+    (found,) = detector.ground(noise((40, 60)), [" A man. TREES "])
+    assert phrases_of(found) == ["trees", "a man"]
+    assert scores_of(found) == pytest.approx([0.9, 0.5])
+    np.testing.assert_allclose(boxes_of(found), [[0.7, 0, 1, 0.5], [0.4, 0.3, 0.6, 0.7]], atol=1e-6)
     (inputs,) = detector.model.inputs
     assert detector.processor.tokenizer.decode(inputs["input_ids"][0]) == "[CLS] a man. trees. [SEP]"
 
 
 def test_half_precision_that_overflows_is_repeated(models):
-    detector = Detector.load(models / "grounding-dino", dtype=torch.bfloat16)
+    detector = CaptionGrounder.load(models / "grounding-dino", dtype=torch.bfloat16)
     image, caption = noise((40, 60)), ["a man."]
     logits = torch.full((1, 1, TEXT_LIMIT), -torch.inf)
     logits[0, 0, :5] = torch.tensor([logit(0.01), logit(0.3), logit(0.5), logit(0.01), logit(0.01)])
@@ -179,16 +191,16 @@ def test_half_precision_that_overflows_is_repeated(models):
             return outputs
 
     detector.model = Overflows()
-    (found,) = detector.detect(image, caption)
-    assert found.phrases == ["a man"]
+    (found,) = detector.ground(image, caption)
+    assert phrases_of(found) == ["a man"]
     assert len(real.inputs) == 2
     real.logits = torch.full_like(logits, torch.nan)  # in float32 too: dropped
-    assert detector.detect(image, caption) == [Detections()]
+    assert detector.ground(image, caption) == [[]]
 
 
 def test_the_scores_are_those_of_the_model(models):
     """Against the library's own post-processing, which knows no sentences."""
-    detector = Detector.load(models / "grounding-dino", box_threshold=0.0, text_threshold=0.0)
+    detector = CaptionGrounder.load(models / "grounding-dino", box_threshold=0.0, text_threshold=0.0)
     (image,) = noise((40, 60))
     inputs = detector.processor(images=image, text="a man rides.", return_tensors="pt")
     with torch.no_grad():
@@ -196,13 +208,13 @@ def test_the_scores_are_those_of_the_model(models):
     (expected,) = detector.processor.post_process_grounded_object_detection(
         outputs, inputs.input_ids, threshold=0.0, text_threshold=0.0
     )
-    (found,) = detector.detect([image], ["a man rides"])
-    assert len(found.boxes) > 5
-    for box, score in zip(found.boxes, found.scores, strict=True):
+    (found,) = detector.ground([image], ["a man rides"])
+    assert len(boxes_of(found)) > 5
+    for box, score in zip(boxes_of(found), scores_of(found), strict=True):
         near = (expected["boxes"].clip(0, 1) - torch.tensor(box)).abs().max(-1).values
         assert near.min() < 1e-5
         assert abs(expected["scores"][near.argmin()] - score) < 1e-5
-    assert found.scores == sorted(found.scores, reverse=True)
+    assert scores_of(found) == sorted(scores_of(found), reverse=True)
 
 
 @pytest.mark.parametrize("name", ["grounding-dino", "mm-grounding-dino", "owlvit"])
@@ -210,13 +222,13 @@ def test_a_image_gives_the_same_whatever_is_beside_it(models, name):
     images = noise((40, 60), (60, 40), (40, 60), (40, 60), (64, 64))
     captions = ["A man rides a bicycle. Trees stand behind him.", "a red shirt", "trees", "", "a lamp, trees. a man"]
     settings = {"box_threshold": 0.0, "text_threshold": 0.0}
-    together = Detector.load(models / name, batch_size=3, **settings).detect(images, captions)
-    alone = Detector.load(models / name, batch_size=1, **settings)
+    together = CaptionGrounder.load(models / name, batch_size=3, **settings).ground(images, captions)
+    alone = CaptionGrounder.load(models / name, batch_size=1, **settings)
     for image, caption, found in zip(images, captions, together, strict=True):
-        close(found, alone.detect([image], [caption])[0])
-    assert [bool(found.boxes) for found in together] == [True, True, True, False, True]
-    assert alone.detect(images, captions) == alone.detect(images, captions)
-    assert alone.detect([], []) == []
+        close(found, alone.ground([image], [caption])[0])
+    assert [bool(boxes_of(found)) for found in together] == [True, True, True, False, True]
+    assert alone.ground(images, captions) == alone.ground(images, captions)
+    assert alone.ground([], []) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -224,25 +236,25 @@ def test_a_image_gives_the_same_whatever_is_beside_it(models, name):
 def test_half_precision_stays_near(models, name, dtype):
     images, captions = noise((40, 60)), ["a man rides a bicycle."]
     settings = {"box_threshold": 0.0, "text_threshold": 0.0}
-    (full,) = Detector.load(models / name, **settings).detect(images, captions)
-    detector, passes = Detector.load(models / name, dtype=dtype, **settings), []
+    (full,) = CaptionGrounder.load(models / name, **settings).ground(images, captions)
+    detector, passes = CaptionGrounder.load(models / name, dtype=dtype, **settings), []
     detector.model.register_forward_hook(lambda *_: passes.append(1))
-    (half,) = detector.detect(images, captions)
+    (half,) = detector.ground(images, captions)
     assert len(passes) == 1
-    assert abs(len(full.boxes) - len(half.boxes)) <= 2
-    assert half.scores[0] == pytest.approx(full.scores[0], abs=0.05)
-    assert box_iou(np.array(full.boxes), np.array(half.boxes)).max(1).mean() > 0.8
+    assert abs(len(boxes_of(full)) - len(boxes_of(half))) <= 2
+    assert scores_of(half)[0] == pytest.approx(scores_of(full)[0], abs=0.05)
+    assert box_iou(np.array(boxes_of(full)), np.array(boxes_of(half))).max(1).mean() > 0.8
 
 
 def test_a_long_caption_is_cut_before_a_word_and_counted(models):
-    detector = Detector.load(models / "grounding-dino")
+    detector = CaptionGrounder.load(models / "grounding-dino")
     seen = Crafted(detector.model, torch.full((2, 1, TEXT_LIMIT), -1.0), torch.full((2, 1, 4), 0.5))
     detector.model = seen
     reds = "a man. " + " ".join(["red"] * 17)  # 20 tokens, and there come those of begin and end, and a full stop
-    detector.detect(noise((40, 60)), [f"{reds} man"])
+    detector.ground(noise((40, 60)), [f"{reds} man"])
     assert detector.cut_texts == 0
     assert seen.inputs[-1]["input_ids"].shape[1] == TEXT_LIMIT
-    detector.detect(noise((40, 60)), [f"{reds} lamppost trees"])  # the first word too much has two parts
+    detector.ground(noise((40, 60)), [f"{reds} lamppost trees"])  # the first word too much has two parts
     assert detector.processor.tokenizer.decode(seen.inputs[-1]["input_ids"][0]) == f"[CLS] {reds}. [SEP]"
     assert detector.cut_texts == 1
 
@@ -251,15 +263,15 @@ def test_a_long_caption_is_cut_before_a_word_and_counted(models):
     ("name", "phrases"), [("owlvit", {"a man", "trees", "red"}), ("grounding-dino", {"a man", "trees, red"})]
 )
 def test_a_given_text_takes_the_place_of_captions(models, name, phrases):
-    detector = Detector.load(models / name, box_threshold=0.0, text_threshold=0.0, text="a man. trees, red")
-    for found in detector.detect(noise((40, 60), (60, 40)), ["a bicycle", ""]):
-        assert found.phrases
-        assert set(found.phrases) <= phrases
+    detector = CaptionGrounder.load(models / name, box_threshold=0.0, text_threshold=0.0, text="a man. trees, red")
+    for found in detector.ground(noise((40, 60), (60, 40)), ["a bicycle", ""]):
+        assert phrases_of(found)
+        assert set(phrases_of(found)) <= phrases
 
 
 def test_candidates_have_their_own_scores_and_boxes(models):
     """Against the outputs of the model itself."""
-    detector = Detector.load(models / "owlvit", box_threshold=0.0)
+    detector = CaptionGrounder.load(models / "owlvit", box_threshold=0.0)
     (image,) = noise((40, 60))
     parts = ["a man", "trees", "red"]
     inputs = detector.processor(text=[parts], images=image, return_tensors="pt")
@@ -267,46 +279,46 @@ def test_candidates_have_their_own_scores_and_boxes(models):
         outputs = detector.model(**inputs)
     best = outputs.logits[0].max(-1)
     corners = xyxy_from_cxcywh(outputs.pred_boxes[0].numpy()).clip(0, 1)
-    (found,) = detector.detect([image], ["A man. Trees, red"])
+    (found,) = detector.ground([image], ["A man. Trees, red"])
     order = best.values.argsort(descending=True).tolist()
     kept = [k for k in order if (corners[k, 2:] > corners[k, :2]).all()]
-    assert found.phrases == [parts[best.indices[k]] for k in kept]
-    np.testing.assert_allclose(found.scores, best.values.sigmoid()[kept], atol=1e-5)
-    np.testing.assert_allclose(found.boxes, corners[kept], atol=1e-5)
-    detector.detect([image], ["a text that is much too long for it, red"])
+    assert phrases_of(found) == [parts[best.indices[k]] for k in kept]
+    np.testing.assert_allclose(scores_of(found), best.values.sigmoid()[kept], atol=1e-5)
+    np.testing.assert_allclose(boxes_of(found), corners[kept], atol=1e-5)
+    detector.ground([image], ["a text that is much too long for it, red"])
     assert detector.cut_texts == 1
 
 
 def test_owlv2_boxes_are_of_the_image_and_not_of_its_padded_square(models, monkeypatch):
     # Resizing is what scipy is needed for.
     monkeypatch.setattr(Owlv2ImageProcessorPil, "resize", lambda *_, **__: np.zeros((3, 32, 32), np.float32))
-    detector = Detector.load(models / "owlv2", box_threshold=0.0)
-    (found,) = detector.detect(noise((40, 80)), ["a man. trees"])
-    assert found.boxes
+    detector = CaptionGrounder.load(models / "owlv2", box_threshold=0.0)
+    (found,) = detector.ground(noise((40, 80)), ["a man. trees"])
+    assert boxes_of(found)
     boxes = torch.tensor([[[0.25, 0.25, 0.5, 0.5], [0.5, 0.75, 1, 0.2]]])  # the second is under the image
     detector.model = Crafted(detector.model, torch.zeros(1, 2, 1), boxes)
-    (found,) = detector.detect(noise((40, 80)), ["a man"])
-    np.testing.assert_allclose(found.boxes, [[0, 0, 0.5, 1]], atol=1e-6)
+    (found,) = detector.ground(noise((40, 80)), ["a man"])
+    np.testing.assert_allclose(boxes_of(found), [[0, 0, 0.5, 1]], atol=1e-6)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("scipy") is not None, reason="scipy is installed")
 def test_a_missing_package_is_named_at_once(models):
     with pytest.raises(ValueError, match=r"owlv2 needs a package: .*pip install scipy"):
-        Detector.load(models / "owlv2")
+        CaptionGrounder.load(models / "owlv2")
 
 
 def test_shapes_are_found_exactly():
     scenes = [sample_scene(0, k, num_objects=2) for k in range(12)]
     images = [np.asarray(draw(scene)) for scene in scenes]
-    every = Detector.load("shapes").detect(images, [""] * len(scenes))
+    every = CaptionGrounder.load("shapes").ground(images, [""] * len(scenes))
     right = 0
     for scene, found in zip(scenes, every, strict=True):
-        assert set(found.scores) <= {1.0}
+        assert set(scores_of(found)) <= {1.0}
         for item in scene.objects:
             near = [
-                k for k, box in enumerate(found.boxes) if box_iou(np.array([item.box]), np.array([box]))[0, 0] > 0.8
+                k for k, box in enumerate(boxes_of(found)) if box_iou(np.array([item.box]), np.array([box]))[0, 0] > 0.8
             ]
-            right += any(found.phrases[k] == item.phrase for k in near)
+            right += any(phrases_of(found)[k] == item.phrase for k in near)
     assert right >= 20  # of 24; some stand behind others
 
 
@@ -315,32 +327,32 @@ def test_shapes_are_found_exactly():
 
 def test_what_is_no_detector_says_what_it_is(models, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no detector folder .*nowhere; expected a folder or a Hub repository"):
-        Detector.load(tmp_path / "nowhere")
+        CaptionGrounder.load(tmp_path / "nowhere")
     with pytest.raises(
         FileNotFoundError, match=r"no detector folder some/detector, and no such repository was reached"
     ):
-        Detector.load("some/detector", local_files_only=True)
+        CaptionGrounder.load("some/detector", local_files_only=True)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json; expected config\.json"):
-        Detector.load(tmp_path)
+        CaptionGrounder.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"is of model_type 'bert', no zero-shot detector; expected grounding-dino"):
-        Detector.load(tmp_path)
+        CaptionGrounder.load(tmp_path)
     (tmp_path / "config.json").write_bytes((models / "owlvit" / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"cannot be loaded; expected config\.json, preprocessor_config\.json"):
-        Detector.load(tmp_path)
+        CaptionGrounder.load(tmp_path)
     with pytest.raises(ValueError, match="batch_size is 0"):
-        Detector.load(models / "owlvit", batch_size=0)
+        CaptionGrounder.load(models / "owlvit", batch_size=0)
 
 
 @pytest.mark.parametrize("name", ["shapes", "owlvit"])
 def test_images_of_another_kind_are_refused(models, name):
-    detector = Detector.load(name if name == "shapes" else models / name)
+    detector = CaptionGrounder.load(name if name == "shapes" else models / name)
     (image,) = noise((8, 8))
     with pytest.raises(ValueError, match="1 images but 2 captions"):
-        detector.detect([image], ["a", "b"])
+        detector.ground([image], ["a", "b"])
     for wrong in (image / 255, image[..., :1], image[:, :, 0], image[:0]):
         with pytest.raises(ValueError, match=r"image 1 is .*; expected uint8 \(height, width, 3\)"):
-            detector.detect([image, wrong], ["a", "b"])
+            detector.ground([image, wrong], ["a", "b"])
 
 
 def test_code_beside_a_model_is_not_run(models, tmp_path):
@@ -350,5 +362,5 @@ def test_code_beside_a_model_is_not_run(models, tmp_path):
     names = {"AutoConfig": "evil.Config", "AutoModelForZeroShotObjectDetection": "evil.Model"}
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": names}))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    assert isinstance(Detector.load(tmp_path), Detector)
+    assert isinstance(CaptionGrounder.load(tmp_path), CaptionGrounder)
     assert not (tmp_path / "ran").exists()

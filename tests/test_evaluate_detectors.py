@@ -35,12 +35,10 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
 from gligen_xl.detect.colour import RANGES, ColourJudge, Segmenter, colour_shares, hsv, pixel_box, split_colour
-from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detection import Detection, Query
 from gligen_xl.detect.detectors import ColourDetector, find_detector
 from gligen_xl.detect.matching import score_image
 from gligen_xl.detect.network_detectors import _distinct, plain
-from gligen_xl.detect.outputs import Detections
-from gligen_xl.detect.query import Wanted
 from gligen_xl.layout import Layout, xyxy_from_cxcywh
 from gligen_xl.toyworld.detectors import ShapesDetector
 from gligen_xl.toyworld.world import draw, sample_scene, scene_layout
@@ -215,20 +213,20 @@ def test_boxes_and_classes_are_those_of_the_outputs(models):
 def test_a_phrase_names_a_class(models, phrase, label):
     detector = find_detector(models / "detr")
     if label:
-        assert detector.wanted(phrase) == Wanted(label)
+        assert detector.query(phrase) == Query(label)
     else:
         with pytest.raises(ValueError, match=r"the detector detr cannot look for .*none of its 8 classes"):
-            detector.wanted(phrase)
+            detector.query(phrase)
 
 
 def test_the_error_names_near_classes(models):
     detector = find_detector(models / "detr")
     with pytest.raises(ValueError, match=r"near are teddy bear\. For free phrases"):
-        detector.wanted("a tedy bear")
+        detector.query("a tedy bear")
     with pytest.raises(ValueError, match=r"near are car\. For free"):
-        detector.wanted("the shiny car outside")
+        detector.query("the shiny car outside")
     with pytest.raises(ValueError, match=r"it has person, car, bus, .*For free phrases take OWLv2"):
-        detector.wanted("zzz")
+        detector.query("zzz")
 
 
 # Free phrases -------------------------------------------------------------------------------------------------------
@@ -238,11 +236,11 @@ def test_equal_phrases_share_a_label(models):
     for name in PHRASE_DETECTORS:
         detector = find_detector(models / name)
         for phrase in ("a Red  man", "the red man.", "red man"):
-            assert detector.wanted(phrase) == Wanted("red man")
+            assert detector.query(phrase) == Query("red man")
         with pytest.raises(ValueError, match="holds no word"):
-            detector.wanted("?!")
+            detector.query("?!")
         with pytest.raises(ValueError, match=r"cannot look for .* tokens too long"):
-            detector.wanted("red man " * 20)
+            detector.query("red man " * 20)
 
 
 def test_words_are_mapped_back_to_their_phrase(models):
@@ -277,8 +275,8 @@ def test_more_phrases_than_are_read_at_once_become_several_texts(models):
 
 def test_of_boxes_that_are_the_same_object_the_best_is_kept():
     one, near, far = (0, 0, 0.5, 1), (0, 0, 0.49, 1), (0, 0, 0.3, 1)
-    found = _distinct(Detections([one, near, near, far], [0.9, 0.8, 0.7, 0.6], ["a", "a", "b", "a"]))
-    assert found == Detections([one, near, far], [0.9, 0.7, 0.6], ["a", "b", "a"])
+    best, other, apart = Detection(one, "a", 0.9), Detection(near, "b", 0.7), Detection(far, "a", 0.6)
+    assert _distinct([best, Detection(near, "a", 0.8), other, apart]) == [best, other, apart]
 
 
 def test_a_candidate_s_score_is_the_model_s(models):
@@ -364,8 +362,8 @@ class Boxes:
     def __init__(self, *found):
         self.found, self.layouts = list(found), []
 
-    def wanted(self, phrase):
-        return Wanted(plain(phrase))
+    def query(self, phrase):
+        return Query(plain(phrase))
 
     def detect(self, images, layouts):
         self.layouts += layouts
@@ -377,13 +375,13 @@ def test_what_is_found_is_judged_for_its_colours():
     ImageDraw.Draw(image).rectangle((0, 0, 19, 20), fill=PAINT["red"])
     ImageDraw.Draw(image).rectangle((0, 12, 19, 39), fill=PAINT["green"])  # on the left red above, green below
     left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
-    inner = Boxes(Found(left, "car"), Found(right, "car"))
+    inner = Boxes(Detection(left, "car"), Detection(right, "car"))
     detector = ColourDetector(inner, ColourJudge())
     (found,) = detector.detect([image], [Layout(phrases=["a red car", "a blue car"], boxes=[left, right])])
     assert [item.attributes for item in found] == [{"colour": ("green", "red")}, {"colour": ("white",)}]
     assert [item.box for item in found] == [left, right]
     assert inner.layouts[0].phrases == ("a car", "a car")
-    assert detector.wanted("a red car") == Wanted("car", {"colour": "red"})
+    assert detector.query("a red car") == Query("car", {"colour": "red"})
     assert detector.name == "boxes-colour"
     assert detector.settings["colour_mask"] == "ellipse inside the box"
     score = score_image(Layout(phrases=["a red car", "a blue car"], boxes=[left, right]), "0", found, detector)
@@ -423,9 +421,9 @@ def test_colours_by_name(models):
     assert found
     assert {name for item in found for name in item.attributes["colour"]} <= set(RANGES)
     with pytest.raises(ValueError, match="no colour can be judged of 'a car'"):
-        detector.wanted("a car")
+        detector.query("a car")
     with pytest.raises(ValueError, match="none of its 8 classes; near are"):
-        detector.wanted("a red cart")
+        detector.query("a red cart")
 
 
 # The shapes world ---------------------------------------------------------------------------------------------------
@@ -433,12 +431,12 @@ def test_colours_by_name(models):
 
 def test_the_shapes_detector_finds_what_it_scores():
     detector = find_detector("shapes")
-    assert detector.wanted("a red circle") == Wanted("red circle", {"colour": "red", "shape": "circle"})
+    assert detector.query("a red circle") == Query("red circle", {"colour": "red", "shape": "circle"})
     scenes = [sample_scene(0, k, num_objects=2) for k in range(8)]
     layouts = [scene_layout(scene, seed=0, index=k) for k, scene in enumerate(scenes)]
     every = detector.detect([draw(scene) for scene in scenes], layouts)
     right = sum(
-        any(item.label == detector.wanted(phrase).label for item in found)
+        any(item.label == detector.query(phrase).label for item in found)
         for of_scene, found in zip(layouts, every, strict=True)
         for phrase in of_scene.phrases
     )

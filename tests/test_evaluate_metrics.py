@@ -9,7 +9,7 @@ from helpers.scores import Words, found, image, perfect
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detection import Detection
 from gligen_xl.detect.matching import ImageScore, ObjectScore
 from gligen_xl.detect.metrics import point_metrics
 from gligen_xl.evaluate.metrics import paired_difference, summarize
@@ -31,8 +31,8 @@ LEFT, RIGHT, BOTH = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0, 0, 1, 1]
 
 
 def test_found_goes_through_json():
-    item = Found((0, 0.25, 0.5, 1), "car", 0.75, {"colour": ("red", "brown"), "shape": "box"})
-    assert Found.from_dict(json.loads(json.dumps(item.to_dict()))) == item
+    item = Detection((0, 0.25, 0.5, 1), "car", 0.75, {"colour": ("red", "brown"), "shape": "box"})
+    assert Detection.from_dict(json.loads(json.dumps(item.to_dict()))) == item
     assert [item.has("colour", c) for c in ("red", "brown", "blue")] == [True, True, False]
     assert item.has("shape", "box")
     assert not item.has("shape", "b")

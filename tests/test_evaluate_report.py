@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from gligen_xl import Layout
-from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detection import Detection, Query
 from gligen_xl.detect.matching import score_image
-from gligen_xl.detect.query import Wanted
 from gligen_xl.evaluate.compare import Comparison
 from gligen_xl.evaluate.metrics import paired_difference, summarize
 from gligen_xl.evaluate.protocols import Protocol, find_protocol, grey
@@ -36,8 +35,8 @@ class Words:
     attributes: tuple = ()
     labels_decide: bool = True
 
-    def wanted(self, phrase):
-        return Wanted(phrase)
+    def query(self, phrase):
+        return Query(phrase)
 
 
 def found_near(layout, detector, noise, share, random):
@@ -47,12 +46,14 @@ def found_near(layout, detector, noise, share, random):
         if random.random() < share:
             moved = np.clip(np.array(box) + random.normal(0, noise, 4), 0, 1)
             x0, x1, y0, y1 = *sorted(moved[::2]), *sorted(moved[1::2])
-            wanted = detector.wanted(phrase)
+            wanted = detector.query(phrase)
             seen = {name: said if random.random() < 0.9 else "green" for name, said in wanted.attributes.items()}
-            found.append(Found((x0, y0, x1 + 0.01, y1 + 0.01), wanted.label, round(random.uniform(0.3, 1), 3), seen))
+            found.append(
+                Detection((x0, y0, x1 + 0.01, y1 + 0.01), wanted.label, round(random.uniform(0.3, 1), 3), seen)
+            )
     if random.random() < 0.2:
-        found.append(Found((0.4, 0.4, 0.6, 0.7), found[0].label if found else "thing", 0.4, {}))
-    unsure = Found((0, 0, 1, 1), "unsure", 0.06)
+        found.append(Detection((0.4, 0.4, 0.6, 0.7), found[0].label if found else "thing", 0.4, {}))
+    unsure = Detection((0, 0, 1, 1), "unsure", 0.06)
     return [*found, unsure] if "threshold" in detector.settings else found
 
 
@@ -464,5 +465,5 @@ def test_figures_in_words():
 
 def one_score():
     layout = Layout(phrases=["a red circle"], boxes=[[0, 0, 0.5, 0.5]])
-    found = [Found((0, 0, 0.5, 0.5), "red circle", 1.0, {"colour": "red", "shape": "circle"})]
+    found = [Detection((0, 0, 0.5, 0.5), "red circle", 1.0, {"colour": "red", "shape": "circle"})]
     return [score_image(layout, "0", found, ShapesDetector())]

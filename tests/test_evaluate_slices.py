@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gligen_xl import Layout
-from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detection import Detection, Query
 from gligen_xl.detect.matching import ObjectScore, score_image
-from gligen_xl.detect.query import Wanted
 from gligen_xl.evaluate.metrics import summarize
 from gligen_xl.evaluate.slices import (
     METRICS,
@@ -38,7 +37,7 @@ def scored(layouts=LAYOUTS):
     detector = ShapesDetector()
     found = [
         [
-            Found(box, "red circle", 1.0, {"colour": "red", "shape": "circle"})
+            Detection(box, "red circle", 1.0, {"colour": "red", "shape": "circle"})
             for phrase, box in zip(layout.phrases, layout.boxes, strict=True)
             if plain_phrase(phrase) == "a red circle"
         ]
@@ -52,7 +51,7 @@ def told(parts):
 
 
 def test_parts_by_hand():
-    parts = slices(scored(), LAYOUTS, ShapesDetector().wanted)
+    parts = slices(scored(), LAYOUTS, ShapesDetector().query)
     assert list(parts) == ["size", "position", "objects", "frequency", "colour", "shape"]
     assert told(parts["size"]) == {"under 2 %": (2, 2, 1), "from 25 %": (2, 2, 0)}
     assert told(parts["position"]) == {"top left": (2, 2, 1), "bottom right": (2, 2, 0)}
@@ -68,7 +67,7 @@ def test_parts_by_hand():
 def test_a_part_that_is_the_whole_has_its_interval():
     layouts = [Layout(phrases=["a red circle"], boxes=[LARGE], id=f"{k}") for k in range(30)]
     images = [*scored(layouts[:20]), *(replace(image, objects=(MISSED,)) for image in scored(layouts[20:]))]
-    (whole,) = slices(images, layouts, ShapesDetector().wanted)["size"]
+    (whole,) = slices(images, layouts, ShapesDetector().query)["size"]
     metrics = summarize(images, ap=False)
     assert whole.metrics == {name: metrics[name] for name in METRICS}
     assert metrics["success"].low < metrics["success"].value == 2 / 3 < metrics["success"].high
@@ -76,17 +75,17 @@ def test_a_part_that_is_the_whole_has_its_interval():
 
 def test_phrases_are_counted_in_all_layouts():
     """Also in those whose images could not be read."""
-    parts = slices(scored()[1:2], LAYOUTS, ShapesDetector().wanted)
+    parts = slices(scored()[1:2], LAYOUTS, ShapesDetector().query)
     assert told(parts["frequency"]) == {"2 to 9 times": (1, 1, 1)}
 
 
 def test_phrases_without_attributes_and_no_images():
-    parts = slices(scored(), LAYOUTS, Wanted)
+    parts = slices(scored(), LAYOUTS, Query)
     assert list(parts) == ["size", "position", "objects", "frequency"]
-    assert slices([], LAYOUTS, Wanted) == {}
+    assert slices([], LAYOUTS, Query) == {}
 
     def some(phrase):
-        return Wanted(phrase, {"colour": "red"} if "red" in phrase else {})
+        return Query(phrase, {"colour": "red"} if "red" in phrase else {})
 
     assert told(slices(scored(), LAYOUTS, some)["colour"]) == {"red": (3, 3, pytest.approx(2 / 3))}
 
@@ -98,7 +97,7 @@ def test_every_object_is_in_one_part_of_each_grouping(corners):
     layout = Layout(phrases=["a red circle"] * len(boxes), boxes=boxes, id="x")
     images = scored([layout])
     whole = summarize(images, ap=False, resamples=1)["success"].value
-    for name, parts in slices(images, [layout], ShapesDetector().wanted).items():
+    for name, parts in slices(images, [layout], ShapesDetector().query).items():
         assert sum(part.objects for part in parts) == len(boxes), name
         right = sum(part.objects * part.metrics["success"].value for part in parts)
         assert right / len(boxes) == pytest.approx(whole)

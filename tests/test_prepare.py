@@ -23,8 +23,7 @@ from gligen_xl.cli.common import parse_part
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Row, Shard, find_shards
-from gligen_xl.detect.captions import Detector
-from gligen_xl.detect.outputs import Detections
+from gligen_xl.detect.captions import CaptionGrounder
 from gligen_xl.layout import box_iou
 from gligen_xl.prepare.encode import load_vae
 from gligen_xl.prepare.framing import Framing
@@ -812,7 +811,7 @@ def overlaps(shard, vae):
     images = decoded(vae, np.array(shard.latents))
     for k, image in enumerate(images):
         row = shard.row(k)
-        seen = {item.colour: item.box for item in reversed(detect(image))}
+        seen = {item.attributes["colour"]: item.box for item in reversed(detect(image))}
         for box, phrase in zip(row.boxes, row.phrases, strict=True):
             colour = phrase.split()[1]
             found.append(float(box_iou(np.array([box]), np.array([seen[colour]]))[0, 0]) if colour in seen else 0.0)
@@ -887,14 +886,14 @@ def test_captions_that_are_left_out_are_told(tmp_path, how, units):
 # Detectors ----------------------------------------------------------------------------------------------------------
 
 
-class Cutting(Detector):
+class Cutting(CaptionGrounder):
     """Finds nothing, and every text is too long for it."""
 
     reads_captions = True
 
-    def detect(self, images, captions):
+    def ground(self, images, captions):
         self.cut_texts += len(captions)
-        return [Detections() for _ in images]
+        return [[] for _ in images]
 
 
 @dataclass(frozen=True)
@@ -907,7 +906,7 @@ class Silent(Scenes):
 
 
 def test_texts_that_were_cut_are_told(tmp_path, how, monkeypatch):
-    monkeypatch.setattr(Detector, "load", lambda *_, **__: Cutting())
+    monkeypatch.setattr(CaptionGrounder, "load", lambda *_, **__: Cutting())
     report = prepare([Silent("a", 5), Silent("b", 4)], tmp_path, replace(how, detector="d"), HERE)
     assert report.total.cut_texts == 5
     assert report.total.skipped["no caption"]["count"] == 4

@@ -49,7 +49,7 @@ def test_its_error_on_vae_round_trips(shapes_pipeline):
 def test_images_of_any_size_and_mode():
     scene = sample_scene(3, 1, num_objects=2)
     large = detect(draw(scene, size=256))
-    assert {(d.colour, d.shape) for d in large} == {(item.colour, item.shape) for item in scene.objects}
+    assert {item.label for item in large} == {f"{item.colour} {item.shape}" for item in scene.objects}
     assert detect(draw(scene).convert("RGBA")) == detect(draw(scene))
     assert detect(np.asarray(draw(scene))) == detect(draw(scene))
     assert detect(Image.new("RGB", (3, 2))) is not None

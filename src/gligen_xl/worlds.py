@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    from .detect.captions import Detector as CaptionDetector
-    from .detect.query import Detector
+    from .detect.captions import CaptionGrounder
+    from .detect.detection import Detector
     from .evaluate.protocols import Protocol as EvaluationProtocol
     from .pipelines.layouts import ImageLayout
 
@@ -47,7 +47,7 @@ class World(Protocol):
         """Returns its exact detector, for the evaluation."""
         ...
 
-    def new_caption_detector(self) -> CaptionDetector:
+    def new_grounder(self) -> CaptionGrounder:
         """Returns its exact detector, for the preparation of data."""
         ...
 

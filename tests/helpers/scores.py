@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from gligen_xl.detect.detection import Found
+from gligen_xl.detect.detection import Detection
 from gligen_xl.detect.matching import score_image
 
 
@@ -18,14 +18,14 @@ class Words:
     def __post_init__(self):
         object.__setattr__(self, "settings", self.settings or {})
 
-    def wanted(self, phrase):
+    def query(self, phrase):
         colour, label = phrase.split()
         return SimpleNamespace(label=label, attributes={"colour": colour})
 
 
 def found(phrase, box, score=1.0):
     colour, label = phrase.split()
-    return Found(tuple(box), label, score, {"colour": colour})
+    return Detection(tuple(box), label, score, {"colour": colour})
 
 
 def perfect(layout):

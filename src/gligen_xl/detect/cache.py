@@ -31,7 +31,7 @@ class Seen:
     checksum: str
 
 
-class Kept:
+class DetectionCache:
     """What one detector found in the images of one folder.
 
     Args:

@@ -1,7 +1,7 @@
 """Boxes found in images from their captions, by any zero-shot detector of transformers.
 
-    detector = Detector.load("IDEA-Research/grounding-dino-base", device="cuda")  # or a local folder
-    detector.detect([image], ["A man rides a bicycle. Trees stand behind him."])
+    grounder = CaptionGrounder.load("IDEA-Research/grounding-dino-base", device="cuda")  # or a local folder
+    grounder.ground([image], ["A man rides a bicycle. Trees stand behind him."])
 
 Detectors that ground every word read the caption whole; others look for candidates: the parts of the caption between
 its commas and sentence marks. See `networks`.
@@ -19,7 +19,7 @@ import torch
 
 from ..hub import local_folder
 from ..worlds import find_world
-from .detection import THRESHOLD
+from .detection import THRESHOLD, Detection
 from .networks import (
     FILES,
     WORD_KINDS,
@@ -31,10 +31,10 @@ from .networks import (
     check_kind,
     load_network,
 )
-from .outputs import MARKS, Detections, candidates
+from .outputs import MARKS, candidates
 
 
-class Detector(ABC):
+class CaptionGrounder(ABC):
     """Finds what a caption names.
 
     Attributes:
@@ -46,7 +46,7 @@ class Detector(ABC):
     reads_captions: bool = False
 
     @abstractmethod
-    def detect(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+    def ground(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[list[Detection]]:
         """What is found in each image, (h, w, 3) uint8 of any size; the same whatever images are beside it.
 
         Raises:
@@ -64,8 +64,8 @@ class Detector(ABC):
         batch_size: int = 8,
         text: str | None = None,
         local_files_only: bool = False,
-    ) -> Detector:
-        """A detector by name; thresholds as IGLIGEN's. Code of a repository is never run.
+    ) -> CaptionGrounder:
+        """Load a detector by name; thresholds as IGLIGEN's. Code of a repository is never run.
 
         Args:
             name: a folder, a Hub repository, or "shapes": the exact detector of the embedded world.
@@ -80,23 +80,23 @@ class Detector(ABC):
             ValueError: it is no zero-shot detector, or a package that it needs is not installed.
         """
         if world := find_world(name):
-            return world.new_caption_detector()
+            return world.new_grounder()
         of_box, of_text = (THRESHOLD if value is None else value for value in (box_threshold, text_threshold))
         settings = NetworkSettings(of_box, of_text, device, dtype, batch_size)
         folder = local_folder(name, "detector", FILES, local_files_only=local_files_only)
         kind = check_kind(folder, ZERO_SHOT_KINDS, "zero-shot detector")
         model, processor = load_network(folder)
-        return (WordDetector if kind in WORD_KINDS else CandidateDetector)(model, processor, settings, text)
+        return (WordGrounder if kind in WORD_KINDS else CandidateGrounder)(model, processor, settings, text)
 
 
-class CaptionDetector(Detector, Network):
+class NetworkGrounder(CaptionGrounder, Network):
     """A network that is asked for what captions name."""
 
     def __init__(self, model: Any, processor: Any, settings: NetworkSettings, text: str | None):
         super().__init__(model, processor, settings)
         self.text, self.cut_texts, self.reads_captions = text, 0, text is None
 
-    def detect(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+    def ground(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[list[Detection]]:
         check_inputs(images, captions)
         queries = [self._query(caption if self.text is None else self.text) for caption in captions]
         return self.find(images, queries)
@@ -106,7 +106,7 @@ class CaptionDetector(Detector, Network):
         """What is looked for; empty where the text names nothing."""
 
 
-class WordDetector(CaptionDetector, WordNetwork):
+class WordGrounder(NetworkGrounder, WordNetwork):
     def _query(self, text: str) -> str:
         """Lower-cased and ended with a full stop, as the model was trained; cut before the word that is too much."""
         text = text.strip().lower()
@@ -122,7 +122,7 @@ class WordDetector(CaptionDetector, WordNetwork):
         return text if text.endswith(".") else text + "."
 
 
-class CandidateDetector(CaptionDetector, CandidateNetwork):
+class CandidateGrounder(NetworkGrounder, CandidateNetwork):
     def _query(self, text: str) -> tuple[str, ...]:
         parts = candidates(text)
         self.cut_texts += sum(self.excess(part) > 0 for part in parts)

@@ -1,18 +1,21 @@
-"""What a detector found in an image."""
+"""Detections, what a detector is asked for, and what a detector is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..layout import Box
+from ..layout import Box, Layout
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 THRESHOLD = 0.2  # of boxes and of words, where free phrases are looked for; IGLIGEN's
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """One detection.
 
     Args:
@@ -37,8 +40,50 @@ class Found:
         return {"box": self.box, "label": self.label, "score": self.score, "attributes": dict(self.attributes)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Found:
+    def from_dict(cls, values: Mapping[str, Any]) -> Detection:
         """The inverse of `to_dict`, after JSON made lists of its tuples."""
         seen = {name: v if isinstance(v, str) else tuple(v) for name, v in values["attributes"].items()}
         x0, y0, x1, y1 = values["box"]
         return cls((x0, y0, x1, y1), values["label"], values["score"], seen)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a phrase asks for, in a detector's words: the label of a detection, and what it is to be judged."""
+
+    label: str
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+class Detector(Protocol):
+    """Finds the objects of layouts.
+
+    Attributes:
+        name: for file names and reports.
+        settings: all that its detections depend on, for reports.
+        attributes: what is judged beside the place, as ("colour",).
+        labels_decide: only detections of the requested label may be assigned to an object; else any, by IoU alone.
+        reads_layouts: what it finds depends on what the layout asks for; else on the image alone.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def attributes(self) -> tuple[str, ...]: ...
+    @property
+    def labels_decide(self) -> bool: ...
+    @property
+    def reads_layouts(self) -> bool: ...
+
+    def query(self, phrase: str) -> Query:
+        """Raises ValueError, if it cannot look for that."""
+        ...
+
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+        """What is in each image, best first; the same whatever images are beside it, to rounding.
+
+        Also what scores less than `settings["threshold"]`, down to 0.05: AP is of the less sure as well.
+        """
+        ...

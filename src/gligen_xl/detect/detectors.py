@@ -1,7 +1,7 @@
 """Detectors: what is where in an image, and what a layout's phrases ask of them.
 
     detector = find_detector("PekingU/rtdetr_r50vd", device="cuda")   # or a local folder, or "shapes"
-    detector.wanted("two cars")                                       # Wanted(label="car", attributes={})
+    detector.query("two cars")                                       # Query(label="car", attributes={})
     detector.detect([image], [layout])                              # a list of Found an image
 
 Three kinds: the exact one of the shapes world; networks of fixed classes (RT-DETR, D-FINE, DETR, YOLOS, ...); and
@@ -25,7 +25,7 @@ from ..hub import local_folder
 from ..layout import Layout
 from ..worlds import find_world
 from .colour import ColourJudge, Segmenter, split_colour
-from .detection import Found
+from .detection import Detection, Detector, Query
 from .network_detectors import CLASS_THRESHOLD, PHRASE_THRESHOLD, ClassDetector, ClassNetwork, PhraseDetector
 from .networks import (
     FILES,
@@ -37,7 +37,6 @@ from .networks import (
     check_kind,
     load_network,
 )
-from .query import Detector, Wanted
 from .weights import check_tokenizer, checksum, title
 
 KEPT = 0.05  # score from which on a detection is kept for AP, under the threshold from which on it counts
@@ -122,11 +121,11 @@ class ColourDetector:
         self.labels_decide, self.reads_layouts = detector.labels_decide, detector.reads_layouts
         self.settings: Mapping[str, Any] = {**detector.settings, **judge.settings}
 
-    def wanted(self, phrase: str) -> Wanted:
+    def query(self, phrase: str) -> Query:
         colour, rest = split_colour(phrase)
-        return Wanted(self.detector.wanted(rest).label, {"colour": colour})
+        return Query(self.detector.query(rest).label, {"colour": colour})
 
-    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
         colourless = [replace(of, phrases=[split_colour(phrase)[1] for phrase in of.phrases]) for of in layouts]
         every = self.detector.detect(images, colourless)
         coloured = []

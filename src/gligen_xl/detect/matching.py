@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..layout import Box, Layout, box_iou
-from .detection import Found
+from .detection import Detection
 
 if TYPE_CHECKING:
     from .detectors import Detector
@@ -64,7 +64,7 @@ class ImageScore:
     layout: Layout
     key: str
     objects: tuple[ObjectScore, ...]
-    found: tuple[Found, ...]
+    found: tuple[Detection, ...]
     extra: int
     missing: int
     clip: float | None = None
@@ -77,7 +77,7 @@ class ImageScore:
 
 
 def score_image(
-    layout: Layout, key: str, found: Sequence[Found], detector: Detector, beside: Sequence[tuple[str, Box]] = ()
+    layout: Layout, key: str, found: Sequence[Detection], detector: Detector, beside: Sequence[tuple[str, Box]] = ()
 ) -> ImageScore:
     """Assign detections to the requested objects and count what is left.
 
@@ -92,7 +92,7 @@ def score_image(
     Raises:
         ValueError: a phrase that the detector cannot look for.
     """
-    wanted = [detector.wanted(phrase) for phrase in layout.phrases]
+    wanted = [detector.query(phrase) for phrase in layout.phrases]
     if beside:
         requested = list(zip([item.label for item in wanted], layout.boxes, strict=True))
         found = _requested(found, requested, beside, detector)
@@ -134,14 +134,14 @@ def score_image(
 
 
 def _requested(
-    found: Sequence[Found], requested: Sequence[_Labelled], beside: Sequence[_Labelled], detector: Detector
-) -> list[Found]:
+    found: Sequence[Detection], requested: Sequence[_Labelled], beside: Sequence[_Labelled], detector: Detector
+) -> list[Detection]:
     """Those detections that do not stand for an object beside: one that they find (IoU at least 0.5), and overlap more
     than any that is requested. As COCO's evaluation passes over what it ignores."""
     known = []
     for phrase, box in beside:
         with suppress(ValueError):  # what the detector cannot look for, it has not found
-            known.append((detector.wanted(phrase).label, box))
+            known.append((detector.query(phrase).label, box))
 
     def best(objects: Sequence[_Labelled]) -> np.ndarray:
         """IoU of each detection with the object of its label that it overlaps most."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,10 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..layout import Layout, box_iou
-from .detection import Found
+from .detection import Detection, Query
 from .networks import CandidateNetwork, Network, WordNetwork
-from .outputs import Detections
-from .query import Wanted
 
 CLASS_THRESHOLD = 0.5  # transformers' own
 PHRASE_THRESHOLD = 0.25  # COCO-MIG's evaluation, as is the next
@@ -43,10 +41,10 @@ class ClassDetector:
         for class_name in network.classes:
             self._names.setdefault(_spelling(class_name), class_name)
 
-    def wanted(self, phrase: str) -> Wanted:
+    def query(self, phrase: str) -> Query:
         for form in _singulars(plain(phrase)):
             if (name := self._names.get(_spelling(form))) is not None:
-                return Wanted(name)
+                return Query(name)
         near = get_close_matches(plain(phrase), self.network.classes, n=3, cutoff=0.6)
         near += [name for name in self.network.classes if name in plain(phrase).split() and name not in near]
         hint = f"; near are {', '.join(near)}" if near else f"; it has {', '.join(self.network.classes[:8])}, ..."
@@ -55,9 +53,9 @@ class ClassDetector:
             f"classes{hint}. For free phrases take OWLv2 or GroundingDINO"
         )
 
-    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
         found = self.network.find([_pixels(image) for image in images], [True] * len(layouts))
-        return [list(_best(detections)) for detections in found]
+        return [detections[:MOST] for detections in found]
 
 
 class ClassNetwork(Network):
@@ -70,7 +68,7 @@ class ClassNetwork(Network):
     def _group(self, image: np.ndarray, query: bool) -> Hashable:
         return image.shape
 
-    def _batch(self, images: list[np.ndarray], queries: list[bool]) -> Iterator[Detections]:
+    def _batch(self, images: list[np.ndarray], queries: list[bool]) -> Iterator[list[Detection]]:
         every = self.processor.post_process_object_detection(
             self._run(self.processor(images, return_tensors="pt")),
             threshold=self.settings.box_threshold,
@@ -125,28 +123,28 @@ class PhraseDetector:
         self.name = _file_name(name)
         self.settings = _settings(name, checksum, network, threshold) | {"same_iou": SAME}
 
-    def wanted(self, phrase: str) -> Wanted:
+    def query(self, phrase: str) -> Query:
         label = plain(phrase)
         text = f"{label} ." if isinstance(self.network, WordNetwork) else label
         if not re.search(r"\w", label):
             raise ValueError(f"the detector {self.name} cannot look for {phrase!r}, which holds no word")
         if (excess := self.network.excess(text)) > 0:
             raise ValueError(f"the detector {self.name} cannot look for {phrase!r}; it is {excess} tokens too long")
-        return Wanted(label)
+        return Query(label)
 
-    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
         seen: list[np.ndarray] = []
         queries: list[Any] = []
         owners: list[int] = []
         for k, (image, layout) in enumerate(zip(images, layouts, strict=True)):
-            labels = list(dict.fromkeys(self.wanted(phrase).label for phrase in layout.phrases))
+            labels = list(dict.fromkeys(self.query(phrase).label for phrase in layout.phrases))
             asked = self._queries(labels)
             queries += asked
             seen += [_pixels(image)] * len(asked)
             owners += [k] * len(asked)
-        every: list[list[Found]] = [[] for _ in images]
+        every: list[list[Detection]] = [[] for _ in images]
         for k, detections in zip(owners, self.network.find(seen, queries), strict=True):
-            every[k] += _best(_distinct(detections))
+            every[k] += _distinct(detections)[:MOST]
         return [sorted(found, key=lambda item: -item.score)[:MOST] for found in every]
 
     def _queries(self, labels: Sequence[str]) -> list[Any]:
@@ -171,26 +169,18 @@ def plain(phrase: str) -> str:
     return without if without and words[0] in ("a", "an", "the", "some") else " ".join(words)
 
 
-def _distinct(detections: Detections) -> Detections:
-    """Without those that overlap a better one of the same phrase by `SAME` or more."""
-    overlap = box_iou(np.array(detections.boxes), np.array(detections.boxes))
-    kept: list[int] = []
-    for k, phrase in enumerate(detections.phrases):  # best first
-        if not any(detections.phrases[j] == phrase and overlap[k, j] >= SAME for j in kept):
-            kept.append(k)
-    return Detections(
-        [detections.boxes[k] for k in kept],
-        [detections.scores[k] for k in kept],
-        [detections.phrases[k] for k in kept],
-    )
+def _distinct(detections: Sequence[Detection]) -> list[Detection]:
+    """Leave out those that overlap a better one of the same label by `SAME` or more."""
+    boxes = np.array([detection.box for detection in detections])
+    overlap = box_iou(boxes, boxes)
+    distinct: list[int] = []
+    for k, detection in enumerate(detections):  # best first
+        if not any(detections[j].label == detection.label and overlap[k, j] >= SAME for j in distinct):
+            distinct.append(k)
+    return [detections[k] for k in distinct]
 
 
 # Both -----------------------------------------------------------------------------------------------------------------
-
-
-def _best(detections: Detections) -> Iterable[Found]:
-    every = zip(detections.boxes, detections.phrases, detections.scores, strict=True)
-    return (Found(*each) for each in list(every)[:MOST])
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

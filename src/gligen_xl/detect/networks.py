@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DE
 
 from ..io import read_json
 from ..layout import xyxy_from_cxcywh
-from .outputs import Detections, Tokens, collect
+from .detection import Detection
+from .outputs import Tokens, collect
 
 ZERO_SHOT_KINDS = tuple(MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES)  # config.model_type of all
 WORD_KINDS = ("grounding-dino", "mm-grounding-dino")  # of those that ground every word
@@ -59,13 +60,13 @@ class Network(ABC):
         self.model = model.to(settings.device).eval()
         self.processor, self.settings = processor, settings
 
-    def find(self, images: Sequence[np.ndarray], queries: Sequence[Any]) -> list[Detections]:
+    def find(self, images: Sequence[np.ndarray], queries: Sequence[Any]) -> list[list[Detection]]:
         """What is found in each image, (h, w, 3) uint8 of any size; nothing where its query is empty."""
         groups: dict[Hashable, list[int]] = {}
         for k, (image, query) in enumerate(zip(images, queries, strict=True)):
             if query:  # else there is nothing to look for
                 groups.setdefault(self._group(image, query), []).append(k)
-        found = [Detections() for _ in images]
+        found: list[list[Detection]] = [[] for _ in images]
         for group in groups.values():
             for start in range(0, len(group), self.settings.batch_size):
                 numbers = group[start : start + self.settings.batch_size]
@@ -79,7 +80,7 @@ class Network(ABC):
         """Equal for images that can share a batch without padding."""
 
     @abstractmethod
-    def _batch(self, images: list[np.ndarray], queries: list[Any]) -> Iterator[Detections]: ...
+    def _batch(self, images: list[np.ndarray], queries: list[Any]) -> Iterator[list[Detection]]: ...
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         """The model's outputs in float32. A batch that overflows in half precision is repeated without it."""
@@ -98,7 +99,7 @@ class Network(ABC):
                 outputs[name] = value
         return outputs
 
-    def _post_processed(self, found: dict[str, Any], image: np.ndarray, phrases: Sequence[str]) -> Detections:
+    def _post_processed(self, found: dict[str, Any], image: np.ndarray, phrases: Sequence[str]) -> list[Detection]:
         """Of one image, as the library's own post-processing gives it, in pixels."""
         height, width = image.shape[:2]
         boxes = found["boxes"].cpu().numpy() / np.array([width, height, width, height], np.float32)
@@ -120,7 +121,7 @@ class WordNetwork(Network):
     def _group(self, image: np.ndarray, query: str) -> Hashable:
         return image.shape
 
-    def _batch(self, images: list[np.ndarray], queries: list[str]) -> Iterator[Detections]:
+    def _batch(self, images: list[np.ndarray], queries: list[str]) -> Iterator[list[Detection]]:
         texts = self.processor.tokenizer(queries, padding=True, return_tensors="pt")
         outputs = self._run({**self.processor.image_processor(images, return_tensors="pt"), **texts})
         scores = outputs.logits.sigmoid().cpu().numpy()  # (B, boxes, tokens)
@@ -144,7 +145,7 @@ class CandidateNetwork(Network):
     def _group(self, image: np.ndarray, query: tuple[str, ...]) -> Hashable:
         return len(query)  # sizes do not matter: these models see every image in one size
 
-    def _batch(self, images: list[np.ndarray], queries: list[tuple[str, ...]]) -> Iterator[Detections]:
+    def _batch(self, images: list[np.ndarray], queries: list[tuple[str, ...]]) -> Iterator[list[Detection]]:
         labels = [list(query) for query in queries]
         inputs = self.processor(text=labels, images=images, padding="max_length", truncation=True, return_tensors="pt")
         every = self.processor.post_process_grounded_object_detection(

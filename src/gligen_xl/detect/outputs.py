@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..layout import Box
+from .detection import Detection
 
 MARKS = (".", "?", "!")  # each ends a sentence
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one image, best first. Boxes are xyxy, 0-1, of the image that was given."""
-
-    boxes: list[Box] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    phrases: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,11 +55,10 @@ def candidates(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
-def collect(boxes: np.ndarray, scores: np.ndarray, phrases: Sequence[str]) -> Detections:
+def collect(boxes: np.ndarray, scores: np.ndarray, phrases: Sequence[str]) -> list[Detection]:
     """Boxes (n, 4) xyxy clipped to the image, best first; without those that are not finite, have no area or no
     phrase."""
     clipped = boxes.clip(0, 1)  # NaN stays
     usable = np.isfinite(boxes).all(-1) & np.isfinite(scores) & (clipped[:, 2:] > clipped[:, :2]).all(-1)
     order = [k for k in np.argsort(-scores, kind="stable").tolist() if usable[k] and phrases[k]]
-    corners: list[Box] = [tuple(clipped[k].tolist()) for k in order]
-    return Detections(corners, [float(scores[k]) for k in order], [str(phrases[k]) for k in order])
+    return [Detection(tuple(clipped[k].tolist()), str(phrases[k]), float(scores[k])) for k in order]

@@ -1,10 +1,9 @@
 """How well boxes are followed: objects are detected in generated images and compared with what was requested."""
 
-from ..detect.detection import Found
+from ..detect.detection import Detection, Detector, Query
 from ..detect.detectors import find_detector
 from ..detect.matching import ImageScore, ObjectScore, score_image
 from ..detect.metrics import point_metrics
-from ..detect.query import Detector, Wanted
 from .compare import compare
 from .metrics import Estimate, paired_difference, summarize
 from .protocols import Protocol, find_protocol
@@ -13,14 +12,14 @@ from .run import Condition, evaluate_layouts, score_all
 
 __all__ = [
     "Condition",
+    "Detection",
     "Detector",
     "Estimate",
-    "Found",
     "ImageScore",
     "ObjectScore",
     "Protocol",
+    "Query",
     "Report",
-    "Wanted",
     "compare",
     "evaluate_layouts",
     "find_detector",

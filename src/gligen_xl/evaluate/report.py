@@ -98,7 +98,7 @@ class Report:
         return {
             condition.name: {
                 grouping: [replace(part, metrics=_rounded(part.metrics)) for part in parts]
-                for grouping, parts in slices(condition.images, self.protocol.layouts, self.detector.wanted).items()
+                for grouping, parts in slices(condition.images, self.protocol.layouts, self.detector.query).items()
             }
             for condition in self.conditions
             if condition is self.conditions[0] or condition.kind in ("off", "real")

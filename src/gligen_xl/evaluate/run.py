@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..detect.cache import Kept, Seen
-from ..detect.detection import Found
+from ..detect.cache import DetectionCache, Seen
+from ..detect.detection import Detection
 from ..detect.detectors import Detector
 from ..detect.matching import ImageScore, score_image
 from ..images.decode import ImageError, decode
@@ -108,7 +108,7 @@ def check_phrases(layouts: Mapping[str, Layout], detector: Detector) -> None:
         if not layout.boxes:
             raise ValueError(f"layout {key} has no boxes; there is nothing to evaluate")
         for phrase in layout.phrases:
-            detector.wanted(phrase)
+            detector.query(phrase)
 
 
 def image_folder(out: str | Path, name: str) -> Path:
@@ -319,7 +319,11 @@ class _Scorer:
         return Condition(way.name, way.kind, way.settings, tuple(scores), paths, ordered)
 
     def _look(
-        self, layouts: Mapping[str, Layout], paths: Mapping[str, Path], kept: Sequence[Kept], unread: dict[str, str]
+        self,
+        layouts: Mapping[str, Layout],
+        paths: Mapping[str, Path],
+        kept: Sequence[DetectionCache],
+        unread: dict[str, str],
     ) -> Iterator[Seen]:
         """Those images that can be read, after what is in them is kept."""
         keys = [key for key in layouts if key in paths]
@@ -340,18 +344,18 @@ class _Scorer:
             yield from every
 
 
-def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) -> list[Kept]:
+def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) -> list[DetectionCache]:
     """What the detector found in the images of that folder, and what CLIP says of them."""
 
     def detect(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
         return [[item.to_dict() for item in found] for found in detector.detect(images, layouts)]
 
-    def detections(found: Any) -> list[Found]:
-        return [Found.from_dict(item) for item in found]
+    def detections(found: Any) -> list[Detection]:
+        return [Detection.from_dict(item) for item in found]
 
     folder = out / "detections" / name
     settings, asks = detector.settings, detector.reads_layouts
-    kept = [Kept(folder / f"{detector.name}.jsonl", settings, detect, detections, reads_layouts=asks)]
+    kept = [DetectionCache(folder / f"{detector.name}.jsonl", settings, detect, detections, reads_layouts=asks)]
     if clip is not None:
 
         def compare(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
@@ -361,7 +365,7 @@ def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) 
             whole, objects = found
             return None if whole is None else float(whole), [float(value) for value in objects]  # no prompt, no score
 
-        kept.append(Kept(folder / "clip.jsonl", clip.settings, compare, similarities))
+        kept.append(DetectionCache(folder / "clip.jsonl", clip.settings, compare, similarities))
     return kept
 
 
@@ -369,7 +373,7 @@ def score_kept(
     layout: Layout, key: str, found: Sequence[Any], detector: Detector, beside: Sequence[tuple[str, Box]] = ()
 ) -> ImageScore:
     """Args: found: as `all_kept` has it, the detector's alone or with CLIP's. beside: see `score_image`."""
-    score = score_image(layout, key, [Found.from_dict(item) for item in found[0]], detector, beside)
+    score = score_image(layout, key, [Detection.from_dict(item) for item in found[0]], detector, beside)
     if len(found) == 1:
         return score
     whole, objects = found[1]

@@ -1,6 +1,6 @@
 """Where boxes are followed and where they are not: metrics of parts of the objects.
 
-    slices(condition.images, protocol.layouts, detector.wanted)["size"]
+    slices(condition.images, protocol.layouts, detector.query)["size"]
 
 A grouping puts each requested object into one part. Intervals are over images, as those of the whole.
 """
@@ -21,7 +21,7 @@ from ..layout import Layout
 from .metrics import Estimate, Ratio, of_objects, ratios_of
 
 if TYPE_CHECKING:
-    from ..detect.detectors import Wanted
+    from ..detect.detection import Query
 
 # Shares of the image's area. 2 % is what layout-to-image's filter leaves out; from there on the sides of a square box
 # grow by about half each time: 14, 22, 32 and 50 % of the image's.
@@ -51,7 +51,7 @@ class Slice:
 
 
 def slices(
-    images: Sequence[ImageScore], layouts: Sequence[Layout], wanted: Callable[[str], Wanted]
+    images: Sequence[ImageScore], layouts: Sequence[Layout], wanted: Callable[[str], Query]
 ) -> dict[str, list[Slice]]:
     """The parts that have objects, in their order, by grouping.
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
 from ..data.shards import Row, latents_file, read_header, remove_shard, table_files
-from ..detect.captions import Detector
+from ..detect.captions import CaptionGrounder
 from ..images.crop import BUCKET_GRID
 from ..limits import MAX_BATCH, MAX_WORKERS
 from ..redact import public_name
@@ -69,7 +69,7 @@ class UnitMaker:
         _check_resolutions(settings.framing, self.encoder.downsampling)
         self.detector = None
         if settings.detector is not None:
-            self.detector = Detector.load(
+            self.detector = CaptionGrounder.load(
                 settings.detector,
                 box_threshold=settings.box_threshold,
                 text_threshold=settings.text_threshold,
@@ -215,13 +215,16 @@ class UnitMaker:
         report.bytes += latents[finite].nbytes
         return finite
 
-    def _detect(self, detector: Detector, batch: Sequence[tuple[Item, Framed]]) -> list[tuple[Item, Framed]]:
+    def _detect(self, detector: CaptionGrounder, batch: Sequence[tuple[Item, Framed]]) -> list[tuple[Item, Framed]]:
         """Give the same images the boxes that are detected in their first frame."""
-        detections = detector.detect([framed.pixels[0] for _, framed in batch], [item.caption for item, _ in batch])
+        every = detector.ground([framed.pixels[0] for _, framed in batch], [item.caption for item, _ in batch])
         result = []
-        for (item, framed), boxes in zip(batch, detections, strict=True):
-            whole = framed.frames[0].back(np.array(boxes.boxes, np.float64)).tolist()
-            result.append((replace(item, boxes=whole, phrases=boxes.phrases, scores=boxes.scores), framed))
+        for (item, framed), detections in zip(batch, every, strict=True):
+            boxes = np.array([detection.box for detection in detections], np.float64)
+            phrases = [detection.label for detection in detections]
+            scores = [detection.score for detection in detections]
+            whole = framed.frames[0].back(boxes).tolist()
+            result.append((replace(item, boxes=whole, phrases=phrases, scores=scores), framed))
         return result
 
 

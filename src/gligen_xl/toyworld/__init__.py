@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..evaluate.protocols import Protocol
     from ..pipelines.layouts import ImageLayout
-    from .detectors import CaptionDetector, ShapesDetector
+    from .detectors import ShapesDetector, ShapesGrounder
 
 NAME = "shapes"
 GUIDANCE_SCALE = 2.0
@@ -39,10 +39,10 @@ def new_detector() -> ShapesDetector:
     return ShapesDetector()
 
 
-def new_caption_detector() -> CaptionDetector:
-    from .detectors import CaptionDetector
+def new_grounder() -> ShapesGrounder:
+    from .detectors import ShapesGrounder
 
-    return CaptionDetector()
+    return ShapesGrounder()
 
 
 def write_shards(vae: Any, out: Path, count: int, *, held_out: bool) -> None:

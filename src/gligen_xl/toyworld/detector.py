@@ -5,12 +5,12 @@ No network is involved. Its own error on drawn images is measured in tests/test_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
+from ..detect.detection import Detection
 from .world import COLOURS, SHAPES, shape_mask
 
 _NAMES = tuple(COLOURS)
@@ -20,19 +20,11 @@ _SMALLEST = 0.01  # share of the image; smaller components are specks
 _GRID = 24  # shapes are compared on a grid of this many cells a side
 
 
-@dataclass(frozen=True)
-class Detection:
-    """One object found. `box` is xyxy in 0-1, `score` the overlap with the ideal shape (0-1), `area` a 0-1 share."""
-
-    colour: str
-    shape: str
-    box: tuple[float, float, float, float]
-    score: float
-    area: float
-
-
 def detect(image: Image.Image | np.ndarray) -> list[Detection]:
-    """All objects of an image (PIL, or (H, W, 3) uint8), largest first."""
+    """Return all objects of an image (PIL, or (H, W, 3) uint8), largest first.
+
+    Their attributes are colour and shape; the score is the overlap with the ideal shape, 0-1.
+    """
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, np.float32)
     if pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"expected an image of shape (H, W, 3), got {pixels.shape}")
@@ -40,7 +32,7 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
     distance = np.linalg.norm(pixels[:, :, None] - _PALETTE, axis=-1)  # (H, W, colours)
     colour = np.where(distance.min(-1) < _FAR, distance.argmin(-1), -1)
     components = _components(colour)
-    found = []
+    detections = []
     for label in np.unique(components[components >= 0]):
         mask = components == label
         area = mask.mean()
@@ -50,8 +42,9 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
         y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
         shape, score = _classify(mask[y0:y1, x0:x1])
         box = (float(x0 / width), float(y0 / height), float(x1 / width), float(y1 / height))
-        found.append(Detection(_NAMES[colour.ravel()[label]], shape, box, score, float(area)))
-    return sorted(found, key=lambda item: -item.area)
+        name = _NAMES[colour.ravel()[label]]
+        detections.append((area, Detection(box, f"{name} {shape}", score, {"colour": name, "shape": shape})))
+    return [detection for _, detection in sorted(detections, key=lambda item: -item[0])]
 
 
 def _components(colour: np.ndarray) -> np.ndarray:

@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..detect.captions import Detector as CaptionDetectorBase
-from ..detect.captions import check_inputs
-from ..detect.detection import Found
+from ..detect.captions import CaptionGrounder, check_inputs
+from ..detect.detection import Detection, Query
 from ..detect.matching import ObjectScore, score_image
-from ..detect.outputs import Detections
-from ..detect.query import Wanted
 from ..layout import Layout
 from .detector import detect
 from .world import COLOURS, SHAPES
@@ -29,18 +26,12 @@ class ShapesDetector:
     labels_decide = False
     reads_layouts = False
 
-    def wanted(self, phrase: str) -> Wanted:
+    def query(self, phrase: str) -> Query:
         colour, shape = self.parse(phrase)
-        return Wanted(f"{colour} {shape}", {"colour": colour, "shape": shape})
+        return Query(f"{colour} {shape}", {"colour": colour, "shape": shape})
 
-    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Found]]:
-        return [
-            [
-                Found(item.box, f"{item.colour} {item.shape}", item.score, {"colour": item.colour, "shape": item.shape})
-                for item in detect(image)
-            ]
-            for image, _ in zip(images, layouts, strict=True)
-        ]
+    def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
+        return [detect(image) for image, _ in zip(images, layouts, strict=True)]
 
     def score(self, image: Image.Image, layout: Layout) -> list[ObjectScore]:
         """One score an object, in the layout's order."""
@@ -60,15 +51,9 @@ class ShapesDetector:
         return colours[0], shapes[0]
 
 
-class CaptionDetector(CaptionDetectorBase):
+class ShapesGrounder(CaptionGrounder):
     """Of images of the shapes world; what the caption says does not matter."""
 
-    def detect(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[Detections]:
+    def ground(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[list[Detection]]:
         check_inputs(images, captions)
-        every = [detect(image) for image in images]
-        return [
-            Detections(
-                [item.box for item in found], [1.0] * len(found), [f"a {item.colour} {item.shape}" for item in found]
-            )
-            for found in every
-        ]
+        return [[Detection(item.box, f"a {item.label}") for item in detect(image)] for image in images]

@@ -69,7 +69,7 @@ def check_base_files(config: TrainConfig) -> None:
 
 def needs_vae(config: TrainConfig) -> bool:
     """Tells whether the run uses the VAE: to generate images, or to encode those of an embedded world."""
-    images = config.validation.wanted and config.validation.pictures > 0
+    images = config.validation.enabled and config.validation.pictures > 0
     return images or any(drawn_count(source) is not None for source in [*config.sources, config.validation.data or ""])
 
 

@@ -241,7 +241,7 @@ class Validation:
             guidance_scale=FINITE,
         )
         for name in ("gain_every", "detector"):
-            if not self.wanted and (value := getattr(self, name)) is not None:
+            if not self.enabled and (value := getattr(self, name)) is not None:
                 raise ValueError(
                     f"validation.{name} is {value}, but validation.data is not set: there is no validation "
                     "(validation.held_out 0.05 takes it from the training's data)"
@@ -250,7 +250,7 @@ class Validation:
             raise ValueError(f"validation.detector is {self.detector}, but validation.pictures is 0: none to look at")
 
     @property
-    def wanted(self) -> bool:
+    def enabled(self) -> bool:
         """Whether there is a validation."""
         return self.data is not None or self.held_out > 0
 

@@ -86,7 +86,7 @@ def _run(
     scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
     data = prepare_data(config, pipeline, processes, resume)
     validator = None
-    if config.validation.wanted and processes.is_main:
+    if config.validation.enabled and processes.is_main:
         validator = prepare_validator(config, pipeline, data, conditioner, scheduler)
     denoiser = Denoiser(unet=unet, model=unet, scheduler=scheduler, conditioner=conditioner, accelerator=accelerator)
     state = prepare_state(config, denoiser, data, processes, resume, stop)
@@ -131,7 +131,7 @@ def _run(
             is_last = seen == stop
             validates_all = is_last or _is_due(config.validation.every, seen, batch_size)
             validates_gain = validates_all or _is_due(config.validation.gain_every, seen, batch_size)
-            if config.validation.wanted and validates_gain:
+            if config.validation.enabled and validates_gain:
                 log.look()
                 with log.paused():
                     with state.ema.applied():

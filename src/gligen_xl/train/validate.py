@@ -19,9 +19,9 @@ from PIL import Image
 
 from ..adapter import gate_values
 from ..data.dataset import Augmentation, Batch, ShardDataset
+from ..detect.detection import Detector
 from ..detect.matching import score_image
 from ..detect.metrics import point_metrics
-from ..detect.query import Detector
 from ..generate import generate
 from ..images.draw import draw_boxes, grid
 from ..layout import Layout
@@ -80,7 +80,7 @@ class Validator:
         """
         for phrase in (phrase for layout in self.layouts for phrase in layout.phrases):
             try:
-                detector.wanted(phrase)  # an error now, not after hours
+                detector.query(phrase)  # an error now, not after hours
             except ValueError:
                 if optional is None:
                     raise
