@@ -61,7 +61,7 @@ def test_distances_of_sets_from_the_real_images(tmp_path, stand_in):
     assert found["near"].fid == pytest.approx(3 * (204 / 255 / 3 - 408 / 255 / 4) ** 2, abs=1e-6)
     assert found["far"].fid > found["near"].fid
     assert found["near"].fid_low < found["near"].fid < found["near"].fid_high
-    assert (found["near"].images, found["far"].images, found["far"].real_images) == (3, 2, 4)
+    assert (found["near"].pictures, found["far"].pictures, found["far"].real_pictures) == (3, 2, 4)
     features = [np.repeat(np.array(greys)[:, None] / 255, 3, 1) for greys in ((0, 51, 153), (0, 51, 102, 255))]
     expected = kernel_distance(*features)
     one = found["near"]
@@ -181,5 +181,5 @@ def test_the_program_needs_nothing_of_this_library(tmp_path, stand_in):
     checks = "assert 'gligen_xl' not in sys.modules and not importlib.util.find_spec('colour')"
     stand_in(f"import importlib.util, sys\n{checks}\n{CLEANFID}")
     found = distances(*sets(tmp_path), python=sys.executable, workers=2, batch_size=16)
-    assert found["beta-1"].images == 2
+    assert found["beta-1"].pictures == 2
     json.dumps(vars(found["beta-1"]))

@@ -349,7 +349,7 @@ def test_all_images_unread(tmp_path):
     assert only["metrics"] == {}
     assert only["pictures"] == []
     assert len(only["unread"]) == 9
-    assert "images: 9 of 9 images: dog0 (missing)" in text
+    assert "pictures: 9 of 9 images: dog0 (missing)" in text
     assert "and 4 more" in text
     table = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| 0 " not in table.split("pictures", 1)[0]

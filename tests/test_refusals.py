@@ -95,7 +95,7 @@ REFUSED = [  # words, and what the line says
     (("prepare", "FOLDER", "--out", "NEW", "--vae", "./no"), "no VAE folder ./no"),
     (("prepare", "FOLDER", "--out", "NEW", "--device", "gpu"), "did you mean cuda?"),
     (("prepare", "FOLDER", "--out", "NEW", "--resolution", "100"), "a multiple of 8"),
-    (("prepare", "FOLDER", "--out", "NEW", "--runners", "2"), "--runners is of --runner ray"),
+    (("prepare", "FOLDER", "--out", "NEW", "--runners", "2"), "goes with --runner ray"),
     (("show", "./nowhere"), "there is no such folder"),
     (("show", "FOLDER", "--out", "FOLDER"), "is a folder; expected the file to write"),
     (("show", "FOLDER", "--index", "1", "--grid", "4"), "--grid is of several samples"),

@@ -20,29 +20,34 @@ from gligen_xl.toyworld.demo import demo
 from gligen_xl.train.config import TrainConfig, Validation
 from gligen_xl.train.loop import train
 
+COUNT = 128  # layouts, with 288 objects; docs/evaluation.md has the figures of 256
+
 
 @pytest.fixture(scope="module")
 def metrics(shapes_pipeline, tmp_path_factory):
-    out, protocol = tmp_path_factory.mktemp("evaluation"), find_protocol("shapes")
+    out, protocol = tmp_path_factory.mktemp("evaluation"), find_protocol("shapes", count=COUNT)
     conditions = evaluate_layouts(shapes_pipeline, protocol, find_detector("shapes"), out, batch_size=32)
     return {c.name: point_metrics([score for p in c.images for score in p.objects]) for c in conditions}
 
 
+# Every bound is a few objects away from the figure beside it.
+
+
 def test_objects_are_in_their_boxes(metrics):
     on = metrics["beta-1"]
-    assert on["objects"] > 500
-    assert on["mean_iou"] >= 0.765  # 0.776
-    assert on["recall_50"] >= 0.905  # 506 of 552 objects
+    assert on["objects"] == 288
+    assert on["mean_iou"] >= 0.765  # 0.774
+    assert on["recall_50"] >= 0.905  # 0.920, 265 of 288 objects
 
 
 def test_objects_have_their_colour_and_shape(metrics):
-    assert metrics["beta-1"]["colour"] >= 0.95  # 0.960
-    assert metrics["beta-1"]["shape_of_found"] >= 0.825  # 0.838
+    assert metrics["beta-1"]["colour"] >= 0.94  # 0.955
+    assert metrics["beta-1"]["shape_of_found"] >= 0.83  # 0.845
 
 
-@pytest.mark.parametrize("control", ["off", "shuffled"])
-def test_without_their_boxes_they_are_not_there(metrics, control):
-    assert metrics[control]["recall_50"] <= 0.15
+@pytest.mark.parametrize(("control", "most"), [("off", 0.165), ("shuffled", 0.105)])  # 0.149, 0.090
+def test_without_their_boxes_they_are_not_there(metrics, control, most):
+    assert metrics[control]["recall_50"] <= most
 
 
 def test_four_tenths_of_the_steps_are_half_of_the_way(metrics):

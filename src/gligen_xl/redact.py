@@ -29,6 +29,7 @@ _PLACES = _HUB_NAMES | {
 _CONTAINERS = ("abfs", "abfss", "az", "wasb", "wasbs")  # container@account, which is no secret
 _WORDS = frozenset({"prompt", "negative_prompt", "phrases", "caption", "text", "id"})  # never a place
 _ABSOLUTE = re.compile(r"(?:/[^/\n]+){2,}/?|~[\w.-]*[/\\].*|[A-Za-z]:[\\/].*|\\\\.*")
+_SCALE = r"=[-+.\deE]+$"  # that may stand behind the name of a LoRA
 _SNAPSHOT = re.compile(r"models--(.+?)--([^/\\]+)[/\\]snapshots[/\\]")  # in the cache of the Hub's library
 _PATH_IN_TEXT = re.compile(
     r"(?<![\w/.:~-])(?:~[\w.-]*)?/(?:[^\s/'\",;:()]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\'\",;:()]+\\)+"
@@ -86,10 +87,10 @@ def public_name(text: str, *, hub: bool = False) -> str:
     """
     if snapshot := _SNAPSHOT.search(text):
         return f"{snapshot[1]}/{snapshot[2]}"
-    file = re.sub(r"=[-+.\deE]+$", "", text)  # a LoRA may have its scale behind it
+    file = re.sub(_SCALE, "", text)
     text = redacted(text)
     exists = os.path.exists(file)  # noqa: PTH110 - it raises nothing, whatever the text holds
-    if text.startswith("hf://") or (hub and names_repository(text) and not exists):
+    if text.startswith("hf://") or (hub and names_repository(re.sub(_SCALE, "", text)) and not exists):
         return text
     if "://" in text:
         text = text.rpartition("://")[2].split("?")[0].split("#")[0].removeprefix(f"{HIDDEN}@")

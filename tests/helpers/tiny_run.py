@@ -38,7 +38,7 @@ def loaded(config: TrainConfig) -> Any:
 def first_batch(config: TrainConfig, **augmentation: Any) -> Batch:
     """The first four samples."""
     dataset = ShardDataset(config.data, replace(config.augmentation, **augmentation), seed=0)
-    return dataset.collate([dataset[k, k] for k in range(4)])
+    return dataset.batch([(k, k) for k in range(4)])
 
 
 def noised(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
