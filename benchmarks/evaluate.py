@@ -63,7 +63,7 @@ def pycocotools_ap(images: list[ImageScore]) -> float:
             requested.append(
                 {"id": len(requested) + 1, "area": 1, "iscrowd": 0, **about(image_id, score.label, tuple(box))}
             )
-        for found in image.found:
+        for found in image.detections:
             if found.label in numbers:
                 results.append({"score": found.score, **about(image_id, found.label, found.box)})
     with contextlib.redirect_stdout(io.StringIO()):

@@ -53,7 +53,7 @@ def by_pycocotools(images):
         for box, score in sorted(zip(item.layout.boxes, item.objects, strict=True), key=lambda pair: pair[0]):
             about = {"image_id": number, "category_id": categories[score.label], "bbox": xywh(box)}
             requested.append({"id": len(requested) + 1, "area": 1, "iscrowd": 0, **about})
-        for one in sorted(item.found, key=lambda one: (-one.score, one.box)):
+        for one in sorted(item.detections, key=lambda one: (-one.score, one.box)):
             about = {"image_id": number, "category_id": categories[one.label], "bbox": xywh(one.box)}
             results.append({"score": one.score, **about})
     truth = coco.COCO()
@@ -122,7 +122,7 @@ def test_order_does_not_matter(library):
     images = random_images(scores=2)
 
     def shuffled(item):
-        seen = [item.found[k] for k in random.permutation(len(item.found))]
+        seen = [item.detections[k] for k in random.permutation(len(item.detections))]
         order = random.permutation(len(item.objects)).tolist()
         layout = item.layout
         layout = Layout(phrases=[layout.phrases[k] for k in order], boxes=[layout.boxes[k] for k in order])
@@ -137,7 +137,7 @@ def test_perfect_nothing_and_what_nobody_asked_for(library):
     right = [image(layout, perfect(layout), str(k)) for k, layout in enumerate(layouts)]
     got = summarize(right, resamples=20)
     assert all((got[name].low, got[name].value, got[name].high) == (1, 1, 1) for name in AP)
-    birds = [replace(item, found=(*item.found, found("red car", (0, 0, 1, 1)))) for item in right]
+    birds = [replace(item, detections=(*item.detections, found("red car", (0, 0, 1, 1)))) for item in right]
     assert values(birds) == values(right)
     nothing = [image(layout, [], str(k)) for k, layout in enumerate(layouts)]
     got = summarize(nothing, resamples=20)
@@ -152,7 +152,7 @@ def test_intervals(library):
     for name in AP:
         fifth = (got[name].high - got[name].low) / 5
         assert 0 <= got[name].low < got[name].value - fifth < got[name].value + fifth < got[name].high <= 1
-    without = [item if k % 4 else replace(item, found=()) for k, item in enumerate(images)]
+    without = [item if k % 4 else replace(item, detections=()) for k, item in enumerate(images)]
     difference = paired_difference(images, without, resamples=200)["ap"]
     assert difference.value == pytest.approx(got["ap"].value - values(without)["ap"])
     assert 0 < difference.low < difference.high < got["ap"].high - got["ap"].low + difference.value

@@ -47,7 +47,7 @@ def test_only_detections_of_the_label_are_assigned_and_of_another_colour_are_wro
         ObjectScore(1.0, {"colour": False}, 2, "dog"),
     )
     assert (scored.extra, scored.missing) == (1, 0)
-    free = image(layout, scored.found, detector=Words(labels_decide=False))
+    free = image(layout, scored.detections, detector=Words(labels_decide=False))
     assert [score.assigned for score in free.objects] == [0, 2]
 
 
@@ -74,7 +74,7 @@ def test_unsure_detections_are_kept_and_not_counted():
     seen = [found("red cat", LEFT, 0.2), found("red cat", RIGHT, 0.3)]
     scored = image(layout, seen, detector=Words(settings={"threshold": 0.3}))
     assert scored.objects[0].assigned is None
-    assert scored.found == tuple(seen)
+    assert scored.detections == tuple(seen)
     assert (scored.extra, scored.missing) == (0, 0)
 
 
@@ -207,7 +207,7 @@ def test_the_order_of_images_does_not_matter(images, data):
 @given(layout=layouts, seen=detections, more=detections)
 def test_detections_that_stand_for_nothing_count_as_extra_only(layout, seen, more):
     few, many = image(layout, seen), image(layout, [*seen, *(replace(item, label="bird") for item in more)])
-    assert replace(many, found=few.found) == few  # nobody asked for birds
+    assert replace(many, detections=few.detections) == few  # nobody asked for birds
     elsewhere = [replace(item, box=(2, 2, 2 + item.box[2], 2 + item.box[3])) for item in more]
     many = image(layout, [*seen, *elsewhere])
     assert many.objects == few.objects

@@ -12,7 +12,7 @@ from PIL import Image
 from gligen_xl.evaluate.coco_layouts import CocoImage, gligen_layouts, layout_to_image_layouts
 from gligen_xl.evaluate.coco_mig import draw_layouts
 from gligen_xl.evaluate.protocols import PROTOCOLS, find_protocol
-from gligen_xl.evaluate.real_images import Photographs, centre_crop, squeeze
+from gligen_xl.evaluate.real_images import RealImages, centre_crop, squeeze
 from gligen_xl.layout import Layout, write_layouts
 from gligen_xl.toyworld.detector import detect
 from gligen_xl.toyworld.world import HELD_OUT_SEED, draw, sample_scene, scene_layout
@@ -192,8 +192,8 @@ def test_an_object_of_the_framed_image_is_where_its_layout_says(tmp_path_factory
         assert cropped  # the object lies beside the middle square
         return
     frame = centre_crop if cropped else squeeze
-    photographs = Photographs(files={"7": path}, frame=frame, sizes={"7": size})
-    rows, columns = np.nonzero(np.asarray(photographs(layouts[0]))[..., 0] > 127)
+    real_images = RealImages(files={"7": path}, frame=frame, sizes={"7": size})
+    rows, columns = np.nonzero(np.asarray(real_images(layouts[0]))[..., 0] > 127)
     seen = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 512
     assert np.abs(seen - layouts[0].boxes[0]).max() < 1.6 / 512
 

@@ -217,7 +217,7 @@ def test_the_figures_are_those_of_the_scores(whole):
                 assert item["iou"] == pytest.approx(score.objects[k].iou, abs=1e-6)
                 if item["assigned"] is not None:
                     assert image["found"][item["assigned"]]["box"] == pytest.approx(
-                        score.found[score.objects[k].assigned].box, abs=1e-6
+                        score.detections[score.objects[k].assigned].box, abs=1e-6
                     )
     first, *others = document["conditions"]
     for parts in first["slices"].values():

@@ -19,12 +19,20 @@ from gligen_xl import Layout
 from gligen_xl.evaluate import compare, evaluate_layouts, find_detector, find_protocol, point_metrics, summarize
 from gligen_xl.evaluate.binding import bind, generation_settings, only_one_at
 from gligen_xl.evaluate.clip import ClipScore
-from gligen_xl.evaluate.real_images import photographs_of
-from gligen_xl.evaluate.run import find_images, generate_all, score_all, shuffled, way_called
-from gligen_xl.evaluate.sampling import Way, find_files, find_ways, generate_images, keyed, read_about, seeded
+from gligen_xl.evaluate.real_images import real_images_of
+from gligen_xl.evaluate.run import find_images, generate_all, image_set_named, score_all, shuffled
+from gligen_xl.evaluate.sampling import (
+    ImageSet,
+    find_files,
+    generate_images,
+    keyed,
+    plan_image_sets,
+    read_about,
+    seeded,
+)
 from gligen_xl.toyworld.detectors import ShapesDetector
 
-ON, OFF = Way.grounded(1.0, 2.0), Way.off(2.0)
+ON, OFF = ImageSet.grounded(1.0, 2.0), ImageSet.off(2.0)
 RED = {"prompt": "grass", "phrases": ["a red circle"], "boxes": [[0.1, 0.1, 0.5, 0.5]]}
 
 
@@ -75,24 +83,24 @@ def test_the_seed_follows_from_what_the_layout_says():
 
 def test_ways_by_name_and_none_twice():
     sweep = {"beta": [0, 0.4, 1], "guidance_scale": [1, 2, 5.5]}
-    ways = find_ways([1.0], 2.0, sweep, off=True)
-    assert [way.name for way in ways] == [
+    image_sets = plan_image_sets([1.0], 2.0, sweep, off=True)
+    assert [image_set.name for image_set in image_sets] == [
         "beta-1",
         "beta-0.4",
         "guidance_scale-1",
         "guidance_scale-5.5",
         "off",
     ]
-    assert ways[3].settings == {"beta": 1.0, "guidance_scale": 5.5}
-    assert [way.name for way in find_ways([0, 1], 2.0, off=False)] == ["beta-0", "beta-1"]
-    assert [way.name for way in find_ways([0], 2.0, off=True)] == ["off"]
+    assert image_sets[3].settings == {"beta": 1.0, "guidance_scale": 5.5}
+    assert [image_set.name for image_set in plan_image_sets([0, 1], 2.0, off=False)] == ["beta-0", "beta-1"]
+    assert [image_set.name for image_set in plan_image_sets([0], 2.0, off=True)] == ["off"]
     for bad, says in (
         ({"steps": [3]}, "sweep of 'steps'"),
         ({"beta": [2]}, "0 to 1"),
         ({"guidance_scale": [-1]}, "-1"),
     ):
         with pytest.raises(ValueError, match=says):
-            find_ways([1.0], 2.0, bad, off=True)
+            plan_image_sets([1.0], 2.0, bad, off=True)
 
 
 def test_shuffled_layouts_are_the_next_ones():
@@ -352,7 +360,7 @@ def test_other_real_images_take_the_place_of_the_former(tmp_path):
             image_of(layout).save(tmp_path / name / f"{layout.id}.png")
 
     def success(name):
-        real = replace(protocol, real=photographs_of(tmp_path / name, protocol.layouts))
+        real = replace(protocol, real=real_images_of(tmp_path / name, protocol.layouts))
         conditions = evaluate_layouts(Painter(protocol), real, ShapesDetector(), tmp_path / "out", betas=[1])
         return point(next(condition for condition in conditions if condition.kind == "real"))["success"]
 
@@ -367,21 +375,21 @@ def test_objects_that_real_images_hold_beside_those_asked_for_are_passed_over(tm
     (tmp_path / "real").mkdir()
     for layout in several:
         whole.real(layout).save(tmp_path / "real" / f"{layout.id}.png")
-    photographs = replace(
-        photographs_of(tmp_path / "real", asked),
+    real_images = replace(
+        real_images_of(tmp_path / "real", asked),
         annotated={layout.id: (layout.phrases, np.array(layout.boxes)) for layout in several},
     )
-    assert [[name for name, _ in photographs.beside(layout)] for layout in asked] == [
+    assert [[name for name, _ in real_images.ignored(layout)] for layout in asked] == [
         list(layout.phrases[1:]) for layout in several
     ]
-    protocol = replace(whole, layouts=asked, real=photographs)
+    protocol = replace(whole, layouts=asked, real=real_images)
 
     def bound(protocol, out):
         conditions = evaluate_layouts(Painter(protocol), protocol, ShapesDetector(), tmp_path / out, betas=[1])
         (real,) = [condition for condition in conditions if condition.kind == "real"]
         return summarize(real.images)
 
-    with_them, without = bound(protocol, "a"), bound(replace(protocol, real=replace(photographs, annotated={})), "b")
+    with_them, without = bound(protocol, "a"), bound(replace(protocol, real=replace(real_images, annotated={})), "b")
     assert with_them["success"].value == without["success"].value == 1
     assert (with_them["wrong_count"].value, with_them["ap_50"].value) == (0, 1)
     assert without["wrong_count"].value > 0.9
@@ -409,7 +417,7 @@ def test_a_real_image_that_was_damaged_later_is_in_no_figure(tmp_path):
     (tmp_path / "real").mkdir()
     for layout in protocol.layouts:
         protocol.real(layout).save(tmp_path / "real" / f"{layout.id}.png")
-    protocol = replace(protocol, real=photographs_of(tmp_path / "real", protocol.layouts))
+    protocol = replace(protocol, real=real_images_of(tmp_path / "real", protocol.layouts))
     for damaged in ([], [protocol.layouts[1].id]):
         for name in damaged:
             (tmp_path / "real" / f"{name}.png").write_bytes(b"x")
@@ -424,24 +432,24 @@ def test_a_real_image_that_was_damaged_later_is_in_no_figure(tmp_path):
 
 def test_images_of_any_program_in_any_format(tmp_path):
     protocol, layouts = scenes(6)
-    flat, ways = tmp_path / "flat", tmp_path / "ways"
+    flat, image_sets = tmp_path / "flat", tmp_path / "ways"
     flat.mkdir()
     for k, (key, layout) in enumerate(layouts.items()):
         for folder in ("off", "beta-0.4", "beta-1", "mine"):
-            (ways / folder).mkdir(parents=True, exist_ok=True)
-            protocol.real(layout).save(ways / folder / f"{key}.{'webp' if k % 2 else 'png'}", lossless=True)
+            (image_sets / folder).mkdir(parents=True, exist_ok=True)
+            protocol.real(layout).save(image_sets / folder / f"{key}.{'webp' if k % 2 else 'png'}", lossless=True)
         protocol.real(layout).save(flat / f"{key}.bmp")
     (flat / "readme.txt").write_text("x")
     found = find_images(flat, layouts)
-    assert [(way.name, way.kind, way.settings) for way in found] == [("pictures", "grounded", {})]
+    assert [(one.name, one.kind, one.settings) for one in found] == [("pictures", "grounded", {})]
     assert point(score_all(protocol, found, tmp_path / "a", ShapesDetector(), controls=False)[0])["recall_50"] == 1
-    found = find_images(ways, layouts)
-    assert [way.name for way in found] == ["beta-1", "beta-0.4", "mine", "off"]
-    assert [way.kind for way in found] == ["grounded"] * 3 + ["off"]
+    found = find_images(image_sets, layouts)
+    assert [image_set.name for image_set in found] == ["beta-1", "beta-0.4", "mine", "off"]
+    assert [image_set.kind for image_set in found] == ["grounded"] * 3 + ["off"]
     assert list(found)[1].settings == {"beta": 0.4}
-    (ways / "shuffled").mkdir()
+    (image_sets / "shuffled").mkdir()
     with pytest.raises(ValueError, match="the name of a control"):
-        find_images(ways, layouts)
+        find_images(image_sets, layouts)
     (flat / f"{next(iter(layouts))}.jpg").write_text("")
     with pytest.raises(ValueError, match="leave one of the two"):
         find_images(flat, layouts)
@@ -587,7 +595,7 @@ def test_images_of_other_programs_in_odd_forms(tmp_path):
     assert dict(condition.unread) == {"12": "missing"}
     assert all(one.iou > 0.8 for score in condition.images[:3] for one in score.objects)
     for score in condition.images[3:]:
-        assert score.found == ()
+        assert score.detections == ()
         assert score.missing == len(score.objects)
         assert {one.iou for one in score.objects} == {0.0}
     assert summarize(condition.images, ap=True)["recall_50"].value < 1
@@ -599,8 +607,8 @@ def test_images_of_other_programs_in_odd_forms(tmp_path):
      ("beta-mine", {}), ("beta-", {}), ("mine", {})],
 )  # fmt: skip
 def test_what_the_name_of_a_folder_tells(name, settings):
-    assert way_called(name).settings == settings
-    assert way_called("x", {"beta": True, "guidance_scale": "5"}).settings == {}
+    assert image_set_named(name).settings == settings
+    assert image_set_named("x", {"beta": True, "guidance_scale": "5"}).settings == {}
 
 
 def test_layouts_are_written_by_their_keys(evaluated, tmp_path):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..evaluate.clip import ClipScorer
     from ..evaluate.protocols import Protocol
     from ..evaluate.run import Condition
-    from ..evaluate.sampling import Way
+    from ..evaluate.sampling import ImageSet
     from ..layout import Layout
 
 HELP = "Measure how well boxes are followed."
@@ -192,7 +192,7 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
     quiet_imports()
     from ..evaluate import find_protocol
     from ..evaluate.run import check_phrases, find_images, image_folder
-    from ..evaluate.sampling import find_ways, keyed
+    from ..evaluate.sampling import keyed, plan_image_sets
 
     protocol = find_protocol(
         arguments.layouts,
@@ -211,15 +211,15 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
         return _score(arguments, protocol, images, *_judges(arguments, protocol), settings)
 
     _settle(arguments)
-    ways = find_ways(arguments.beta, arguments.guidance_scale, sweep, off=not arguments.no_controls)
+    image_sets = plan_image_sets(arguments.beta, arguments.guidance_scale, sweep, off=not arguments.no_controls)
     with _processes(part) as (mine, scores):
         judges = _judges(arguments, protocol) if scores and not arguments.generate_only else None
         if judges is not None:
             check_phrases(layouts, judges[0])
-        settings = _generate(arguments, layouts, ways, mine)
+        settings = _generate(arguments, layouts, image_sets, mine)
     if judges is None:
         return 0
-    images = {way: image_folder(arguments.out, way.name) for way in ways}
+    images = {image_set: image_folder(arguments.out, image_set.name) for image_set in image_sets}
     return _score(arguments, protocol, images, *judges, settings)
 
 
@@ -272,7 +272,7 @@ def _processes(part: tuple[int, int] | None) -> Iterator[tuple[tuple[int, int], 
 
 
 def _generate(
-    arguments: Namespace, layouts: Mapping[str, Layout], ways: list[Way], part: tuple[int, int]
+    arguments: Namespace, layouts: Mapping[str, Layout], image_sets: list[ImageSet], part: tuple[int, int]
 ) -> dict[str, Any]:
     """What the images are generated with."""
     from ..evaluate.binding import BINDING, read_binding
@@ -287,7 +287,7 @@ def _generate(
         pipeline,
         layouts,
         arguments.out,
-        ways,
+        image_sets,
         steps=arguments.steps,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
@@ -296,7 +296,7 @@ def _generate(
         progress=watched,
     )
     print(
-        f"{made} images made, of {len(layouts)} layouts and {', '.join(way.name for way in ways)}; "
+        f"{made} images made, of {len(layouts)} layouts and {', '.join(image_set.name for image_set in image_sets)}; "
         f"in {Path(arguments.out) / 'pictures'}"
     )
     return read_binding(Path(arguments.out) / BINDING)
@@ -327,7 +327,7 @@ def _said_of(images: str) -> dict[str, Any]:
 def _score(
     arguments: Namespace,
     protocol: Protocol,
-    images: Mapping[Way, Path],
+    images: Mapping[ImageSet, Path],
     detector: Detector,
     clip: ClipScorer | None,
     settings: dict[str, Any],

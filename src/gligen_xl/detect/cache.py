@@ -1,7 +1,7 @@
-"""What was found in images, kept in a file: looking at the same image again costs nothing.
+"""Detections in image files, kept on disk: a detector looks at the same image once.
 
-A line of JSON for each image: its key, its checksum, a digest of what it was looked at for, and what was found. A
-line that a kill cut short is passed over.
+A line of JSON for each image: its key, its checksum, a digest of what the detector was asked, and its answer. A line
+that was cut short when the process was killed is skipped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from PIL import Image
 from .. import __version__
 from ..layout import Layout
 
-Look = Callable[[Sequence[Image.Image], Sequence[Layout]], list[Any]]  # what is found in each image, as JSON
+Detect = Callable[[Sequence[Image.Image], Sequence[Layout]], list[Any]]  # returns an answer for each image, as JSON
 
 
 @dataclass(frozen=True)
-class Seen:
-    """An image file that is looked at for a layout. `checksum` is of its bytes."""
+class ImageFile:
+    """An image file and the layout that it is compared with; `checksum` is that of its bytes."""
 
     key: str
     layout: Layout
@@ -32,80 +32,83 @@ class Seen:
 
 
 class DetectionCache:
-    """What one detector found in the images of one folder.
+    """The answers of one detector, or of another model, about the images of one folder.
 
     Args:
-        settings: all that what is found depends on, beside image and layout.
-        look: finds it.
-        read: of what is found; raises an error where it is none, and then the image is looked at anew.
-        reads_layouts: what is found depends on the layout; else on the image alone.
+        path: the file that keeps them.
+        settings: everything that an answer depends on besides the image and the layout.
+        detect: computes the answers.
+        check: raises an error for an answer of another form, whose image is then looked at again.
+        reads_layouts: whether an answer depends on the layout, and not on the image alone.
     """
 
     def __init__(
         self,
         path: Path,
         settings: Mapping[str, Any],
-        look: Look,
-        read: Callable[[Any], object],
+        detect: Detect,
+        check: Callable[[Any], object],
         *,
         reads_layouts: bool = True,
     ):
-        self.path, self.look, self.reads_layouts = path, look, reads_layouts
+        self.path, self.detect, self.reads_layouts = path, detect, reads_layouts
         self._settings = json.dumps([__version__, settings], sort_keys=True, default=str)
-        self._found: dict[tuple[str, str], Any] = {}  # by the image's checksum and the digest
-        self._last: dict[tuple[str, str], str] = {}  # the image's checksum, by key and digest
-        kept = path.read_bytes() if path.is_file() else b""
-        self._cut = kept[-1:] not in (b"", b"\n")
-        strange = 0
-        for line in kept.split(b"\n"):
+        self._answers: dict[tuple[str, str], Any] = {}  # by the image's checksum and the digest
+        self._checksums: dict[tuple[str, str], str] = {}  # of the latest image, by its key and the digest
+        content = path.read_bytes() if path.is_file() else b""
+        self._ends_cut = content[-1:] not in (b"", b"\n")
+        skipped = 0
+        for line in content.split(b"\n"):
             try:
                 entry = json.loads(line)
-            except (ValueError, RecursionError):  # cut short
+            except (ValueError, RecursionError):  # the line was cut short
                 continue
             try:
-                key, image, asked, found = (entry[name] for name in ("key", "picture", "asked", "found"))
-                read(found)
-                self._found[image, asked], self._last[key, asked] = found, image
+                key, checksum, digest, answer = (entry[name] for name in ("key", "picture", "asked", "found"))
+                check(answer)
+                self._answers[checksum, digest], self._checksums[key, digest] = answer, checksum
             except (ValueError, TypeError, KeyError, AttributeError):
-                strange += 1
-        if strange:
-            warnings.warn(f"{path}: {strange} lines are of another form; their images are looked at anew", stacklevel=2)
+                skipped += 1
+        if skipped:
+            warnings.warn(
+                f"{path}: {skipped} lines are of another form; their images are looked at again", stacklevel=2
+            )
 
-    def find(self, seen: Seen) -> Any:
-        """What was found in it before, or None."""
-        return self._found.get((seen.checksum, self._digest(seen.layout)))
+    def get(self, file: ImageFile) -> Any:
+        """Return the answer about a file, or None if there is none yet."""
+        return self._answers.get((file.checksum, self._digest(file.layout)))
 
-    def last(self, key: str, layout: Layout) -> Any:
-        """What was found in the image of that key when it was last looked at, or None."""
-        asked = self._digest(layout)
-        return self._found.get((self._last.get((key, asked), ""), asked))
+    def latest(self, key: str, layout: Layout) -> Any:
+        """Return the answer about the latest image of that key, or None if there is none."""
+        digest = self._digest(layout)
+        return self._answers.get((self._checksums.get((key, digest), ""), digest))
 
-    def add(self, every: Sequence[Seen], images: Mapping[Seen, Image.Image]) -> None:
-        """Keep what is found in each; those in which nothing was found before are looked at.
+    def add(self, files: Sequence[ImageFile], images: Mapping[ImageFile, Image.Image]) -> None:
+        """Compute the answers that are missing, and write those of all files.
 
         Args:
-            images: of those, at least.
+            images: the images of the files that have no answer yet, at least.
         """
-        new = [seen for seen in every if self.find(seen) is None]
+        new = [file for file in files if self.get(file) is None]
         if new:
-            found = self.look([images[seen] for seen in new], [seen.layout for seen in new])
-            for seen, of_one in zip(new, found, strict=True):
-                self._found[seen.checksum, self._digest(seen.layout)] = of_one
+            answers = self.detect([images[file] for file in new], [file.layout for file in new])
+            for file, answer in zip(new, answers, strict=True):
+                self._answers[file.checksum, self._digest(file.layout)] = answer
         lines = []
-        for seen in every:
-            asked = self._digest(seen.layout)
-            if self._last.get((seen.key, asked)) != seen.checksum:  # also of an image that another key has as well
-                self._last[seen.key, asked] = seen.checksum
-                found = self._found[seen.checksum, asked]
-                lines.append(json.dumps({"key": seen.key, "picture": seen.checksum, "asked": asked, "found": found}))
+        for file in files:
+            digest = self._digest(file.layout)
+            if self._checksums.get((file.key, digest)) != file.checksum:  # another key may have the same image
+                self._checksums[file.key, digest] = file.checksum
+                answer = self._answers[file.checksum, digest]
+                entry = {"key": file.key, "picture": file.checksum, "asked": digest, "found": answer}
+                lines.append(json.dumps(entry) + "\n")
         if not lines:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            file.write(("\n" * self._cut + "".join(f"{line}\n" for line in lines)).encode())
-        self._cut = False
+            file.write(("\n" * self._ends_cut + "".join(lines)).encode())
+        self._ends_cut = False
 
     def _digest(self, layout: Layout) -> str:
-        asked = [layout.prompt, layout.phrases, layout.boxes] if self.reads_layouts else []
-        said = json.dumps([self._settings, *asked])
-        return hashlib.sha256(said.encode()).hexdigest()
+        question = [layout.prompt, layout.phrases, layout.boxes] if self.reads_layouts else []
+        return hashlib.sha256(json.dumps([self._settings, *question]).encode()).hexdigest()

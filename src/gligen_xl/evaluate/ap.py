@@ -122,7 +122,7 @@ def _categories(images: Sequence[ImageScore]) -> list[_Category]:
         image = images[number]
         for score, box in zip(image.objects, image.layout.boxes, strict=True):
             requested[score.label].append((place, box))
-        for item in image.found:
+        for item in image.detections:
             detected[item.label].append((place, -item.score, item.box))
     return [
         _category(sorted(boxes), _best(sorted(detected[label])), np.array(order))

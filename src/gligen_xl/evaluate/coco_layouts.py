@@ -17,7 +17,7 @@ from ..images.crop import move_boxes
 from ..layout import Layout, xyxy_from_xywh
 from ..prepare.captions.files import pairs_of, survey
 from ..prepare.sources.coco import coco_chunks
-from .real_images import FrameMaker, Photographs, centre_crop, squeeze
+from .real_images import FrameMaker, RealImages, centre_crop, squeeze
 
 HOST = "http://images.cocodataset.org"
 ALL = 1 << 40  # images in a chunk
@@ -104,7 +104,7 @@ class CocoSplit:
         reader, _ = survey(file)
         return {image: " ".join(caption.split()) for image, caption in pairs_of(file, reader) if caption}
 
-    def photographs(self, images: Sequence[CocoImage], frame: FrameMaker) -> Photographs | None:
+    def real_images(self, images: Sequence[CocoImage], frame: FrameMaker) -> RealImages | None:
         """The real images; None where the folder has annotations alone.
 
         Raises:
@@ -116,7 +116,7 @@ class CocoSplit:
         for image in images:
             if Path(image.file).is_absolute() or ".." in Path(image.file).parts:
                 raise ValueError(f"image {image.id}: file_name is {image.file!r}; expected a file in {folder}")
-        return Photographs(
+        return RealImages(
             files={image.id: folder / image.file for image in images},
             frame=frame,
             sizes={image.id: image.size for image in images},

@@ -26,7 +26,7 @@ from ..layout import Layout
 from ..limits import MAX_UNPACKED
 from ..yaml_io import read_yaml
 from .coco_layouts import HOST, CocoImage
-from .real_images import Photographs, squeeze
+from .real_images import RealImages, squeeze
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown")
 NUMBERS = range(2, 7)  # objects in a layout
@@ -94,12 +94,12 @@ def _yaml_entry(prompt: str, entry: Mapping[str, Any]) -> _Entry:
     return str(int(entry["coco_id"])), prompt, objects, None  # coco_id is the layout's number and no image of COCO
 
 
-def published_photographs(folder: Path, image_ids: Mapping[str, str]) -> Photographs | None:
+def published_real_images(folder: Path, image_ids: Mapping[str, str]) -> RealImages | None:
     """The images of COCO 2014 that published layouts were made of; None where the folder has none."""
     images = folder / "val2014"
     if not image_ids or not images.is_dir():
         return None
-    return Photographs(
+    return RealImages(
         files={number: images / f"COCO_val2014_{int(image_id):012d}.jpg" for number, image_id in image_ids.items()},
         frame=squeeze,
         source=f"; they are in {HOST}/zips/val2014.zip",

@@ -12,8 +12,8 @@ from ..layout import Layout, read_layouts
 from .binding import LAYOUTS
 from .clip import ClipScorer
 from .metrics import Estimate, paired_difference
-from .run import Condition, all_kept, rank, score_kept, way_called
-from .sampling import Way
+from .run import Condition, image_set_named, open_caches, rank, score_detections
+from .sampling import ImageSet
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ def compare(
     other = Path(other)
     theirs_of = layouts_of(other)
     ours = [condition for condition in conditions if condition.kind in ("grounded", "off")]
-    names = sorted((way for way in _kept_ways(other) if way.kind in ("grounded", "off")), key=rank)
-    same = [(condition, condition.name) for condition in ours if condition.name in {way.name for way in names}]
-    pairs = same or [(condition, way.name) for condition in ours[:1] for way in names[:1]]
+    names = sorted((one for one in _scored_sets(other) if one.kind in ("grounded", "off")), key=rank)
+    same = [(condition, condition.name) for condition in ours if condition.name in {one.name for one in names}]
+    pairs = same or [(condition, one.name) for condition in ours[:1] for one in names[:1]]
     ap = find_spec("faster_coco_eval") is not None
     compared = []
     for condition, name in pairs:
-        detections, *others = all_kept(other, name, detector, clip)
+        detections, *others = open_caches(other, name, detector, clip)
         found = [
-            (score, [kept.last(score.key, score.layout) for kept in (detections, *others)])
+            (score, [cache.latest(score.key, score.layout) for cache in (detections, *others)])
             for score in condition.images
-            if _same(score.layout, theirs_of.get(score.key)) and detections.last(score.key, score.layout) is not None
+            if _same(score.layout, theirs_of.get(score.key)) and detections.latest(score.key, score.layout) is not None
         ]
         if any(None in of_one for _, of_one in found):  # CLIP has not seen all, so none is compared by it
             found = [(score, of_one[:1]) for score, of_one in found]
-        theirs = [score_kept(score.layout, score.key, of_one, detector) for score, of_one in found]
+        theirs = [score_detections(score.layout, score.key, of_one, detector) for score, of_one in found]
         if theirs:
             compared.append(Comparison(condition.name, name, paired_difference(condition.images, theirs, ap=ap)))
     if not compared:
@@ -77,9 +77,9 @@ def layouts_of(out: str | Path) -> dict[str | None, Layout]:
     return {layout.id: layout for layout in read_layouts(file)}
 
 
-def _kept_ways(out: Path) -> Iterator[Way]:
+def _scored_sets(out: Path) -> Iterator[ImageSet]:
     for folder in (out / "detections").iterdir() if (out / "detections").is_dir() else ():
-        yield way_called(folder.name)
+        yield image_set_named(folder.name)
 
 
 def _same(a: Layout, b: Layout | None) -> bool:

@@ -17,8 +17,8 @@ from ..layout import Layout, read_layouts
 from ..worlds import NAMES, find_world
 from . import coco_layouts, coco_mig
 from .coco_layouts import CocoSplit, gligen_layouts, layout_to_image_layouts
-from .coco_mig import draw_layouts, find_published, published_photographs, read_published
-from .real_images import RESOLUTION, Photographs, centre_crop, photographs_of, squeeze
+from .coco_mig import draw_layouts, find_published, published_real_images, read_published
+from .real_images import RESOLUTION, RealImages, centre_crop, real_images_of, squeeze
 
 # Class detector of COCO's categories; those of free phrases: COCO-MIG's own evaluation uses the tiny one (Swin-T).
 COCO_DETECTOR = "ustc-community/dfine-xlarge-coco"
@@ -93,7 +93,7 @@ def find_protocol(
     if count is not None and count > len(protocol.layouts):
         raise ValueError(f"count is {count}; {name} holds {len(protocol.layouts)} layouts")
     protocol = replace(protocol, layouts=protocol.layouts[:count])
-    if isinstance(protocol.real, Photographs):
+    if isinstance(protocol.real, RealImages):
         protocol.real.check(protocol.layouts)
     return protocol
 
@@ -117,7 +117,7 @@ def _file(path: Path, images: Path | None) -> Protocol:
         layouts=layouts,
         detector=PHRASE_DETECTOR,
         metrics=(*PLACE, *AP, *WRONG, "clip", "clip_objects"),
-        real=None if images is None else photographs_of(images, layouts),
+        real=None if images is None else real_images_of(images, layouts),
         empty=grey,
     )
 
@@ -143,7 +143,7 @@ def _coco_2014(folder: Path | None, seed: int) -> Protocol:
         layouts=gligen_layouts(images, captions),
         detector=COCO_DETECTOR,
         metrics=("fid", *AP, *PLACE, *WRONG, "clip", "clip_objects"),
-        real=split.photographs(images, centre_crop),
+        real=split.real_images(images, centre_crop),
         empty=grey,
     )
 
@@ -164,7 +164,7 @@ def _coco_2017(folder: Path | None, seed: int) -> Protocol:
         layouts=layout_to_image_layouts(images, captions),
         detector=COCO_DETECTOR,
         metrics=("fid", *AP, *PLACE, *WRONG, "clip", "clip_objects"),
-        real=split.photographs(images, squeeze),
+        real=split.real_images(images, squeeze),
         empty=grey,
     )
 
@@ -219,11 +219,11 @@ def _coco_position(folder: Path | None, seed: int) -> Protocol:
 
 def _two_to_six(
     folder: Path | None, names: Sequence[str], *, colours: bool, seed: int
-) -> tuple[list[Layout], dict[str, Any], Photographs | None]:
+) -> tuple[list[Layout], dict[str, Any], RealImages | None]:
     """The layouts of a published file, or else drawn from COCO's validation images; their parameters and images."""
     if folder and (published := find_published(folder, names)):
         layouts, image_ids = read_published(published)
-        return layouts, {"file": published.name, "frame": "squeeze"}, published_photographs(folder, image_ids)
+        return layouts, {"file": published.name, "frame": "squeeze"}, published_real_images(folder, image_ids)
     instead = f", or with {' or '.join(names)} ({coco_mig.SOURCES})"
     split = CocoSplit.find(folder, "val2014", "val2017", instead=instead)
     images = split.images()
@@ -235,7 +235,7 @@ def _two_to_six(
         "layouts_by_objects": {n: sum(len(layout.boxes) == n for layout in layouts) for n in coco_mig.NUMBERS},
         **_about(split, "squeeze"),
     }
-    return layouts, parameters, split.photographs(images, squeeze)
+    return layouts, parameters, split.real_images(images, squeeze)
 
 
 _COCO: Mapping[str, Callable[[Path | None, int], Protocol]] = {

@@ -30,7 +30,7 @@ def centre_crop(height: int, width: int) -> Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photographs:
+class RealImages:
     """Real images by the id of their layout; called with a layout, its image.
 
     Args:
@@ -66,7 +66,7 @@ class Photographs:
         image = decode(path)
         return image if self.frame is None else Image.fromarray(framed(image, self.frame(*size)))
 
-    def beside(self, layout: Layout) -> list[tuple[str, Box]]:
+    def ignored(self, layout: Layout) -> list[tuple[str, Box]]:
         """Names and framed boxes of the objects that the image holds and the layout does not ask for."""
         assert layout.id is not None
         names, boxes = self.annotated.get(layout.id, ((), np.empty((0, 4))))
@@ -96,7 +96,7 @@ class Photographs:
             )
 
 
-def photographs_of(folder: Path, layouts: Iterable[Layout]) -> Photographs:
+def real_images_of(folder: Path, layouts: Iterable[Layout]) -> RealImages:
     """The images of a folder whose names, without the ending, are the layouts' ids.
 
     Raises:
@@ -119,4 +119,4 @@ def photographs_of(folder: Path, layouts: Iterable[Layout]) -> Photographs:
             f"{folder} has no image of {len(lacking)} of {len(ids)} layouts, the first is {lacking[0]!r}; "
             "the name of an image, without its ending, is the id of its layout"
         )
-    return Photographs(files={name: found[name] for name in ids if name is not None})
+    return RealImages(files={name: found[name] for name in ids if name is not None})

@@ -112,7 +112,7 @@ class Report:
     def sure(self, image: ImageScore) -> list[int]:
         """The numbers of the detections that count: those from the detector's threshold on."""
         threshold = self.detector.settings.get("threshold", 0.0)
-        return [number for number, found in enumerate(image.found) if found.score >= threshold]
+        return [number for number, found in enumerate(image.detections) if found.score >= threshold]
 
     def table(self) -> str:
         """For the terminal, 120 columns wide; says what `markdown` says."""
@@ -212,7 +212,7 @@ class Report:
                 }
                 for score in image.objects
             ],
-            "found": [image.found[number].to_dict() for number in sure],
+            "found": [image.detections[number].to_dict() for number in sure],
             "extra": image.extra,
             "missing": image.missing,
             **{name: value for name, value in measured.items() if value is not None},

@@ -280,7 +280,7 @@ def _shot(report: Report, condition: Condition, image: ImageScore) -> str:
         shown = f'<img alt="{text(alt)}" src="data:image/jpeg;base64,{data}">'
     except (KeyError, OSError, ImageError):
         shown = "<p>The image is no longer there.</p>"
-    over = boxes_over(layout.boxes, [(image.found[number].box, of.get(number)) for number in sure])
+    over = boxes_over(layout.boxes, [(image.detections[number].box, of.get(number)) for number in sure])
     items = []
     for k, (phrase, score) in enumerate(zip(layout.phrases, image.objects, strict=True)):
         wrong = [f"{name} wrong" for name, right in score.attributes.items() if not right]

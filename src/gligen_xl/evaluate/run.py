@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..detect.cache import DetectionCache, Seen
+from ..detect.cache import DetectionCache, ImageFile
 from ..detect.detection import Detection
 from ..detect.detectors import Detector
 from ..detect.matching import ImageScore, score_image
@@ -28,22 +28,22 @@ from ..pipelines.grounding import GroundingMixin
 from .binding import bind, check_slots, generation_settings, only_one_at, write_keyed
 from .clip import ClipScorer
 from .protocols import Protocol
-from .real_images import Photographs
+from .real_images import RealImages
 from .sampling import (
     SWEPT,
+    ImageSet,
     Kind,
     Progress,
-    Way,
     copy_images,
     find_files,
-    find_ways,
     generate_images,
     keyed,
+    no_progress,
+    plan_image_sets,
     read_about,
-    unwatched,
 )
 
-Beside = Callable[[Layout], Sequence[tuple[str, Box]]]
+IgnoredObjects = Callable[[Layout], Sequence[tuple[str, Box]]]
 MISSING = "missing"
 _AT_ONCE = 16  # images in memory
 
@@ -79,7 +79,7 @@ def evaluate_layouts(
     steps: int = 20,
     guidance_scale: float = 2.0,
     batch_size: int = 16,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
 ) -> list[Condition]:
     """Generate the layouts of a protocol in each way, and score them.
 
@@ -89,12 +89,12 @@ def evaluate_layouts(
     """
     layouts = keyed(protocol.layouts)
     check_phrases(layouts, detector)
-    ways = find_ways(betas, guidance_scale, off=controls)
+    image_sets = plan_image_sets(betas, guidance_scale, off=controls)
     generate_all(
-        pipeline, layouts, out, ways, steps=steps, seed=seed, batch_size=batch_size,
+        pipeline, layouts, out, image_sets, steps=steps, seed=seed, batch_size=batch_size,
         about={"guidance_scale": guidance_scale}, progress=progress,
     )  # fmt: skip
-    images = {way: image_folder(out, way.name) for way in ways}
+    images = {image_set: image_folder(out, image_set.name) for image_set in image_sets}
     return score_all(protocol, images, out, detector, controls=controls, progress=progress)
 
 
@@ -122,14 +122,14 @@ def generate_all(
     pipeline: GroundingMixin,
     layouts: Mapping[str, Layout],
     out: str | Path,
-    ways: Sequence[Way],
+    image_sets: Sequence[ImageSet],
     *,
     steps: int,
     seed: int = 0,
     batch_size: int = 8,
     part: tuple[int, int] = (1, 1),
     about: Mapping[str, Any] | None = None,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
 ) -> int:
     """Make the images that `out` lacks, of every way, or a part of them.
 
@@ -146,17 +146,17 @@ def generate_all(
     with only_one_at(out, part):
         return sum(
             generate_images(
-                pipeline, layouts, image_folder(out, way.name), way,
+                pipeline, layouts, image_folder(out, image_set.name), image_set,
                 steps=steps, seed=seed, batch_size=batch_size, part=part, progress=progress,
             )
-            for way in ways
+            for image_set in image_sets
         )  # fmt: skip
 
 
 # Images of other programs -----------------------------------------------------------------------------------------
 
 
-def find_images(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way, Path]:
+def find_images(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[ImageSet, Path]:
     """The folders that hold images of the layouts, FOLDER/WAY/KEY.png, or FOLDER/KEY.png; any format will do.
 
     Raises:
@@ -171,7 +171,7 @@ def find_images(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way, 
     if any(path.name == "shuffled" for path in inner):
         raise ValueError(f"{folder}/shuffled has the name of a control that is made here; call it something else")
     found = {
-        way_called("pictures" if path == folder else path.name, read_about(next(iter(files.values())))): path
+        image_set_named("pictures" if path == folder else path.name, read_about(next(iter(files.values())))): path
         for path in (folder, *inner)
         if (files := find_files(path, layouts))
     }
@@ -183,7 +183,7 @@ def find_images(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Way, 
     return dict(sorted(found.items(), key=lambda item: rank(item[0])))
 
 
-def way_called(name: str, about: Mapping[str, Any] | None = None) -> Way:
+def image_set_named(name: str, about: Mapping[str, Any] | None = None) -> ImageSet:
     """As far as a folder's name tells, and the text of an image in it."""
     settings = {
         swept: value
@@ -196,14 +196,14 @@ def way_called(name: str, about: Mapping[str, Any] | None = None) -> Way:
             settings[swept] = float(value)
     settings = {name: value for name, value in settings.items() if math.isfinite(value)}
     kinds: dict[str, Kind] = {"off": "off", "real": "real", "empty": "empty"}
-    return Way(name, kinds.get(name, "grounded"), settings)
+    return ImageSet(name, kinds.get(name, "grounded"), settings)
 
 
-def rank(way: Way) -> tuple[Any, ...]:
+def rank(image_set: ImageSet) -> tuple[Any, ...]:
     """The largest beta first, as that is what others are compared with; then other sweeps; controls last."""
     kinds = ("grounded", "off", "real", "empty")
-    beta = way.settings.get("beta", -1.0)
-    return kinds.index(way.kind), not way.name.startswith("beta-"), -beta, way.name
+    beta = image_set.settings.get("beta", -1.0)
+    return kinds.index(image_set.kind), not image_set.name.startswith("beta-"), -beta, image_set.name
 
 
 # Scoring ------------------------------------------------------------------------------------------------------------
@@ -211,13 +211,13 @@ def rank(way: Way) -> tuple[Any, ...]:
 
 def score_all(
     protocol: Protocol,
-    images: Mapping[Way, Path],
+    images: Mapping[ImageSet, Path],
     out: str | Path,
     detector: Detector,
     *,
     clip: ClipScorer | None = None,
     controls: bool = True,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
 ) -> list[Condition]:
     """Score images against their layouts; what is found in them is kept in `out`.
 
@@ -238,9 +238,9 @@ def score_all(
     if controls:
         bounds = {"real": protocol.real, "empty": protocol.empty}
     conditions = [
-        scorer(way, layouts, _of_these(find_files(folder, layouts), layouts))
-        for way, folder in images.items()
-        if (bounds.get(way.kind) is None if controls else way.kind == "grounded")
+        scorer(image_set, layouts, _of_these(find_files(folder, layouts), layouts))
+        for image_set, folder in images.items()
+        if (bounds.get(image_set.kind) is None if controls else image_set.kind == "grounded")
     ]
     write_keyed(out, layouts)
     if not conditions:
@@ -253,16 +253,16 @@ def score_all(
         )
     if controls and len(layouts) > 1:
         first = conditions[0]
-        conditions.append(scorer(Way("shuffled", "shuffled", {}), shuffled(layouts), first.paths, of=first.name))
+        conditions.append(scorer(ImageSet("shuffled", "shuffled", {}), shuffled(layouts), first.paths, of=first.name))
     for kind, image_of in bounds.items():
         if image_of is not None:
             folder = image_folder(out, kind)
-            photographs = image_of if isinstance(image_of, Photographs) else None
-            version_of = photographs and photographs.version
+            real_images = image_of if isinstance(image_of, RealImages) else None
+            version_of = real_images and real_images.version
             failed = copy_images(layouts, folder, image_of, kind, version_of=version_of, progress=progress)
             files = {key: path for key, path in find_files(folder, layouts).items() if key not in failed}
-            beside = photographs and photographs.beside
-            conditions.append(scorer(Way(kind, kind, {}), layouts, files, failed, beside))
+            ignored = real_images and real_images.ignored
+            conditions.append(scorer(ImageSet(kind, kind, {}), layouts, files, failed, ignored))
     return conditions
 
 
@@ -295,11 +295,11 @@ class _Scorer:
 
     def __call__(
         self,
-        way: Way,
+        image_set: ImageSet,
         layouts: Mapping[str, Layout],
         paths: Mapping[str, Path],
         failed: Mapping[str, str] | None = None,
-        beside: Beside | None = None,
+        ignored: IgnoredObjects | None = None,
         of: str | None = None,
     ) -> Condition:
         """
@@ -307,74 +307,81 @@ class _Scorer:
             of: the condition whose images they are; its own by default.
             layouts: that the image of each key is scored against.
             failed: why some are missing.
-            beside: see `score_image`.
+            ignored: see `score_image`.
         """
-        kept = all_kept(self.out, of or way.name, self.detector, self.clip)
+        caches = open_caches(self.out, of or image_set.name, self.detector, self.clip)
         unread = {key: MISSING for key in layouts if key not in paths} | dict(failed or {})
         scores: list[ImageScore] = []
-        for seen in self.progress(self._look(layouts, paths, kept, unread), f"score {way.name}", len(paths)):
-            others = beside(seen.layout) if beside else ()
-            scores.append(score_kept(seen.layout, seen.key, [one.find(seen) for one in kept], self.detector, others))
+        files = self._read(layouts, paths, caches, unread)
+        for file in self.progress(files, f"score {image_set.name}", len(paths)):
+            answers = [cache.get(file) for cache in caches]
+            objects = ignored(file.layout) if ignored else ()
+            scores.append(score_detections(file.layout, file.key, answers, self.detector, objects))
         ordered = {key: unread[key] for key in layouts if key in unread}
-        return Condition(way.name, way.kind, way.settings, tuple(scores), paths, ordered)
+        return Condition(image_set.name, image_set.kind, image_set.settings, tuple(scores), paths, ordered)
 
-    def _look(
+    def _read(
         self,
         layouts: Mapping[str, Layout],
         paths: Mapping[str, Path],
-        kept: Sequence[DetectionCache],
+        caches: Sequence[DetectionCache],
         unread: dict[str, str],
-    ) -> Iterator[Seen]:
-        """Those images that can be read, after what is in them is kept."""
+    ) -> Iterator[ImageFile]:
+        """Yield the images that can be read, once the caches have what is detected in them."""
         keys = [key for key in layouts if key in paths]
         for first in range(0, len(keys), _AT_ONCE):
-            every: list[Seen] = []
-            images: dict[Seen, Image.Image] = {}
+            files: list[ImageFile] = []
+            images: dict[ImageFile, Image.Image] = {}
             for key in keys[first : first + _AT_ONCE]:
                 try:
                     encoded = paths[key].read_bytes()
-                    seen = Seen(key, layouts[key], hashlib.sha256(encoded).hexdigest())
-                    if any(one.find(seen) is None for one in kept):
-                        images[seen] = decode(encoded)
-                    every.append(seen)
+                    file = ImageFile(key, layouts[key], hashlib.sha256(encoded).hexdigest())
+                    if any(cache.get(file) is None for cache in caches):
+                        images[file] = decode(encoded)
+                    files.append(file)
                 except (ImageError, OSError) as error:
                     unread[key] = str(error)
-            for one in kept:
-                one.add(every, images)
-            yield from every
+            for cache in caches:
+                cache.add(files, images)
+            yield from files
 
 
-def all_kept(out: Path, name: str, detector: Detector, clip: ClipScorer | None) -> list[DetectionCache]:
-    """What the detector found in the images of that folder, and what CLIP says of them."""
+def open_caches(out: Path, name: str, detector: Detector, clip: ClipScorer | None) -> list[DetectionCache]:
+    """Open what the detector found in the images of that name, and what CLIP says of them."""
 
     def detect(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
-        return [[item.to_dict() for item in found] for found in detector.detect(images, layouts)]
+        return [[item.to_dict() for item in detections] for detections in detector.detect(images, layouts)]
 
-    def detections(found: Any) -> list[Detection]:
-        return [Detection.from_dict(item) for item in found]
+    def check_detections(answer: Any) -> None:
+        for item in answer:
+            Detection.from_dict(item)
 
     folder = out / "detections" / name
-    settings, asks = detector.settings, detector.reads_layouts
-    kept = [DetectionCache(folder / f"{detector.name}.jsonl", settings, detect, detections, reads_layouts=asks)]
+    path, settings = folder / f"{detector.name}.jsonl", detector.settings
+    caches = [DetectionCache(path, settings, detect, check_detections, reads_layouts=detector.reads_layouts)]
     if clip is not None:
 
         def compare(images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[Any]:
             return [[score.clip, score.clip_objects] for score in clip.score(images, layouts)]
 
-        def similarities(found: Any) -> tuple[float | None, list[float]]:
-            whole, objects = found
-            return None if whole is None else float(whole), [float(value) for value in objects]  # no prompt, no score
+        def check_similarities(answer: Any) -> None:
+            of_prompt, of_objects = answer
+            _ = None if of_prompt is None else float(of_prompt), [float(value) for value in of_objects]
 
-        kept.append(DetectionCache(folder / "clip.jsonl", clip.settings, compare, similarities))
-    return kept
+        caches.append(DetectionCache(folder / "clip.jsonl", clip.settings, compare, check_similarities))
+    return caches
 
 
-def score_kept(
-    layout: Layout, key: str, found: Sequence[Any], detector: Detector, beside: Sequence[tuple[str, Box]] = ()
+def score_detections(
+    layout: Layout, key: str, answers: Sequence[Any], detector: Detector, ignored: Sequence[tuple[str, Box]] = ()
 ) -> ImageScore:
-    """Args: found: as `all_kept` has it, the detector's alone or with CLIP's. beside: see `score_image`."""
-    score = score_image(layout, key, [Detection.from_dict(item) for item in found[0]], detector, beside)
-    if len(found) == 1:
+    """Score an image by the answers of `open_caches`: the detector's alone, or with CLIP's.
+
+    Args:
+        ignored: see `score_image`.
+    """
+    score = score_image(layout, key, [Detection.from_dict(item) for item in answers[0]], detector, ignored)
+    if len(answers) == 1:
         return score
-    whole, objects = found[1]
-    return replace(score, clip=whole, clip_objects=tuple(objects))
+    of_prompt, of_objects = answers[1]
+    return replace(score, clip=of_prompt, clip_objects=tuple(of_objects))

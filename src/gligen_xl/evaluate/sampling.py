@@ -1,7 +1,7 @@
 """Images of layouts as files, OUT/pictures/WAY/KEY.png: their names, their seeds, and making those that are lacking.
 
     layouts = keyed(protocol.layouts)
-    way = Way.grounded(beta=1.0, guidance_scale=5.0)
+    way = ImageSet.grounded(beta=1.0, guidance_scale=5.0)
     generate_images(pipeline, layouts, "out/pictures/beta-1", way, steps=30)
 
 An image that is there is never made again: the same call goes on after a kill, and several processes share a folder.
@@ -34,12 +34,12 @@ Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # of items, what 
 SWEPT = ("beta", "guidance_scale")
 
 
-def unwatched(items: Iterable[Any], name: str, total: int) -> Iterable[Any]:
+def no_progress(items: Iterable[Any], name: str, total: int) -> Iterable[Any]:
     return items
 
 
 @dataclass(frozen=True)
-class Way:
+class ImageSet:
     """A way of generating images.
 
     Args:
@@ -52,19 +52,19 @@ class Way:
     settings: Mapping[str, float] = field(hash=False)
 
     @classmethod
-    def grounded(cls, beta: float, guidance_scale: float, *, swept: str = "beta") -> Way:
+    def grounded(cls, beta: float, guidance_scale: float, *, swept: str = "beta") -> ImageSet:
         """Args: swept: the setting that it is named for."""
         settings = {"beta": beta, "guidance_scale": guidance_scale}
         return cls(f"{swept}-{settings[swept]:.12g}", "grounded", settings)
 
     @classmethod
-    def off(cls, guidance_scale: float) -> Way:
+    def off(cls, guidance_scale: float) -> ImageSet:
         return cls("off", "off", {"guidance_scale": guidance_scale})
 
 
-def find_ways(
+def plan_image_sets(
     betas: Sequence[float], guidance_scale: float, sweep: Mapping[str, Sequence[float]] | None = None, *, off: bool
-) -> list[Way]:
+) -> list[ImageSet]:
     """Grounded ones for each beta and each value of a sweep, none twice; with `off`, the one without grounding.
 
     Args:
@@ -79,19 +79,21 @@ def find_ways(
         raise ValueError(f"a sweep of {unknown[0]!r}; expected one of {', '.join(SWEPT)}")
     if not betas:
         raise ValueError("no beta to evaluate")
-    ways = [Way.grounded(beta, guidance_scale) for beta in [*betas, *sweep.get("beta", ())]]
-    ways += [Way.grounded(betas[0], value, swept="guidance_scale") for value in sweep.get("guidance_scale", ())]
-    for way in ways:
-        GroundingSchedule.parse(way.settings["beta"])
-        if not 0 <= (scale := way.settings["guidance_scale"]) < float("inf"):
+    image_sets = [ImageSet.grounded(beta, guidance_scale) for beta in [*betas, *sweep.get("beta", ())]]
+    image_sets += [
+        ImageSet.grounded(betas[0], value, swept="guidance_scale") for value in sweep.get("guidance_scale", ())
+    ]
+    for image_set in image_sets:
+        GroundingSchedule.parse(image_set.settings["beta"])
+        if not 0 <= (scale := image_set.settings["guidance_scale"]) < float("inf"):
             raise ValueError(f"guidance_scale is {scale}; expected a number of at least 0")
-    distinct: dict[tuple[float, ...], Way] = {}
-    for way in ways:
-        distinct.setdefault(tuple(way.settings.values()), way)
+    distinct: dict[tuple[float, ...], ImageSet] = {}
+    for image_set in image_sets:
+        distinct.setdefault(tuple(image_set.settings.values()), image_set)
     if not off:
         return list(distinct.values())
     distinct.pop((0.0, guidance_scale), None)
-    return [*distinct.values(), Way.off(guidance_scale)]
+    return [*distinct.values(), ImageSet.off(guidance_scale)]
 
 
 # Names and seeds ----------------------------------------------------------------------------------------------------
@@ -157,13 +159,13 @@ def generate_images(
     pipeline: GroundingMixin,
     layouts: Mapping[str, Layout],
     folder: str | Path,
-    way: Way,
+    image_set: ImageSet,
     *,
     steps: int,
     seed: int = 0,
     batch_size: int = 8,
     part: tuple[int, int] = (1, 1),
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
 ) -> int:
     """Write the images that `folder` lacks, as KEY.png; how they were made is in the text of each.
 
@@ -184,7 +186,12 @@ def generate_images(
     folder = Path(folder)
     requests = {key: seeded(layout, seed) for key, layout in layouts.items()}
     abouts = {
-        key: {"layout": layout.to_dict(), "steps": steps, "grounded": way.kind == "grounded", **way.settings}
+        key: {
+            "layout": layout.to_dict(),
+            "steps": steps,
+            "grounded": image_set.kind == "grounded",
+            **image_set.settings,
+        }
         for key, layout in requests.items()
     }
     there = _check_there(folder, abouts)
@@ -200,17 +207,17 @@ def generate_images(
             images = generate(
                 pipeline,
                 [requests[key] for key in batch],
-                beta=way.settings.get("beta", 0.0),
-                grounded=way.kind == "grounded",
+                beta=image_set.settings.get("beta", 0.0),
+                grounded=image_set.kind == "grounded",
                 batch_size=batch_size,
                 num_inference_steps=steps,
-                guidance_scale=way.settings["guidance_scale"],
+                guidance_scale=image_set.settings["guidance_scale"],
             )
             for key, image in zip(batch, images, strict=True):
                 _write(folder, key, image, abouts[key])
                 yield key
 
-    return sum(1 for _ in progress(made(), way.name, len(mine)))
+    return sum(1 for _ in progress(made(), image_set.name, len(mine)))
 
 
 def copy_images(
@@ -220,7 +227,7 @@ def copy_images(
     kind: Kind,
     *,
     version_of: Callable[[Layout], str] | None = None,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
 ) -> dict[str, str]:
     """Write those images that `folder` lacks, as KEY.png, where they are not generated: real ones, and empty ones.
 

@@ -104,7 +104,7 @@ def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown; shares in percent."""
     names = {"mean_iou": "mean IoU", "recall_50": "found", "colour": "colour", "shape": "shape", "success": "all right"}
     lines = ["| | " + " | ".join(names.values()) + " |", "|---|" + "---:|" * len(names)]
-    for way, values in metrics.items():
+    for image_set, values in metrics.items():
         cells = [f"{values[name]:.3f}" if name == "mean_iou" else f"{100 * values[name]:.1f} %" for name in names]
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+        lines.append(f"| {image_set} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\n{len(LAYOUTS)} layouts, {metrics['without']['objects']} objects.\n"
