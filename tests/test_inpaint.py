@@ -646,7 +646,9 @@ def test_an_object_is_painted_into_a_scene_and_the_scene_stays(shapes_pipeline):
         found = detect((after * 255).round().astype(np.uint8))
 
         def best(colour, box, found=found):
-            return max(box_iou([item.box for item in found if item.colour == colour], [box]).ravel(), default=0.0)
+            return max(
+                box_iou([item.box for item in found if item.attributes["colour"] == colour], [box]).ravel(), default=0.0
+            )
 
         overlap.append(best(colour, box))
         kept.append(best(scene.objects[0].colour, scene.objects[0].box))

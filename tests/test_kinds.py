@@ -595,7 +595,7 @@ def test_objects_stand_in_their_boxes_in_other_shapes(height, width, shapes_pipe
     for image, layout in zip(images, layouts, strict=True):
         assert image.size == (width, height)
         colour, (x0, y0, x1, y1) = layout.phrases[0].split()[1], layout.boxes[0]
-        found = [item.box for item in detect(image) if item.colour == colour]
+        found = [item.box for item in detect(image) if item.attributes["colour"] == colour]
         turned = (1 - x1, 1 - y1, 1 - x0, 1 - y0)
         best = [max(box_iou(found, [box]).ravel(), default=0.0) for box in (layout.boxes[0], turned)]
         overlap.append(best[0])

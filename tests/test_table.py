@@ -320,7 +320,7 @@ def test_private_memory_does_not_grow_with_the_shard(tmp_path):
     write_shard(tmp_path / "large" / "a", large, entries, METADATA)
     words = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
     growth = int(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
-    assert growth < 0.02 * large.nbytes
+    assert growth < 0.05 * large.nbytes
 
 
 def test_a_row_is_read_in_microseconds(tmp_path):
