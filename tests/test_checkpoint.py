@@ -8,11 +8,7 @@ import pytest
 import torch
 
 from gligen_xl.io import whole_file, whole_folder
-from gligen_xl.train.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from gligen_xl.train.ema import EMA
 from gligen_xl.train.optimizer import load_optimizer_tensors, optimizer_tensors
 

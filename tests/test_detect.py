@@ -32,7 +32,7 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
-from gligen_xl.detect.captions import CaptionGrounder
+from gligen_xl.detect.grounder import CaptionGrounder
 from gligen_xl.detect.outputs import Tokens, candidates, collect
 from gligen_xl.layout import box_iou, xyxy_from_cxcywh
 from gligen_xl.toyworld.world import draw, sample_scene

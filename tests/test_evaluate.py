@@ -5,13 +5,7 @@ from helpers.painters import Painter
 from PIL import Image
 
 from gligen_xl import Layout
-from gligen_xl.evaluate import (
-    ObjectScore,
-    evaluate_layouts,
-    find_detector,
-    find_protocol,
-    point_metrics,
-)
+from gligen_xl.evaluate import ObjectScore, evaluate_layouts, find_detector, find_protocol, point_metrics
 from gligen_xl.toyworld.detectors import ShapesDetector
 from gligen_xl.toyworld.layouts import held_out_layouts
 from gligen_xl.toyworld.world import draw, sample_scene, scene_layout

@@ -23,7 +23,7 @@ from gligen_xl.cli.common import parse_part
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Row, Shard, find_shards
-from gligen_xl.detect.captions import CaptionGrounder
+from gligen_xl.detect.grounder import CaptionGrounder
 from gligen_xl.layout import box_iou
 from gligen_xl.prepare.encode import load_vae
 from gligen_xl.prepare.framing import Framing

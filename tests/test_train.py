@@ -25,7 +25,7 @@ from gligen_xl.adapter import adapter_state_dict, is_adapter_key, load_adapter
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.text_embeddings import embed_phrases
-from gligen_xl.train import run_lock, setup, step
+from gligen_xl.train import loop, setup, step
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner
@@ -423,9 +423,9 @@ def test_the_gates_may_be_held_shut(config):
 
 
 def test_two_runs_in_one_folder_are_refused(config, monkeypatch):
-    monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
+    monkeypatch.setattr(loop, "PATIENCE", 0.1)
     with (
-        run_lock.only_run_in(Path(config.out), is_main=True),
+        loop.only_run_in(Path(config.out)),
         pytest.raises(ValueError, match="another run is at work"),
     ):
         train(config)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    from .detect.captions import CaptionGrounder
     from .detect.detection import Detector
+    from .detect.grounder import CaptionGrounder
     from .evaluate.protocols import Protocol as EvaluationProtocol
     from .pipelines.layouts import ImageLayout
 

@@ -29,7 +29,7 @@ class Settings:
         min_share: a box of which less than this share of its area is in the frame is dropped.
         min_boxes: images with fewer boxes are left out.
         captions: joined by image id, in place of those of the source; see `gligen_xl.prepare.captions`.
-        detector: finds the boxes, in place of those of the source; see `gligen_xl.detect.captions`.
+        detector: finds the boxes, in place of those of the source; see `gligen_xl.detect.grounder`.
         box_threshold, text_threshold: of the detector; None becomes `THRESHOLD`, where it has any.
         detect_text: what it looks for, in place of the caption.
         vae: see `gligen_xl.prepare.encode.load_vae`.

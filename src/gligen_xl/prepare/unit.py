@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
 from ..data.shards import Row, latents_file, read_header, remove_shard, table_files
-from ..detect.captions import CaptionGrounder
+from ..detect.grounder import CaptionGrounder
 from ..images.crop import BUCKET_GRID
 from ..limits import MAX_BATCH, MAX_WORKERS
 from ..redact import public_name

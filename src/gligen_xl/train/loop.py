@@ -17,7 +17,7 @@ seed. Calling `train` again resumes the run in `out`, and ends with the same bit
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from diffusers import DDPMScheduler
 
 from ..adapter import adapter_config, gate_values, save_adapter, set_grounding_logit_bias
 from ..device import deterministic_algorithms
+from ..workdir import exclusive
 from .conditioning import Conditioner
 from .config import TrainConfig
 from .log import RunLog
@@ -34,20 +35,12 @@ from .objective import timesteps_of
 from .processes import Processes, make_accelerator
 from .report import refresh_report
 from .resume import ResumePoint
-from .run_lock import only_run_in
-from .setup import (
-    open_loader,
-    prepare_base,
-    prepare_data,
-    prepare_state,
-    prepare_validator,
-    run_identity,
-    wrap_model,
-)
+from .setup import open_loader, prepare_base, prepare_data, prepare_state, prepare_validator, run_identity, wrap_model
 from .signals import StopRequest, steps_begin, stop_requests
 from .step import Denoiser, train_step
 
 FINISHED = "adapter"  # the folder of the finished adapter
+PATIENCE = 20.0  # seconds to wait for the folder: loading processes outlive a killed run by some, and hold its lock
 
 
 def train(config: TrainConfig) -> Path:
@@ -67,7 +60,7 @@ def train(config: TrainConfig) -> Path:
     processes = Processes(accelerator, config.process_timeout)
     with (
         processes,
-        only_run_in(Path(config.out), is_main=processes.is_main),
+        only_run_in(Path(config.out)) if processes.is_main else nullcontext(),
         deterministic_algorithms(config.deterministic),
         stop_requests() as request,
     ):
@@ -163,6 +156,16 @@ def _run(
         save_adapter(unet, finished, state=average, metadata=identity.adapter_metadata(state.samples_seen))
         refresh_report(out)
     return finished
+
+
+def only_run_in(out: Path) -> AbstractContextManager[None]:
+    """Hold the folder of a run: two runs would remove each other's checkpoints.
+
+    Raises:
+        ValueError: another run is at work there, or the folder cannot be made.
+    """
+    busy = f"another run is at work in {out}; wait for it, or end its processes, or choose another folder"
+    return exclusive(out / ".lock", busy, PATIENCE)
 
 
 def _is_due(every: int | None, samples_seen: int, batch_size: int) -> bool:

@@ -24,15 +24,7 @@ from ...images.decode import image_size
 from ..file_stats import files_identity
 from ..item import Item, Skipped, unique
 from .coco_file import CocoFile, read_coco
-from .options import (
-    LEFT_OUT,
-    SPLITS,
-    SourceOptions,
-    check_words,
-    choose_split,
-    class_phrases,
-    warn_of_all_splits,
-)
+from .options import LEFT_OUT, SPLITS, SourceOptions, check_words, choose_split, class_phrases, warn_of_all_splits
 from .paths import ImageFinder, refuse_leaving
 from .rows import SHARES, clean, convert_boxes, file_within, item_or_skipped
 

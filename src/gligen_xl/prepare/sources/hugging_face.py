@@ -17,15 +17,7 @@ from typing import Any
 from ...io import read_json
 from ..item import Item, Skipped, unique
 from .image_tables import ID_KEYS, Columns, columns_of, describe_table, image_column, table_rows
-from .options import (
-    LEFT_OUT,
-    SPLITS,
-    SourceOptions,
-    check_words,
-    choose_split,
-    class_phrases,
-    warn_of_all_splits,
-)
+from .options import LEFT_OUT, SPLITS, SourceOptions, check_words, choose_split, class_phrases, warn_of_all_splits
 from .paths import ImageFinder, refuse_leaving, stem
 from .rows import (
     BOX_KEYS,
