@@ -68,7 +68,7 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """The card as Markdown, with its front matter."""
-    front = yaml.safe_dump(front_matter(facts), sort_keys=False)  # in ASCII: what is hidden is escaped
+    front = yaml.safe_dump(front_matter(facts), sort_keys=False)  # ASCII: characters that do not show are escaped
     parts = [
         f"---\n{front}---",
         f"# {markdown(facts.repository.split('/')[-1])}",
