@@ -20,7 +20,7 @@ from gligen_xl.toyworld.demo import demo
 from gligen_xl.train.config import TrainConfig, Validation
 from gligen_xl.train.loop import train
 
-COUNT = 128  # layouts, with 288 objects; docs/evaluation.md has the figures of 256
+COUNT = 128  # layouts, with 288 objects; docs/evaluate.md has the figures of 256
 
 
 @pytest.fixture(scope="module")

@@ -604,7 +604,7 @@ def _converted(image, mode):
 def test_every_way_in_reads_images_alike(tmp_path):
     """`generate --image`, images to inpaint, and the real images of an evaluation."""
     from gligen_xl.cli.generate import _open
-    from gligen_xl.evaluate.real_images import photographs_of
+    from gligen_xl.evaluate.real_images import real_images_of
     from gligen_xl.layout import Layout
     from gligen_xl.pipelines.inpaint import fit_images
 
@@ -613,7 +613,7 @@ def test_every_way_in_reads_images_alike(tmp_path):
         path.write_bytes(with_exif("PNG", block))
         assert _open(str(path)).size == size
         layout = Layout(id=name, phrases=["a"], boxes=[[0, 0, 1, 1]])
-        assert photographs_of(tmp_path, [layout])(layout).size == size
+        assert real_images_of(tmp_path, [layout])(layout).size == size
         with Image.open(path) as opened:
             assert fit_images(opened, 1, size[1], size[0])[0].tobytes() == decode(path).tobytes()
     (tmp_path / "half.png").write_bytes(png_of(photo(), 0.5))
