@@ -28,8 +28,9 @@ from gligen_xl.pipelines import StableDiffusionXLGLIGENPipeline
 from gligen_xl.toyworld.data import write_shards
 from gligen_xl.toyworld.layouts import held_out_layouts
 from gligen_xl.toyworld.world import TRAINING_SEED, VALIDATION_SEED
-from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import AdapterOptions, Optimization, Validation
 
 ROOT = Path("runs/learning")
 GATES = {"optimization.gate_learning_rate": 1.5e-2}  # ten times the others

@@ -46,10 +46,10 @@ from gligen_xl.data.shards import Row
 from gligen_xl.toyworld.model import new_tokenizer
 from gligen_xl.toyworld.world import vocabulary
 from gligen_xl.train.conditioning import Conditioner
-from gligen_xl.train.config import Optimization
 from gligen_xl.train.ema import EMA
 from gligen_xl.train.objective import denoising_loss
 from gligen_xl.train.optimizer import AdapterOptimizer
+from gligen_xl.train.options import Optimization
 
 BATCH, OBJECTS, SLOTS = 4, 8, 30
 VOCABULARY = 20_000  # phrases, of which the k-th comes in proportion to 1 / k

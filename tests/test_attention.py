@@ -7,7 +7,7 @@ from helpers.tiny import sdxl_unet
 
 from gligen_xl.adapter import adapter_parameters, attach, fusers
 from gligen_xl.train.attention import attention_loss, attention_targets, watch_attention
-from gligen_xl.train.config import Optimization
+from gligen_xl.train.options import Optimization
 
 
 def test_targets_are_boxes_inside_and_empty_slots_outside():

@@ -27,7 +27,8 @@ from gligen_xl.pipelines.auto import load_pipeline
 from gligen_xl.prepare.settings import Framing, Settings
 from gligen_xl.recipes import read_settings
 from gligen_xl.toyworld import model_folder
-from gligen_xl.train.config import Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
+from gligen_xl.train.options import Optimization, Validation
 from gligen_xl.yaml_io import read_yaml
 
 MIB = 2**20

@@ -16,8 +16,9 @@ from gligen_xl.adapter.io import read_adapter
 from gligen_xl.cli.main import main
 from gligen_xl.toyworld.stage import StageConfig, run_stage
 from gligen_xl.train.checkpoint import last_whole, list_checkpoints, load_checkpoint
-from gligen_xl.train.config import Optimization, TrainConfig
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import Optimization
 from gligen_xl.train.precheck import check_before, samples_seen_by_run
 from gligen_xl.train.publish import find_source
 from gligen_xl.train.resume import check_state

@@ -21,9 +21,9 @@ from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.text_embeddings import embed_phrases
 from gligen_xl.train.attention import watch_attention
 from gligen_xl.train.conditioning import Conditioner
-from gligen_xl.train.config import Objective
 from gligen_xl.train.ema import EMA
 from gligen_xl.train.objective import denoising_loss, timesteps_of
+from gligen_xl.train.options import Objective
 from gligen_xl.train.phrase_cache import PhraseCache
 from gligen_xl.train.step import micro_batches, poison_unless_finite
 from gligen_xl.train.step_stats import StepStats

@@ -32,7 +32,8 @@ from transformers.models.grounding_dino.image_processing_pil_grounding_dino impo
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
-from gligen_xl.detect.grounder import CaptionGrounder
+from gligen_xl.detect.detection import CaptionGrounder
+from gligen_xl.detect.grounder import find_grounder
 from gligen_xl.detect.outputs import Tokens, candidates, collect
 from gligen_xl.layout import box_iou, xyxy_from_cxcywh
 from gligen_xl.toyworld.world import draw, sample_scene
@@ -157,7 +158,7 @@ def test_boxes_are_clipped_and_sorted_and_the_useless_dropped():
 
 
 def test_thresholds_phrases_and_corners(models):
-    detector = CaptionGrounder.load(models / "grounding-dino", box_threshold=0.4, text_threshold=0.3)
+    detector = find_grounder(models / "grounding-dino", box_threshold=0.4, text_threshold=0.3)
     logits = torch.full((1, 4, TEXT_LIMIT), -torch.inf)  # [CLS] a man . trees . [SEP]
     logits[0, :, :7] = logit(0.01)
     logits[0, 0, 1:3] = torch.tensor([logit(0.35), logit(0.5)])
@@ -175,7 +176,7 @@ def test_thresholds_phrases_and_corners(models):
 
 
 def test_half_precision_that_overflows_is_repeated(models):
-    detector = CaptionGrounder.load(models / "grounding-dino", dtype=torch.bfloat16)
+    detector = find_grounder(models / "grounding-dino", dtype=torch.bfloat16)
     image, caption = noise((40, 60)), ["a man."]
     logits = torch.full((1, 1, TEXT_LIMIT), -torch.inf)
     logits[0, 0, :5] = torch.tensor([logit(0.01), logit(0.3), logit(0.5), logit(0.01), logit(0.01)])
@@ -200,7 +201,7 @@ def test_half_precision_that_overflows_is_repeated(models):
 
 def test_the_scores_are_those_of_the_model(models):
     """Against the library's own post-processing, which knows no sentences."""
-    detector = CaptionGrounder.load(models / "grounding-dino", box_threshold=0.0, text_threshold=0.0)
+    detector = find_grounder(models / "grounding-dino", box_threshold=0.0, text_threshold=0.0)
     (image,) = noise((40, 60))
     inputs = detector.processor(images=image, text="a man rides.", return_tensors="pt")
     with torch.no_grad():
@@ -218,12 +219,12 @@ def test_the_scores_are_those_of_the_model(models):
 
 
 @pytest.mark.parametrize("name", ["grounding-dino", "mm-grounding-dino", "owlvit"])
-def test_a_image_gives_the_same_whatever_is_beside_it(models, name):
+def test_an_image_gives_the_same_whatever_is_beside_it(models, name):
     images = noise((40, 60), (60, 40), (40, 60), (40, 60), (64, 64))
     captions = ["A man rides a bicycle. Trees stand behind him.", "a red shirt", "trees", "", "a lamp, trees. a man"]
     settings = {"box_threshold": 0.0, "text_threshold": 0.0}
-    together = CaptionGrounder.load(models / name, batch_size=3, **settings).ground(images, captions)
-    alone = CaptionGrounder.load(models / name, batch_size=1, **settings)
+    together = find_grounder(models / name, batch_size=3, **settings).ground(images, captions)
+    alone = find_grounder(models / name, batch_size=1, **settings)
     for image, caption, found in zip(images, captions, together, strict=True):
         close(found, alone.ground([image], [caption])[0])
     assert [bool(boxes_of(found)) for found in together] == [True, True, True, False, True]
@@ -236,8 +237,8 @@ def test_a_image_gives_the_same_whatever_is_beside_it(models, name):
 def test_half_precision_stays_near(models, name, dtype):
     images, captions = noise((40, 60)), ["a man rides a bicycle."]
     settings = {"box_threshold": 0.0, "text_threshold": 0.0}
-    (full,) = CaptionGrounder.load(models / name, **settings).ground(images, captions)
-    detector, passes = CaptionGrounder.load(models / name, dtype=dtype, **settings), []
+    (full,) = find_grounder(models / name, **settings).ground(images, captions)
+    detector, passes = find_grounder(models / name, dtype=dtype, **settings), []
     detector.model.register_forward_hook(lambda *_: passes.append(1))
     (half,) = detector.ground(images, captions)
     assert len(passes) == 1
@@ -247,7 +248,7 @@ def test_half_precision_stays_near(models, name, dtype):
 
 
 def test_a_long_caption_is_cut_before_a_word_and_counted(models):
-    detector = CaptionGrounder.load(models / "grounding-dino")
+    detector = find_grounder(models / "grounding-dino")
     seen = Crafted(detector.model, torch.full((2, 1, TEXT_LIMIT), -1.0), torch.full((2, 1, 4), 0.5))
     detector.model = seen
     reds = "a man. " + " ".join(["red"] * 17)  # 20 tokens, and there come those of begin and end, and a full stop
@@ -263,7 +264,7 @@ def test_a_long_caption_is_cut_before_a_word_and_counted(models):
     ("name", "phrases"), [("owlvit", {"a man", "trees", "red"}), ("grounding-dino", {"a man", "trees, red"})]
 )
 def test_a_given_text_takes_the_place_of_captions(models, name, phrases):
-    detector = CaptionGrounder.load(models / name, box_threshold=0.0, text_threshold=0.0, text="a man. trees, red")
+    detector = find_grounder(models / name, box_threshold=0.0, text_threshold=0.0, text="a man. trees, red")
     for found in detector.ground(noise((40, 60), (60, 40)), ["a bicycle", ""]):
         assert phrases_of(found)
         assert set(phrases_of(found)) <= phrases
@@ -271,7 +272,7 @@ def test_a_given_text_takes_the_place_of_captions(models, name, phrases):
 
 def test_candidates_have_their_own_scores_and_boxes(models):
     """Against the outputs of the model itself."""
-    detector = CaptionGrounder.load(models / "owlvit", box_threshold=0.0)
+    detector = find_grounder(models / "owlvit", box_threshold=0.0)
     (image,) = noise((40, 60))
     parts = ["a man", "trees", "red"]
     inputs = detector.processor(text=[parts], images=image, return_tensors="pt")
@@ -292,7 +293,7 @@ def test_candidates_have_their_own_scores_and_boxes(models):
 def test_owlv2_boxes_are_of_the_image_and_not_of_its_padded_square(models, monkeypatch):
     # Resizing is what scipy is needed for.
     monkeypatch.setattr(Owlv2ImageProcessorPil, "resize", lambda *_, **__: np.zeros((3, 32, 32), np.float32))
-    detector = CaptionGrounder.load(models / "owlv2", box_threshold=0.0)
+    detector = find_grounder(models / "owlv2", box_threshold=0.0)
     (found,) = detector.ground(noise((40, 80)), ["a man. trees"])
     assert boxes_of(found)
     boxes = torch.tensor([[[0.25, 0.25, 0.5, 0.5], [0.5, 0.75, 1, 0.2]]])  # the second is under the image
@@ -304,13 +305,13 @@ def test_owlv2_boxes_are_of_the_image_and_not_of_its_padded_square(models, monke
 @pytest.mark.skipif(importlib.util.find_spec("scipy") is not None, reason="scipy is installed")
 def test_a_missing_package_is_named_at_once(models):
     with pytest.raises(ValueError, match=r"owlv2 needs a package: .*pip install scipy"):
-        CaptionGrounder.load(models / "owlv2")
+        find_grounder(models / "owlv2")
 
 
 def test_shapes_are_found_exactly():
     scenes = [sample_scene(0, k, num_objects=2) for k in range(12)]
     images = [np.asarray(draw(scene)) for scene in scenes]
-    every = CaptionGrounder.load("shapes").ground(images, [""] * len(scenes))
+    every = find_grounder("shapes").ground(images, [""] * len(scenes))
     right = 0
     for scene, found in zip(scenes, every, strict=True):
         assert set(scores_of(found)) <= {1.0}
@@ -327,26 +328,26 @@ def test_shapes_are_found_exactly():
 
 def test_what_is_no_detector_says_what_it_is(models, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no detector folder .*nowhere; expected a folder or a Hub repository"):
-        CaptionGrounder.load(tmp_path / "nowhere")
+        find_grounder(tmp_path / "nowhere")
     with pytest.raises(
         FileNotFoundError, match=r"no detector folder some/detector, and no such repository was reached"
     ):
-        CaptionGrounder.load("some/detector", local_files_only=True)
+        find_grounder("some/detector", local_files_only=True)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json; expected config\.json"):
-        CaptionGrounder.load(tmp_path)
+        find_grounder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=r"is of model_type 'bert', no zero-shot detector; expected grounding-dino"):
-        CaptionGrounder.load(tmp_path)
+        find_grounder(tmp_path)
     (tmp_path / "config.json").write_bytes((models / "owlvit" / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"cannot be loaded; expected config\.json, preprocessor_config\.json"):
-        CaptionGrounder.load(tmp_path)
+        find_grounder(tmp_path)
     with pytest.raises(ValueError, match="batch_size is 0"):
-        CaptionGrounder.load(models / "owlvit", batch_size=0)
+        find_grounder(models / "owlvit", batch_size=0)
 
 
 @pytest.mark.parametrize("name", ["shapes", "owlvit"])
 def test_images_of_another_kind_are_refused(models, name):
-    detector = CaptionGrounder.load(name if name == "shapes" else models / name)
+    detector = find_grounder(name if name == "shapes" else models / name)
     (image,) = noise((8, 8))
     with pytest.raises(ValueError, match="1 images but 2 captions"):
         detector.ground([image], ["a", "b"])
@@ -362,5 +363,5 @@ def test_code_beside_a_model_is_not_run(models, tmp_path):
     names = {"AutoConfig": "evil.Config", "AutoModelForZeroShotObjectDetection": "evil.Model"}
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": names}))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    assert isinstance(CaptionGrounder.load(tmp_path), CaptionGrounder)
+    assert isinstance(find_grounder(tmp_path), CaptionGrounder)
     assert not (tmp_path / "ran").exists()

@@ -95,7 +95,7 @@ def test_an_encoder_knows_its_vae():
 
 @pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_image_has_the_same_latents_in_any_company(vae, images, seed, dtype):
+def test_an_image_has_the_same_latents_in_any_company(vae, images, seed, dtype):
     encoder = Encoder(vae, seed=seed, dtype=dtype)
     together, _ = encoder(images, NAMES)
     for size in (1, 3):
@@ -174,7 +174,7 @@ def overflowing(vae, gain):
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
-def test_a_image_that_overflows_is_repeated_in_float32(vae, at_once):
+def test_an_image_that_overflows_is_repeated_in_float32(vae, at_once):
     images = bright_among_grey()
     overflowing(vae, 10_000.0)
     encoder = Encoder(vae, seed=0, dtype=torch.float16, at_once=at_once)

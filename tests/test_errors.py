@@ -320,7 +320,7 @@ def test_a_random_seed_is_written_down(good, tmp_path, capsys):
         assert one.tobytes() == two.tobytes()
 
 
-def test_the_seconds_of_a_image_in_a_batch_are_its_share(good, tmp_path, capsys, monkeypatch):
+def test_the_seconds_of_an_image_in_a_batch_are_its_share(good, tmp_path, capsys, monkeypatch):
     clock = iter([0.0, 6.0, 100.0, 101.0, 200.0])  # begin, first batch, saved, second batch, saved
     monkeypatch.setattr("gligen_xl.cli.generate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(

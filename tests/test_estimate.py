@@ -18,12 +18,13 @@ from gligen_xl.cli.main import main
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train.checkpoint import list_checkpoints
-from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.estimate import checkpoints_kept, describe, estimate, moment_bytes
 from gligen_xl.train.footprint import GPUKernels, LiveBytes
 from gligen_xl.train.known_bases import base_parts
 from gligen_xl.train.loop import train
 from gligen_xl.train.optimizer import AdapterOptimizer
+from gligen_xl.train.options import AdapterOptions, Optimization, Validation
 from gligen_xl.train.precheck import check_before
 
 

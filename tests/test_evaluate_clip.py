@@ -88,7 +88,7 @@ def test_scores_are_a_hundred_times_the_cosine_and_not_below_0(folder):
     assert set(flat(scorer.score(images(), LAYOUTS))) == {0.0}
 
 
-def test_a_image_gives_the_same_whatever_is_beside_it(folder):
+def test_an_image_gives_the_same_whatever_is_beside_it(folder):
     together = ClipScorer.load(folder, batch_size=3).score(images(), LAYOUTS)
     alone = [ClipScorer.load(folder).score([p], [of])[0] for p, of in zip(images(), LAYOUTS, strict=True)]
     np.testing.assert_allclose(flat(together), flat(alone), atol=1e-3)

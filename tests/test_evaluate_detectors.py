@@ -126,7 +126,7 @@ def layout(*phrases):
 
 
 @pytest.mark.parametrize("name", CLASS_DETECTORS + PHRASE_DETECTORS)
-def test_a_image_gives_the_same_whatever_is_beside_it(models, name):
+def test_an_image_gives_the_same_whatever_is_beside_it(models, name):
     images = noise((40, 60), (60, 40), (40, 60), (64, 64), (40, 60))
     layouts = [layout("a person"), layout("a car", "the person"), layout("a bus"), layout("a person"), Layout()]
     together = find_detector(models / name, threshold=0.0, batch_size=2).detect(images, layouts)

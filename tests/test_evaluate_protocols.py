@@ -131,7 +131,7 @@ def test_count_takes_the_first_and_only_their_images_are_asked_for(tmp_path):
         find_protocol("coco-2017", coco=folder, count=0)
 
 
-def test_a_image_that_is_not_the_annotated_one(tmp_path):
+def test_an_image_that_is_not_the_annotated_one(tmp_path):
     folder = coco_folder(tmp_path)
     Image.new("RGB", (60, 100)).save(folder / "val2017" / f"{139:012d}.png")
     protocol = find_protocol("coco-2017", coco=folder)

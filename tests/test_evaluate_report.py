@@ -15,10 +15,12 @@ from gligen_xl.detect.detection import Detection, Query
 from gligen_xl.detect.matching import score_image
 from gligen_xl.evaluate.compare import Comparison
 from gligen_xl.evaluate.metrics import paired_difference, summarize
-from gligen_xl.evaluate.protocols import Protocol, find_protocol, grey
-from gligen_xl.evaluate.report import SCHEMA_VERSION, Report, write_report
+from gligen_xl.evaluate.protocol import Protocol
+from gligen_xl.evaluate.protocols import find_protocol, grey
+from gligen_xl.evaluate.report import Report
+from gligen_xl.evaluate.report_files import SCHEMA_VERSION, write_report
 from gligen_xl.evaluate.report_page import ranked, swept_conditions
-from gligen_xl.evaluate.report_words import interval, markdown_table, stacked_table, value
+from gligen_xl.evaluate.report_words import interval, markdown_table, markdown_text, stacked_table, terminal_text, value
 from gligen_xl.evaluate.run import MISSING, Condition, shuffled
 from gligen_xl.evaluate.sampling import keyed
 from gligen_xl.toyworld.detectors import ShapesDetector
@@ -356,7 +358,7 @@ def test_all_images_unread(tmp_path):
     assert "0.0 %" not in table
 
 
-def test_a_image_that_is_gone_by_then(tmp_path):
+def test_an_image_that_is_gone_by_then(tmp_path):
     layouts = [Layout(prompt="a dog", phrases=["a dog"], boxes=[[0.2, 0.2, 0.8, 0.8]], id=f"dog{k}") for k in range(2)]
     report = free_report(tmp_path, layouts)
     report.conditions[0].paths["dog0"].write_bytes(b"\x89PNG half")
@@ -382,15 +384,15 @@ def test_distances_stand_beside_the_metrics(tmp_path):
     saved = report.to_dict()["conditions"][0]["metrics"]
     assert saved["fid"] == {"value": 31.26, "low": 29.0, "high": 33.52}
     assert saved["kid"] == {"value": 0.01234, "low": 0.01, "high": 0.02}
-    assert "31.3 [29.0, 33.5]" in report.markdown()
-    assert "0.0123 [0.0100, 0.0200]" in report.markdown()
-    assert re.search(r"^KID .* 0.0123 .*\n *less is better .*\[0.0100, 0.0200\]", report.table(), re.MULTILINE)
+    assert "31.3 [29.0, 33.5]" in markdown_text(report)
+    assert "0.0123 [0.0100, 0.0200]" in markdown_text(report)
+    assert re.search(r"^KID .* 0.0123 .*\n *less is better .*\[0.0100, 0.0200\]", terminal_text(report), re.MULTILINE)
 
 
 def test_the_terminal_shows_the_same_figures_in_120_columns(whole):
     """Whatever is compared: seven conditions, of which the last stand in a second table."""
     folder, report = whole
-    table, markdown = report.table(), (folder / "report.md").read_text(encoding="utf-8")
+    table, markdown = terminal_text(report), (folder / "report.md").read_text(encoding="utf-8")
     lines = table.splitlines()
     assert max(map(len, lines)) <= 120
     heads = [line for line in lines if "beta-0.4" in line or line.split() == ["empty"]]
@@ -432,7 +434,7 @@ def test_the_terminal_is_sent_text_alone(tmp_path):
     (only,) = report.conditions
     name = "name-of-a-folder-that-is-longer-than-a-column-\udcff"
     odd = Condition(name, "grounded", {}, only.images, only.paths, {"key|\x1b[31m": "<no\nfile>"})
-    table = Report(report.protocol, report.detector, [odd], {}).table()
+    table = terminal_text(Report(report.protocol, report.detector, [odd], {}))
     assert "key|\\x1b[31m (<no file>)" in table
     assert "\\udcff: 1 of 2 images" in table
     table.encode()

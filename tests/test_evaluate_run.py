@@ -113,7 +113,7 @@ def test_shuffled_layouts_are_the_next_ones():
 # Generating ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_image_is_the_same_in_whatever_batch_order_or_part_it_is_made(tmp_path):
+def test_an_image_is_the_same_in_whatever_batch_order_or_part_it_is_made(tmp_path):
     """Of a real pipeline, to rounding."""
     pipeline = grounded(sdxl_pipeline())
     layouts = keyed(

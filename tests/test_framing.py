@@ -318,7 +318,7 @@ def test_a_mirrored_row_describes_the_mirrored_image():
         ("bright light, cleft chin", False), ("", False),
     ],
 )  # fmt: skip
-def test_words_of_sides_keep_a_image_from_being_mirrored(text, stays):
+def test_words_of_sides_keep_an_image_from_being_mirrored(text, stays):
     for change in ({"caption": text}, {"phrases": (text or "a dog",)}):
         found = seen(item(**change), (64, 64), flip="both")
         assert [row.image_id for _, row in found] == (["a"] if stays else ["a", "a-mirrored"])

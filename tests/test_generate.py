@@ -19,7 +19,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("grounded", [True, False])
-def test_a_image_does_not_depend_on_its_batch(grounded):
+def test_an_image_does_not_depend_on_its_batch(grounded):
     pipeline = grounded_pipeline()
     settings = {"num_inference_steps": 3, "beta": 1.0, "seed": 2, "grounded": grounded}
     alone = list(generate(pipeline, LAYOUTS, batch_size=1, **settings))

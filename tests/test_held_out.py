@@ -17,9 +17,10 @@ from gligen_xl.data.held_out import FEWEST, hold_out
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Shard, find_shards
 from gligen_xl.train.checkpoint import list_checkpoints
-from gligen_xl.train.config import Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.estimate import describe, estimate
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import Optimization, Validation
 
 
 def write(folder, count, first=0, shard="a", side=8):

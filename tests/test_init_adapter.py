@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from gligen_xl.adapter import AdapterConfig, adapter_config, adapter_state_dict, attach
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train.base import fresh_adapter, load_base
-from gligen_xl.train.config import AdapterOptions, Augmentation, Optimization, TrainConfig
+from gligen_xl.train.config import Augmentation, TrainConfig
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import AdapterOptions, Optimization
 
 
 @pytest.fixture(scope="module")

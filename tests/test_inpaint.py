@@ -127,7 +127,7 @@ def test_images_of_any_mode(mode):
     assert (fitted.mode, fitted.size) == ("RGB", (24, 8))
 
 
-def test_a_image_that_a_camera_turned_stands_upright(tmp_path):
+def test_an_image_that_a_camera_turned_stands_upright(tmp_path):
     flat = np.zeros((16, 32, 3), np.uint8)
     flat[:, :16] = 255  # the left half, which after a quarter turn to the right is the upper one
     turned = Image.fromarray(flat)
@@ -392,7 +392,7 @@ def test_a_model_of_nine_channels_is_given_the_image_and_the_mask(nine, beta, gr
 
 
 @torch.no_grad()
-def test_a_model_of_nine_channels_without_a_image_to_keep(nine):
+def test_a_model_of_nine_channels_without_an_image_to_keep(nine):
     """Then nothing is kept: the further channels are zero, as GLIGEN trains them beside an empty mask."""
     folder, native = nine
     pipeline = load_nine(folder)
@@ -582,7 +582,7 @@ def test_what_cannot_be_kept_stops_before_a_model_runs(make, arguments, says, mo
         (StableDiffusionGLIGENInpaintPipeline, {"image": photo(), "mask_image": photo().convert("L")}),
     ],
 )
-def test_pipelines_that_start_from_a_image_have_their_own_ways(kind, call, monkeypatch):
+def test_pipelines_that_start_from_an_image_have_their_own_ways(kind, call, monkeypatch):
     sd = kind is StableDiffusionGLIGENInpaintPipeline
     parts = with_adapter((sd_pipeline if sd else sdxl_pipeline)(), SLOTS).components
     settings = {"requires_safety_checker": False} if sd else {"add_watermarker": False}
@@ -604,7 +604,7 @@ def test_a_controlnet_needs_to_be_told_the_size(given, monkeypatch):
         pipeline("grass", image=photo(), gligen_inpaint_image=photo(), **given, **LAYOUT)
 
 
-def test_a_image_to_keep_without_an_adapter(monkeypatch):
+def test_an_image_to_keep_without_an_adapter(monkeypatch):
     pipeline = sdxl_pipeline()
     refuse_to_run(pipeline, monkeypatch)
     assert not is_attached(pipeline.unet)

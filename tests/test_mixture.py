@@ -19,7 +19,8 @@ from gligen_xl.data.loader import batches
 from gligen_xl.data.sampler import BLOCK, MixtureOrder, SampleOrder, draws_per_block
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop
-from gligen_xl.train.config import Optimization, TrainConfig
+from gligen_xl.train.config import TrainConfig
+from gligen_xl.train.options import Optimization
 
 
 @pytest.fixture

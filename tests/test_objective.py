@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gligen_xl.data.dataset import Batch
-from gligen_xl.train.config import Objective
 from gligen_xl.train.objective import box_weights, denoising_loss, min_snr_weights, timesteps_of
+from gligen_xl.train.options import Objective
 
 KINDS = ("epsilon", "v_prediction")
 

@@ -347,7 +347,7 @@ def test_encoded_size_is_limited(tmp_path):
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "AVIF"]), st.data())
-def test_damage_is_an_error_of_ours_or_a_image(kind, data):
+def test_damage_is_an_error_of_ours_or_an_image(kind, data):
     source = bytearray(encoded(photo(24, 24), kind))
     for place in data.draw(st.lists(st.integers(0, min(len(source) - 1, 400)), max_size=6)):
         source[place] = data.draw(st.integers(0, 255))

@@ -23,8 +23,9 @@ from gligen_xl.cli.common import parse_part
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import Row, Shard, find_shards
-from gligen_xl.detect.grounder import CaptionGrounder
+from gligen_xl.detect.detection import CaptionGrounder
 from gligen_xl.layout import box_iou
+from gligen_xl.prepare import unit as preparation
 from gligen_xl.prepare.encode import load_vae
 from gligen_xl.prepare.framing import Framing
 from gligen_xl.prepare.item import Item, Skipped
@@ -664,7 +665,7 @@ def test_every_image_is_accounted_for(tmp_path, how, workers):
     assert "boxes dropped, crowd: 18" in text
 
 
-def test_a_unit_without_a_image_that_can_be_used_is_done(tmp_path, how, made):
+def test_a_unit_without_an_image_that_can_be_used_is_done(tmp_path, how, made):
     for _ in range(2):
         report = prepare([Mixed("b", 4)], tmp_path, replace(how, min_boxes=9), HERE)
         assert (report.total.seen, report.total.used, report.failed) == (4, 0, {})
@@ -720,7 +721,7 @@ class Edge(Scenes):
             yield scene_item(self.name, index, boxes=thin, phrases=("a pole",), scores=(1.0,))
 
 
-def test_a_image_that_lacks_a_resolution_is_used_and_told(tmp_path, how):
+def test_an_image_that_lacks_a_resolution_is_used_and_told(tmp_path, how):
     report = prepare([Edge("a", 3)], tmp_path, replace(how, min_boxes=1), HERE)
     total = report.total
     assert (total.seen, total.used, total.written, total.skipped) == (3, 3, 6, {})
@@ -906,7 +907,7 @@ class Silent(Scenes):
 
 
 def test_texts_that_were_cut_are_told(tmp_path, how, monkeypatch):
-    monkeypatch.setattr(CaptionGrounder, "load", lambda *_, **__: Cutting())
+    monkeypatch.setattr(preparation, "find_grounder", lambda *_, **__: Cutting())
     report = prepare([Silent("a", 5), Silent("b", 4)], tmp_path, replace(how, detector="d"), HERE)
     assert report.total.cut_texts == 5
     assert report.total.skipped["no caption"]["count"] == 4

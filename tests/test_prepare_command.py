@@ -130,7 +130,7 @@ def test_the_annotations_are_part_of_what_a_coco_source_is():
     assert command._source_name(arguments) != command._source_name(others)
 
 
-def test_a_source_without_a_image_is_an_error(capsys, tiny, tmp_path):
+def test_a_source_without_an_image_is_an_error(capsys, tiny, tmp_path):
     (tmp_path / "wds").mkdir()
     for name in ("a", "b"):
         with tarfile.open(tmp_path / "wds" / f"{name}.tar", "w") as tar:

@@ -134,7 +134,7 @@ def test_what_becomes_known_when_decoding_is_told_from_another_process_too(tmp_p
         assert entry["example"].endswith("row 2: it is 20 x 20; expected at least 24 pixels a side")
 
 
-def test_a_image_without_enough_boxes_says_how_many(tmp_path, how):
+def test_an_image_without_enough_boxes_says_how_many(tmp_path, how):
     entries = [{"image_id": k, "boxes": [[20, 4, 40, 20]] * k, "phrases": ["x"] * k} for k in (3, 1)]
     metadata(tmp_path / "set", [box(20, 4, 40, 20) | entry for entry in entries])
     report = prepare(open_source(tmp_path / "set"), tmp_path / "out", replace(how, min_boxes=2), HERE)

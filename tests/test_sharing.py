@@ -19,8 +19,9 @@ from gligen_xl.images.draw import METADATA_KEY
 from gligen_xl.pipelines.export import export_pipeline
 from gligen_xl.prepare.sources import open_source
 from gligen_xl.train.checkpoint import list_checkpoints
-from gligen_xl.train.config import AdapterOptions, Augmentation, Optimization, TrainConfig, Validation
+from gligen_xl.train.config import Augmentation, TrainConfig
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import AdapterOptions, Optimization, Validation
 from gligen_xl.train.record import read_run
 from gligen_xl.train.report import report_page
 from gligen_xl.train.resume import check_same_run

@@ -47,7 +47,7 @@ def test_grids():
         grid([])
 
 
-def test_a_image_says_how_it_was_made(tmp_path):
+def test_an_image_says_how_it_was_made(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=png_metadata({"seed": 3, "prompt": "Grün"}))
     with Image.open(tmp_path / "a.png") as image:
         about = json.loads(image.text[METADATA_KEY])

@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.source_items import images as items_by_id
+from helpers.source_items import items, reasons
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from gligen_xl.images.decode import DAMAGED
-from gligen_xl.prepare.item import BAD_TEXT, TWICE, Item, Skipped
+from gligen_xl.prepare.item import BAD_TEXT, TWICE, Item
 from gligen_xl.prepare.sources import open_source, recognise, rows, tables
 from gligen_xl.prepare.sources.json_members import members
 from gligen_xl.prepare.sources.paths import find_images
@@ -63,29 +65,6 @@ def folder(path, entries, name="metadata.jsonl", images=("a.jpg", "b.jpg", "c.jp
         put(path / file, image())
     put(path / name, lines(entries))
     return path
-
-
-def items(path, **options):
-    """All of a source; what its units promise is checked on the way."""
-    found = []
-    for unit in open_source(path, **options):
-        copy = pickle.loads(pickle.dumps(unit))
-        assert copy.identity() == json.loads(json.dumps(unit.identity()))
-        given = list(unit.items())
-        assert given == list(copy.items())
-        done = [item.done for item in given]
-        assert done == sorted(done)
-        assert not done or done[-1] <= unit.weight
-        found += given
-    return found
-
-
-def reasons(found):
-    return {item.image_id: item.reason for item in found if isinstance(item, Skipped)}
-
-
-def kept(found):
-    return {item.image_id: item for item in found if isinstance(item, Item)}
 
 
 # SA-1B --------------------------------------------------------------------------------------------------------------
@@ -169,7 +148,7 @@ def test_webdataset(tmp_path):
     path = tar(tmp_path / "train-00.tar", files)
     assert recognise(tmp_path) == "webdataset"
     found = items(path)
-    good = kept(found)
+    good = items_by_id(found)
     assert list(good) == ["d/000", "d/001", "d/002", "d/003"]
     first = good["d/000"]
     assert (first.caption, first.boxes, first.phrases) == ("a dog on grass", ((0.1, 0.1, 0.5, 0.5),), ("a dog",))
@@ -184,7 +163,7 @@ def test_webdataset(tmp_path):
         "../007": "its name in the archive leads elsewhere",
         "d/008": "its box_format is not known",
     }
-    assert isinstance(kept(items(path, box_format="xyxy"))["d/008"], Item)
+    assert isinstance(items_by_id(items(path, box_format="xyxy"))["d/008"], Item)
 
 
 def test_a_webdataset_whose_first_boxes_are_of_no_format(tmp_path):
@@ -207,7 +186,7 @@ def test_texts_that_are_too_large_are_not_read(tmp_path, kind):
     tracemalloc.stop()
     if kind == "webdataset":
         assert reasons(found) == {"0": "its .json: too large", "1": "its .txt: too large"}
-    assert list(kept(found)) == (["2"] if kind == "webdataset" else ["0", "1", "2"])
+    assert list(items_by_id(found)) == (["2"] if kind == "webdataset" else ["0", "1", "2"])
     assert peak < 4 * 2**20
 
 
@@ -216,7 +195,7 @@ def test_images_with_several_dots_in_their_names_are_told(tmp_path, kind):
     names = ["img.2020.0.png", "img.2020.1.PNG", "other.png", "other.mask.png"]
     found = items(tar(tmp_path / "a.tar", [(f"d/{name}", image()) for name in names]), kind=kind)
     assert reasons(found) == dict.fromkeys(["d/img.2020.0.png", "d/img.2020.1.png"], DOTS)
-    assert len(kept(found)) == 1
+    assert len(items_by_id(found)) == 1
 
 
 # Image folders ------------------------------------------------------------------------------------------------------
@@ -361,7 +340,7 @@ def test_bad_rows_are_told_apart(tmp_path):
         | dict.fromkeys(["scores", "score"], rows.WRONG_SCORES)
         | {"surrogate": BAD_TEXT}
     )
-    good = kept(found)
+    good = items_by_id(found)
     assert list(good) == ["good", "reversed", "overstepping", "blank"]
     assert good["reversed"].boxes == ((0.9, 0.9, 0.1, 0.1),)
     assert good["overstepping"].boxes == ((-0.5, 0, 1.5, 1),)
@@ -408,7 +387,7 @@ def test_a_first_row_that_is_damaged_is_one_row(tmp_path, row):
     folder(tmp_path, [row, {"file_name": "b.jpg"}])
     put(tmp_path / "cut.jpg", image()[:30])
     found = items(tmp_path, box_format="xyxy")
-    assert list(kept(found)) == ["b"]
+    assert list(items_by_id(found)) == ["b"]
     assert len(reasons(found)) == 1
 
 
@@ -532,7 +511,7 @@ def test_files_that_cannot_be_read_are_single_images(tmp_path):
     (tmp_path / "nowhere.jpg").symlink_to("none.jpg")
     found = items(tmp_path)
     assert reasons(found) == {"b": "file cannot be read (Too many levels of symbolic links)"}
-    assert list(kept(found)) == ["a", "c", "loop", "nowhere"]  # the last two are found out when they are decoded
+    assert list(items_by_id(found)) == ["a", "c", "loop", "nowhere"]  # the last two are found out when they are decoded
 
 
 def test_a_disk_that_fails_takes_one_row(tmp_path, monkeypatch):
@@ -544,7 +523,7 @@ def test_a_disk_that_fails_takes_one_row(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "image_size", failing)
     row = {"boxes": [[0, 0, 8, 8]], "phrases": ["x"], "box_format": "xyxy_pixels"}
     found = items(folder(tmp_path, [row | {"file_name": "a.jpg"}, row | {"file_name": "b.jpg"}]))
-    assert (reasons(found), list(kept(found))) == ({"a": "file cannot be read (Input/output error)"}, ["b"])
+    assert (reasons(found), list(items_by_id(found))) == ({"a": "file cannot be read (Input/output error)"}, ["b"])
 
 
 @given(st.sets(st.sampled_from([f"{a}{b}" for a in ("", "a/", "b/", "a/b/", "a.b/") for b in "0ab"]), min_size=1))
@@ -601,7 +580,7 @@ def test_layouts(tmp_path):
     path = folder(tmp_path, entries, name="mine.jsonl", images=["p/a.jpg", "p/b.jpg"]) / "mine.jsonl"
     assert recognise(path) == "layouts"
     found = items(path)
-    first, second = kept(found).values()
+    first, second = items_by_id(found).values()
     assert (first.image_id, first.caption, first.phrases, first.size) == ("p/a", "a dog", ("dog",), None)
     assert (second.image_id, second.scores, second.size) == ("bee", (0.2,), (HEIGHT, WIDTH))
     assert first.boxes == second.boxes == ((0, 0.5, 0.5, 1),)
@@ -649,7 +628,7 @@ def coco_folder(tmp_path, content, images=3):
 def test_coco(tmp_path, unit_size):
     where = coco_folder(tmp_path, coco())
     found = items(**where, unit_size=unit_size)
-    good = kept(found)
+    good = items_by_id(found)
     assert list(good) == ["10", "11", "12"]
     assert reasons(found) == {"13": rows.MISSING, "99": "annotations of an image that the file does not list"}
     assert good["12"].phrases == ("dog", "person")
@@ -664,8 +643,8 @@ def test_coco_classes(tmp_path):
     where = coco_folder(tmp_path, coco())
     yaml = put(tmp_path / "classes.yaml", "person: a human\ndog:\n")
     as_json = put(tmp_path / "classes.json", json.dumps({"person": "a human", "dog": None}))
-    found = kept(items(**where, classes=yaml))
-    assert found == kept(items(**where, classes=as_json))
+    found = items_by_id(items(**where, classes=yaml))
+    assert found == items_by_id(items(**where, classes=as_json))
     assert found["12"].phrases == ("a human",)
     assert found["12"].dropped == {"crowd": 1, "class left out by the mapping": 1}
     assert open_source(**where)[0].identity() != open_source(**where, classes=yaml)[0].identity()
@@ -727,7 +706,7 @@ def test_coco_paths_and_sizes(tmp_path):
         "22": "file cannot be read (Too many levels of symbolic links)",
         "99": "annotations of an image that the file does not list",
     }  # fmt: skip
-    assert kept(found)["12"].size == (HEIGHT, WIDTH)
+    assert items_by_id(found)["12"].size == (HEIGHT, WIDTH)
 
 
 def test_coco_boxes_that_are_shares(tmp_path):

@@ -26,9 +26,10 @@ from gligen_xl.adapter.unet import transformer_blocks
 from gligen_xl.data.dataset import Augmentation
 from gligen_xl.train import step
 from gligen_xl.train.checkpoint import list_checkpoints
-from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.init import discriminant, init_adapter_weights
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import AdapterOptions, Optimization
 
 
 def started(unet=None, look=None, **options):

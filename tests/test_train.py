@@ -29,9 +29,10 @@ from gligen_xl.train import loop, setup, step
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner
-from gligen_xl.train.config import AdapterOptions, Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss, timesteps_of
+from gligen_xl.train.options import AdapterOptions, Optimization, Validation
 from gligen_xl.train.resume import check_same_run
 
 

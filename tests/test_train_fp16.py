@@ -18,8 +18,9 @@ from gligen_xl.data.dataset import Augmentation
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import loop, step
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
-from gligen_xl.train.config import Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import Optimization, Validation
 
 FIRST_SCALE = 2.0**16  # torch's
 
@@ -125,7 +126,7 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(config, monkeypatch
     assert lines(config.out)[-1]["skipped"] == 2
 
 
-def test_gradients_that_overflow_are_no_fault_of_a_image(config, monkeypatch, capsys):
+def test_gradients_that_overflow_are_no_fault_of_an_image(config, monkeypatch, capsys):
     """The losses are finite; half's largest number, 65504, is passed on the way down."""
 
     def steep(batch, losses):
@@ -190,7 +191,7 @@ def test_validation_and_its_images_in_half(config, data):
     assert json.loads((Path(config.out) / "adapter" / "gligen_adapter.json").read_text())["samples"] == 8
 
 
-def test_a_image_that_is_not_finite_is_named(config, tmp_path, monkeypatch):
+def test_an_image_that_is_not_finite_is_named(config, tmp_path, monkeypatch):
     rows = [replace(row(1), image_id=f"sa_{k}") for k in range(40)]
     write_shard(tmp_path / "named" / "a", latents(40, side=8), rows, METADATA)
     spoil(monkeypatch, lambda batch, losses: losses.where(torch.tensor(batch.positions) != 21, torch.nan))

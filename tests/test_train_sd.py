@@ -19,9 +19,10 @@ from gligen_xl.text_embeddings import embed_phrases
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
 from gligen_xl.train.conditioning import Conditioner
-from gligen_xl.train.config import Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss
+from gligen_xl.train.options import Optimization, Validation
 
 CPU = torch.device("cpu")
 

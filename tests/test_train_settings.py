@@ -14,8 +14,9 @@ from gligen_xl.adapter import AdapterConfig
 from gligen_xl.cli import train as command
 from gligen_xl.cli.main import main
 from gligen_xl.train.card import CardFacts, model_card
-from gligen_xl.train.config import AdapterOptions, Objective, Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.log import RunLog
+from gligen_xl.train.options import AdapterOptions, Objective, Optimization, Validation
 from gligen_xl.train.resume import check_same_run
 from gligen_xl.train.step_stats import Skipped
 from gligen_xl.train.summary import percent, plain, recipe_in_words

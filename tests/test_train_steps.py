@@ -24,10 +24,11 @@ from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.train import checkpoint, optimizer, setup, step
 from gligen_xl.train.base import load_base
 from gligen_xl.train.checkpoint import list_checkpoints, load_checkpoint
-from gligen_xl.train.config import AdapterOptions, Objective, Optimization, TrainConfig, Validation
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.log import CLOCKED
 from gligen_xl.train.loop import train
 from gligen_xl.train.objective import denoising_loss
+from gligen_xl.train.options import AdapterOptions, Objective, Optimization, Validation
 from gligen_xl.train.zero import ZeroPartition
 
 

@@ -7,9 +7,10 @@ from helpers.tiny_run import write_data
 from gligen_xl.cli.common import Parser
 from gligen_xl.cli.main import main
 from gligen_xl.cli.train import parse
-from gligen_xl.train.config import Optimization, TrainConfig
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.estimate import estimate
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import Optimization
 from gligen_xl.train.precheck import check_before
 
 

@@ -92,7 +92,7 @@ def states(report):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_image_that_was_mended_is_prepared_again_and_only_its_unit(tmp_path, how, kind):
+def test_an_image_that_was_mended_is_prepared_again_and_only_its_unit(tmp_path, how, kind):
     where, out = kind(tmp_path), tmp_path / "out"
     run(where, out, how)
     before = [shard.latents[:].copy() for shard in find_shards(out)]
@@ -111,7 +111,7 @@ def test_a_image_that_was_mended_is_prepared_again_and_only_its_unit(tmp_path, h
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_image_that_comes_or_goes_is_noticed(tmp_path, how, kind):
+def test_an_image_that_comes_or_goes_is_noticed(tmp_path, how, kind):
     where, out, image = kind(tmp_path), tmp_path / "out", tmp_path / "set/4.png"
     image.rename(tmp_path / "aside")
     assert run(where, out, how).total.used == 5
@@ -194,6 +194,18 @@ def as_before(out):
     values = json.loads(shared.read_text())
     del values["vae_weights"]
     shared.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("file", ["settings.json", "units/*.json"])
+def test_settings_that_lack_one_are_refused(tmp_path, how, file):
+    where, out = plain(tmp_path), tmp_path / "out"
+    run(where, out, how)
+    path = next((out / ".prepared").glob(file))
+    values = json.loads(path.read_text())
+    del (values if file == "settings.json" else values["settings"])["latents"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="latents None, now it is 'sample'"):
+        run(where, out, how)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, lambda root: archive(root / "set/a.tar", [1])])

@@ -114,7 +114,7 @@ def test_orientation_is_read_from_blocks_that_are_damaged_elsewhere(kind, order)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_image_with_an_unreadable_block_is_whole(kind):
+def test_an_image_with_an_unreadable_block_is_whole(kind):
     for block in (
         b"JUNKJUNKJUNKJUNK" * 4,
         b"II*\0",

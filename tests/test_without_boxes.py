@@ -15,8 +15,9 @@ from gligen_xl.data.box_statistics import BoxStatistics, of_shards
 from gligen_xl.data.check import check_shards
 from gligen_xl.data.shard_writer import write_shard
 from gligen_xl.data.shards import find_shards
-from gligen_xl.train.config import Optimization, TrainConfig
+from gligen_xl.train.config import TrainConfig
 from gligen_xl.train.loop import train
+from gligen_xl.train.options import Optimization
 
 
 def write(folder, counts, score=0.5, shard="a"):

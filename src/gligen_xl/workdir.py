@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,16 @@ def exclusive(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
-def claim_settings(path: Path, settings: Mapping[str, Any], what: str) -> None:
+def claim_settings(
+    path: Path, settings: Mapping[str, Any], what: str, *, optional: Collection[str] | None = None
+) -> None:
     """Write `settings` to `path` if this is the first process to use the folder, else check that they agree.
 
     Settings that the file lacks, as those that an older version did not write, are added to it.
 
     Args:
         what: begin of the error's sentence, as "OUT holds images generated".
+        optional: see `check_settings`.
 
     Raises:
         ValueError: the file has another value of a setting, or is no such file.
@@ -79,7 +82,7 @@ def claim_settings(path: Path, settings: Mapping[str, Any], what: str) -> None:
         remove_partial_files(path.parent, path.stem)
         former = read_settings(path) if path.is_file() else {}
         if former:
-            check_settings(what, former, settings)
+            check_settings(what, former, settings, optional=optional)
         if settings.keys() - former.keys():
             write_json(path, former | dict(settings))
 
@@ -99,13 +102,25 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def check_settings(what: str, former: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first setting, by name, that differs from the former one. What only one has passes."""
-    names = former.keys() & settings.keys()
+def check_settings(
+    what: str, former: Mapping[str, Any], settings: Mapping[str, Any], *, optional: Collection[str] | None = None
+) -> None:
+    """Refuse settings that differ from the former ones.
+
+    Args:
+        optional: the settings that either side may lack; by default all.
+
+    Raises:
+        ValueError: names the first setting that differs.
+    """
+    names = former.keys() | settings.keys()
     for name in sorted(names, key=lambda name: (name.endswith("checksum"), name)):  # a name says more than a checksum
-        if former[name] != settings[name]:
+        if not (name in former and name in settings) and (optional is None or name in optional):
+            continue
+        was, now = former.get(name), settings.get(name)
+        if was != now:
             advice = "go on with the same settings, or choose another folder (--out)"
-            raise setting_changed(f"{what} with", name, former[name], settings[name], advice)
+            raise setting_changed(f"{what} with", name, was, now, advice)
 
 
 def remove_partial_files(folder: Path, name: str) -> None:

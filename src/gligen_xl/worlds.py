@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    from .detect.detection import Detector
-    from .detect.grounder import CaptionGrounder
-    from .evaluate.protocols import Protocol as EvaluationProtocol
+    from .detect.detection import CaptionGrounder, Detector
+    from .evaluate.protocol import Protocol as EvaluationProtocol
     from .pipelines.layouts import ImageLayout
 
 _PACKAGES = {"shapes": "gligen_xl.toyworld"}

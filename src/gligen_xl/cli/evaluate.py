@@ -35,7 +35,7 @@ from .values import UsageError, check_file, check_folder, check_out, check_sourc
 if TYPE_CHECKING:
     from ..detect.detectors import Detector
     from ..evaluate.clip import ClipScorer
-    from ..evaluate.protocols import Protocol
+    from ..evaluate.protocol import Protocol
     from ..evaluate.run import Condition
     from ..evaluate.sampling import ImageSet
     from ..layout import Layout
@@ -334,6 +334,7 @@ def _score(
 ) -> int:
     from ..evaluate import Report, write_report
     from ..evaluate.compare import compare
+    from ..evaluate.report_words import terminal_text
     from ..evaluate.run import score_all
     from ..versions import versions
 
@@ -353,7 +354,7 @@ def _score(
         failed.append(error)
     report = Report(protocol=protocol, detector=detector, conditions=conditions, settings=settings, compared=compared)
     write_report(report, out, versions=versions())
-    say(f"\n{report.table()}\nwritten to {out}")
+    say(f"\n{terminal_text(report)}\nwritten to {out}")
     if failed:
         raise failed[0]
     unread = [(condition.name, *item) for condition in conditions for item in condition.unread.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..layout import Box, Layout
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 THRESHOLD = 0.2  # of boxes and of words, where free phrases are looked for; IGLIGEN's
@@ -87,3 +89,23 @@ class Detector(Protocol):
         Also what scores less than `settings["threshold"]`, down to 0.05: AP is of the less sure as well.
         """
         ...
+
+
+class CaptionGrounder(ABC):
+    """Finds the boxes of what a caption names, for the preparation of data.
+
+    Attributes:
+        cut_texts: number of the texts that were too long for it, and were cut.
+        reads_captions: whether an image without one has nothing to look for.
+    """
+
+    cut_texts: int = 0
+    reads_captions: bool = False
+
+    @abstractmethod
+    def ground(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[list[Detection]]:
+        """What is found in each image, (h, w, 3) uint8 of any size; the same whatever images are beside it.
+
+        Raises:
+            ValueError: images of another kind, or not one caption an image.
+        """

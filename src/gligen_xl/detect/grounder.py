@@ -1,6 +1,6 @@
 """Boxes found in images from their captions, by any zero-shot detector of transformers.
 
-    grounder = CaptionGrounder.load("IDEA-Research/grounding-dino-base", device="cuda")  # or a local folder
+    grounder = find_grounder("IDEA-Research/grounding-dino-base", device="cuda")  # or a local folder
     grounder.ground([image], ["A man rides a bicycle. Trees stand behind him."])
 
 Detectors that ground every word read the caption whole; others look for candidates: the parts of the caption between
@@ -9,7 +9,7 @@ its commas and sentence marks. See `networks`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from ..hub import local_folder
 from ..worlds import find_world
-from .detection import THRESHOLD, Detection
+from .detection import THRESHOLD, CaptionGrounder, Detection
 from .networks import (
     FILES,
     WORD_KINDS,
@@ -34,59 +34,39 @@ from .networks import (
 from .outputs import MARKS, candidates
 
 
-class CaptionGrounder(ABC):
-    """Finds what a caption names.
+def find_grounder(
+    name: str | Path = "IDEA-Research/grounding-dino-base",
+    *,
+    box_threshold: float | None = None,
+    text_threshold: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+    text: str | None = None,
+    local_files_only: bool = False,
+) -> CaptionGrounder:
+    """Load a detector by name; thresholds as IGLIGEN's. Code of a repository is never run.
 
-    Attributes:
-        cut_texts: number of the texts that were too long for it, and were cut.
-        reads_captions: whether an image without one has nothing to look for.
+    Args:
+        name: a folder, a Hub repository, or "shapes": the exact detector of the embedded world.
+        box_threshold: of a box's score. None: `THRESHOLD`.
+        text_threshold: of the score that a word needs to be in a box's phrase, where every word is grounded.
+        dtype: float32, or bfloat16 or float16 where these do (mixed precision).
+        batch_size: images at once.
+        text: look for this in every image, whatever its caption says.
+
+    Raises:
+        FileNotFoundError: there is no such folder or repository, or it lacks what a detector is made of.
+        ValueError: it is no zero-shot detector, or a package that it needs is not installed.
     """
-
-    cut_texts: int = 0
-    reads_captions: bool = False
-
-    @abstractmethod
-    def ground(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[list[Detection]]:
-        """What is found in each image, (h, w, 3) uint8 of any size; the same whatever images are beside it.
-
-        Raises:
-            ValueError: images of another kind, or not one caption an image.
-        """
-
-    @staticmethod
-    def load(
-        name: str | Path = "IDEA-Research/grounding-dino-base",
-        *,
-        box_threshold: float | None = None,
-        text_threshold: float | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 8,
-        text: str | None = None,
-        local_files_only: bool = False,
-    ) -> CaptionGrounder:
-        """Load a detector by name; thresholds as IGLIGEN's. Code of a repository is never run.
-
-        Args:
-            name: a folder, a Hub repository, or "shapes": the exact detector of the embedded world.
-            box_threshold: of a box's score. None: `THRESHOLD`.
-            text_threshold: of the score that a word needs to be in a box's phrase, where every word is grounded.
-            dtype: float32, or bfloat16 or float16 where these do (mixed precision).
-            batch_size: images at once.
-            text: look for this in every image, whatever its caption says.
-
-        Raises:
-            FileNotFoundError: there is no such folder or repository, or it lacks what a detector is made of.
-            ValueError: it is no zero-shot detector, or a package that it needs is not installed.
-        """
-        if world := find_world(name):
-            return world.new_grounder()
-        of_box, of_text = (THRESHOLD if value is None else value for value in (box_threshold, text_threshold))
-        settings = NetworkSettings(of_box, of_text, device, dtype, batch_size)
-        folder = local_folder(name, "detector", FILES, local_files_only=local_files_only)
-        kind = check_kind(folder, ZERO_SHOT_KINDS, "zero-shot detector")
-        model, processor = load_network(folder)
-        return (WordGrounder if kind in WORD_KINDS else CandidateGrounder)(model, processor, settings, text)
+    if world := find_world(name):
+        return world.new_grounder()
+    of_box, of_text = (THRESHOLD if value is None else value for value in (box_threshold, text_threshold))
+    settings = NetworkSettings(of_box, of_text, device, dtype, batch_size)
+    folder = local_folder(name, "detector", FILES, local_files_only=local_files_only)
+    kind = check_kind(folder, ZERO_SHOT_KINDS, "zero-shot detector")
+    model, processor = load_network(folder)
+    return (WordGrounder if kind in WORD_KINDS else CandidateGrounder)(model, processor, settings, text)
 
 
 class NetworkGrounder(CaptionGrounder, Network):

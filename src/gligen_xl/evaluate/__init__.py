@@ -6,8 +6,10 @@ from ..detect.matching import ImageScore, ObjectScore, score_image
 from ..detect.metrics import point_metrics
 from .compare import compare
 from .metrics import Estimate, paired_difference, summarize
-from .protocols import Protocol, find_protocol
-from .report import Report, write_report
+from .protocol import Protocol
+from .protocols import find_protocol
+from .report import Report
+from .report_files import write_report
 from .run import Condition, evaluate_layouts, score_all
 
 __all__ = [

@@ -7,7 +7,7 @@ protocol.layouts, protocol.detector, protocol.metrics
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +18,13 @@ from ..worlds import NAMES, find_world
 from . import coco_layouts, coco_mig
 from .coco_layouts import CocoSplit, gligen_layouts, layout_to_image_layouts
 from .coco_mig import draw_layouts, find_published, published_real_images, read_published
+from .protocol import AP, COLOUR, PLACE, WRONG, Protocol
 from .real_images import RESOLUTION, RealImages, centre_crop, real_images_of, squeeze
 
 # Class detector of COCO's categories; those of free phrases: COCO-MIG's own evaluation uses the tiny one (Swin-T).
 COCO_DETECTOR = "ustc-community/dfine-xlarge-coco"
 MIG_DETECTOR = "IDEA-Research/grounding-dino-tiny"
 PHRASE_DETECTOR = "IDEA-Research/grounding-dino-base"
-
-AP = ("ap", "ap_50", "ap_75", "ar")
-PLACE = ("success", "mean_iou", "recall_50", "recall_75", "picture_success")
-_COLOUR = ("colour", "colour_of_found")
-WRONG = ("wrong_count", "extra_objects")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What an evaluation is of.
-
-    Args:
-        paper: where it comes from; empty for a file of one's own.
-        parameters: what the layouts depend on, for the report (JSON).
-        detector: the default one's name.
-        metrics: in their order of importance.
-        real: a layout's real image, or None where there are none.
-        empty: an image that holds nothing of a layout.
-        attributes: what is judged of an object beside its place, as ("colour",).
-    """
-
-    name: str
-    paper: str
-    parameters: Mapping[str, Any]
-    layouts: list[Layout]
-    detector: str
-    metrics: tuple[str, ...]
-    real: Callable[[Layout], Image.Image] | None
-    empty: Callable[[Layout], Image.Image]
-    attributes: tuple[str, ...] = ()
 
 
 def find_protocol(
@@ -192,7 +163,7 @@ def _coco_mig(folder: Path | None, seed: int) -> Protocol:
             "success",
             "mean_iou_right",
             *PLACE[1:],
-            *_COLOUR,
+            *COLOUR,
             *WRONG,
             "clip",
             "clip_objects",

@@ -1,12 +1,8 @@
-"""What an evaluation found: JSON for programs, a table for the terminal, a page and a grid of images for the eye.
-
-report = Report(protocol, detector, conditions, settings)
-write_report(report, "out")       # out/report.json, report.md, report.html, grid.png
-"""
+"""The figures of an evaluation, as Python and JSON values. `report_files` writes them for people and programs."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,31 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from ..detect.detectors import Detector
 from ..detect.matching import ImageScore
-from ..escape import markdown
-from ..images.decode import ImageError, decode
-from ..images.draw import draw_boxes, grid
-from ..io import whole_file
 from ..redact import public, public_text
-from . import report_words as words
 from .ap import AP_NAMES
 from .metrics import Estimate, summarize
-from .protocols import Protocol
-from .report_page import report_page
-from .sampling import keyed
+from .protocol import Protocol
 from .slices import Slice, slices
 
 if TYPE_CHECKING:
     from .compare import Comparison
     from .run import Condition
-
-SCHEMA_VERSION = 1  # of report.json: another one, where a program that reads it would have to change
-_SHOWN = 8  # layouts in the grid of images
-_CELL = 512  # pixels of an image in it, at most
-_DEEPEST = 4  # from there on a value of report.json is on one line: conditions, one of them, its images, an image
 
 
 @dataclass(frozen=True)
@@ -114,33 +96,6 @@ class Report:
         threshold = self.detector.settings.get("threshold", 0.0)
         return [number for number, found in enumerate(image.detections) if found.score >= threshold]
 
-    def table(self) -> str:
-        """For the terminal, 120 columns wide; says what `markdown` says."""
-        lacking = words.unread(self)
-        unread = "Images that could not be read are in no figure.\n\n"
-        parts = [
-            words.wrapped(words.about(self)),
-            *([unread + "".join(words.wrapped(line, "- ") for line in lacking)] if lacking else []),
-            words.wrapped(words.bounds(self)),
-            words.terminal_table(self),
-            *([words.terminal_differences(self)] if self.compared else []),
-            *(["".join(words.wrapped(note, "- ") for note in notes)] if (notes := words.notes(self)) else []),
-        ]
-        return "\n".join(parts)
-
-    def markdown(self) -> str:
-        """What lacks, what the detector itself gets wrong, and the metrics of the conditions."""
-        lacking = words.unread(self)
-        parts = [
-            markdown(words.about(self)) + "\n",
-            *(["**Images that could not be read are in no figure.**\n\n" + _listed(lacking)] if lacking else []),
-            markdown(words.bounds(self)) + "\n",
-            words.table(self),
-            *([words.differences(self)] if self.compared else []),
-            *([_listed(notes)] if (notes := words.notes(self)) else []),
-        ]
-        return "\n".join(parts)
-
     def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
         """What `report.json` holds.
 
@@ -174,7 +129,7 @@ class Report:
                 for one in self.compared or ()
             ],
         }
-        return words.plain_json(document)
+        return plain_json(document)
 
     def _condition(self, condition: Condition, folder: str | Path | None) -> dict[str, Any]:
         return {
@@ -218,44 +173,11 @@ class Report:
             **{name: value for name, value in measured.items() if value is not None},
         }
 
-    def grid(self) -> Image.Image:
-        """The first layouts, a row each, under every condition; boxes are drawn."""
-        shown = [condition for condition in self.conditions if condition.kind != "shuffled"]
-        layouts = dict(list(keyed(self.protocol.layouts).items())[:_SHOWN])
-        rows = [
-            [draw_boxes(_image_of(condition, key), layout) for condition in shown] for key, layout in layouts.items()
-        ]
-        for image in (image for row in rows for image in row):
-            image.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
-        captions = [layout.prompt for layout in layouts.values()]
-        return grid(rows, columns=[condition.name for condition in shown], captions=captions)
-
-
-def write_report(report: Report, folder: str | Path, **about: Any) -> None:
-    """Write `report.json`, `report.md`, `report.html` and `grid.png`; `about` is added to the JSON (as versions)."""
-    folder = Path(folder)
-    document = {"schema_version": SCHEMA_VERSION, **about, **report.to_dict(folder)}
-    texts = {"report.json": _lines(document) + "\n", "report.md": f"{report.markdown()}\n{words.DEFINITIONS}\n"}
-    texts["report.html"] = report_page(report, about)
-    for name, text in texts.items():
-        with whole_file(folder / name) as partial:
-            partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))  # of file names that are not text
-    with whole_file(folder / "grid.png") as partial:
-        report.grid().save(partial, format="PNG")
-
 
 def _path_from(path: Path, folder: Path) -> str:
     """The image's path in the report's folder; of one that lies elsewhere, the name of its folder and its own."""
     path, folder = path.absolute(), folder.absolute()
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else f"{path.parent.name}/{path.name}"
-
-
-def _image_of(condition: Condition, key: str) -> Image.Image:
-    """Grey, where there is none."""
-    try:
-        return decode(condition.paths[key])
-    except (KeyError, OSError, ImageError):
-        return Image.new("RGB", (256, 256), (128, 128, 128))
 
 
 def _rounded(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
@@ -275,17 +197,12 @@ def _estimates(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
     }
 
 
-def _listed(lines: Sequence[str]) -> str:
-    return "".join(f"- {markdown(line)}\n" for line in lines)
-
-
-def _lines(value: Any, depth: int = 0) -> str:
-    """JSON with an image, or a metric, on a line."""
-    if depth == _DEEPEST or not isinstance(value, dict | list) or not value:
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, dict):
-        items = [f"{json.dumps(name, ensure_ascii=False)}: {_lines(item, depth + 1)}" for name, item in value.items()]
-        start, end = "{}"
-    else:
-        items, (start, end) = [_lines(item, depth + 1) for item in value], "[]"
-    return f"{start}\n" + ",\n".join("  " * (depth + 1) + item for item in items) + f"\n{'  ' * depth}{end}"
+def plain_json(item: Any) -> Any:
+    """What JSON can say: floats rounded to six digits behind the point, those that are not finite as null."""
+    if isinstance(item, Mapping):
+        return {str(name): plain_json(inner) for name, inner in item.items()}
+    if isinstance(item, list | tuple | set | frozenset):
+        return [plain_json(inner) for inner in item]
+    if isinstance(item, float):
+        return round(item, 6) if math.isfinite(item) else None
+    return item if isinstance(item, str | int | None) else str(item)

@@ -20,13 +20,13 @@ from ..redact import public
 from . import report_words as words
 from .ap import AP_NAMES
 from .metrics import Estimate
+from .report import Report, plain_json
 from .report_marks import COLOURS, boxes_over, heat_map, strip
 from .sampling import SWEPT
 from .slices import POSITIONS, Slice
 
 if TYPE_CHECKING:
     from .compare import Comparison
-    from .report import Report
     from .run import Condition
 
 _HEADLINE = 4  # metrics to look at first
@@ -389,5 +389,5 @@ def _settings(report: Report, about: Mapping[str, Any]) -> str:
         "generation": report.settings,
         **about,
     }
-    written = yaml.safe_dump(words.plain_json(settings), sort_keys=False, allow_unicode=True)
+    written = yaml.safe_dump(plain_json(settings), sort_keys=False, allow_unicode=True)
     return f"<pre>{text(written)}</pre>"

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 from ..escape import markdown, printable
 from ..redact import public_text
 from .metrics import Estimate
-
-if TYPE_CHECKING:
-    from .report import Report
+from .report import Report
 
 _NAMES = {
     "mean_iou": "mean IoU",
@@ -311,12 +307,37 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(rows[0]), f"|{rule}|", *map(line, rows[1:])]) + "\n"
 
 
-def plain_json(item: Any) -> Any:
-    """What JSON can say: floats rounded to six digits behind the point, those that are not finite as null."""
-    if isinstance(item, Mapping):
-        return {str(name): plain_json(inner) for name, inner in item.items()}
-    if isinstance(item, list | tuple | set | frozenset):
-        return [plain_json(inner) for inner in item]
-    if isinstance(item, float):
-        return round(item, 6) if math.isfinite(item) else None
-    return item if isinstance(item, str | int | None) else str(item)
+# Whole texts --------------------------------------------------------------------------------------------------------
+
+
+def terminal_text(report: Report) -> str:
+    """Return what the terminal shows, 120 columns wide; it says what `markdown_text` says."""
+    lacking = unread(report)
+    unread_note = "Images that could not be read are in no figure.\n\n"
+    parts = [
+        wrapped(about(report)),
+        *([unread_note + "".join(wrapped(line, "- ") for line in lacking)] if lacking else []),
+        wrapped(bounds(report)),
+        terminal_table(report),
+        *([terminal_differences(report)] if report.compared else []),
+        *(["".join(wrapped(note, "- ") for note in remarks)] if (remarks := notes(report)) else []),
+    ]
+    return "\n".join(parts)
+
+
+def markdown_text(report: Report) -> str:
+    """Return what is missing, what the detector itself gets wrong, and the metrics of the conditions."""
+    lacking = unread(report)
+    parts = [
+        markdown(about(report)) + "\n",
+        *(["**Images that could not be read are in no figure.**\n\n" + _listed(lacking)] if lacking else []),
+        markdown(bounds(report)) + "\n",
+        table(report),
+        *([differences(report)] if report.compared else []),
+        *([_listed(remarks)] if (remarks := notes(report)) else []),
+    ]
+    return "\n".join(parts)
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "".join(f"- {markdown(line)}\n" for line in lines)

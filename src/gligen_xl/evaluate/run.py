@@ -27,7 +27,7 @@ from ..layout import Box, Layout
 from ..pipelines.grounding import GroundingMixin
 from .binding import bind, check_slots, generation_settings, only_one_at, write_keyed
 from .clip import ClipScorer
-from .protocols import Protocol
+from .protocol import Protocol
 from .real_images import RealImages
 from .sampling import (
     SWEPT,

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from ..data.shard_writer import ShardWriter
 from ..data.shards import Row, latents_file, read_header, remove_shard, table_files
-from ..detect.grounder import CaptionGrounder
+from ..detect.detection import CaptionGrounder
+from ..detect.grounder import find_grounder
 from ..images.crop import BUCKET_GRID
 from ..limits import MAX_BATCH, MAX_WORKERS
 from ..redact import public_name
@@ -69,7 +70,7 @@ class UnitMaker:
         _check_resolutions(settings.framing, self.encoder.downsampling)
         self.detector = None
         if settings.detector is not None:
-            self.detector = CaptionGrounder.load(
+            self.detector = find_grounder(
                 settings.detector,
                 box_threshold=settings.box_threshold,
                 text_threshold=settings.text_threshold,

@@ -27,6 +27,7 @@ _KEYS = {"source", "settings", "identity", "shards", "report"}  # of a mark
 _ARCHIVES = ("sa1b", "webdataset")  # kinds of units that are files of their own
 _SHA256_OF_ARCHIVE = "sha256_of_archive"  # in a mark alone: nobody reads an archive only to ask whether it is done
 _TIMES = {"images", "mtime_ns"}
+_OPTIONAL = {"vae_weights"}  # settings that folders of older versions, and VAEs of the Hub, do not have
 _LATER = _TIMES | {"detector_weights"}  # what marks of older versions do not say
 
 
@@ -103,14 +104,15 @@ class UnitFolder:
         Raises:
             ValueError: this one does not.
         """
-        claim_settings(self._settings_file, self._shared_settings(), f"{self.out} holds shards prepared")
+        what = f"{self.out} holds shards prepared"
+        claim_settings(self._settings_file, self._shared_settings(), what, optional=_OPTIONAL)
 
     def _shared_settings(self) -> dict[str, Any]:
         vae = {"vae_weights": self.weights["vae"]} if "vae" in self.weights else {}
         return self.settings.shared() | vae
 
     def _check_settings(self, what: str, former: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        check_settings(f"{self.out} holds {what} prepared", former, settings)
+        check_settings(f"{self.out} holds {what} prepared", former, settings, optional=_OPTIONAL)
 
     # What is done ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..evaluate.protocols import Protocol
+    from ..evaluate.protocol import Protocol
     from ..pipelines.layouts import ImageLayout
     from .detectors import ShapesDetector, ShapesGrounder
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..detect.detection import Detection, Query
-from ..detect.grounder import CaptionGrounder, check_inputs
+from ..detect.detection import CaptionGrounder, Detection, Query
+from ..detect.grounder import check_inputs
 from ..detect.matching import ObjectScore, score_image
 from ..layout import Layout
 from .detector import detect

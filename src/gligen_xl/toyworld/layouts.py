@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from ..evaluate.protocols import PLACE, WRONG, Protocol
+from ..evaluate.protocol import PLACE, WRONG, Protocol
 from ..layout import Layout
 from .world import HELD_OUT_SEED, IMAGE_SIZE, Scene, draw, sample_scene, scene_layout
 

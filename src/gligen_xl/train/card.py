@@ -112,7 +112,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _what(facts: CardFacts) -> str:
     fusers = blocks_in_words(facts.form.blocks, facts.form.every, "transformer block")
     return (
-        f"A GLIGEN adapter for {_base_in_words(facts)}. It gives the model a phrase and a box for each object of a "
+        f"A GLIGEN adapter for {_base_in_words(facts)}. It gives the model a phrase and a box for each object of an "
         f"image. It has {facts.parameters:,} parameters, a fuser on {markdown(fusers)} of the U-Net, and "
         f"{facts.form.slots} grounding tokens an image. Nothing of the base model is in it."
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapter import fusers
 from ..adapter.layers import Fuser, FuserAttention
 from ..adapter.unet import transformer_blocks
-from .config import AdapterOptions
+from .options import AdapterOptions
 
 _QUERIES = 256  # visual tokens, evenly chosen, that a share is measured on
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.dataset import Batch
 from .attention import box_masks
-from .config import Objective
+from .options import Objective
 
 
 def denoising_loss(

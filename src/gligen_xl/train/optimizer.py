@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from .config import Optimization
+from .options import Optimization
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has a fused AdamW
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..adapter import AdapterConfig
 from .checkpoint import last_whole, load_checkpoint
-from .config import TrainConfig, Validation
+from .config import TrainConfig
 from .data import is_drawn
+from .options import Validation
 from .processes import Processes
 
 

@@ -16,8 +16,8 @@ from ..data.dataset import Batch
 from .attention import watch_attention
 from .checkpoint import TrainState
 from .conditioning import Conditioner
-from .config import Objective
 from .objective import denoising_loss
+from .options import Objective
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ from ..images.draw import draw_boxes, grid
 from ..layout import Layout
 from ..pipelines import GroundingMixin
 from .conditioning import Conditioner
-from .config import Validation
 from .objective import denoising_loss
+from .options import Validation
 
 _SHOWN = 8  # images in the grid
 _LEAST = 64  # losses: of fewer samples each is taken several times, with other noise
