@@ -101,7 +101,7 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
             data=str(ROOT / "data" / "held-out"),
             every=options.look,
             gain_every=options.every,
-            images=options.layouts,
+            pictures=options.layouts,
             steps=20,
             guidance_scale=2.0,
             detector="shapes",

@@ -54,7 +54,7 @@ def chart(
     over: str = "samples",
     label: str = "",
 ) -> str:
-    """The curves over samples seen, or what else begins at 0; empty if none has a point.
+    """Return the curves over samples seen, or what else begins at 0; empty if none has a point.
 
     Args:
         end: where the axis of samples ends.
@@ -115,7 +115,7 @@ def short(value: float) -> str:
 
 
 def _plain(curve: Curve) -> list[tuple[float, float, float, float]]:
-    """As `_smoothed`, each point itself, and its interval."""
+    """Draw as `_smoothed` does, but each point itself, and its interval."""
     ranges = curve.intervals or [(y, y) for _, y in curve.points]
     return [(x, y, low, high) for (x, y), (low, high) in zip(curve.points, ranges, strict=True)]
 
@@ -137,7 +137,7 @@ def _smoothed(points: list[Point], end: float) -> list[tuple[float, float, float
 
 
 def _range(curves: Sequence[Curve], lines: Sequence[list[tuple[float, ...]]]) -> tuple[float, float]:
-    """Of what is shown: every line and interval, and all but the outermost hundredth of noisy values."""
+    """Return the range of the drawing: every line and interval, and all but the outermost hundredth of noisy values."""
     values = [point[1] for line in lines for point in line]
     values += [end for curve in curves for interval in curve.intervals for end in interval]
     noisy = [value for curve in curves if curve.noisy for _, value in curve.points]
@@ -181,7 +181,8 @@ def _drawn(
     y: Callable[[float], float],
     over: str,
 ) -> list[str]:
-    """A line; dots where it was measured seldom; before a noisy one the range of its values, or their intervals."""
+    """Draw a line, with dots if it has few points, over the range of its values if it is noisy, or over their
+    intervals."""
     parts = []
     if (curve.noisy and len(line) > 2) or curve.intervals:
         upper = [f"{x(at):.1f},{y(high):.1f}" for at, _, _, high in line]
@@ -205,7 +206,7 @@ def _drawn(
 def x_axis(
     end: float, x: Callable[[float], float], over: str = "samples", *, bottom: float = HEIGHT - BOTTOM
 ) -> list[str]:
-    """The axis from 0 to `end` in parts of an SVG; `x` places a value."""
+    """Return the axis from 0 to `end` in parts of an SVG; `x` places a value."""
     ticks, _, _ = _ticks(0, end)
     parts = [f'<line class="axis" x1="{x(0):.1f}" x2="{x(end):.1f}" y1="{bottom}" y2="{bottom}"/>']
     for at in (tick for tick in ticks if tick <= end * 1.001):
@@ -215,7 +216,7 @@ def x_axis(
 
 
 def _end_names(ends: list[tuple[Curve, float, float]]) -> list[str]:
-    """The names of the curves at their ends (x, y), moved apart where they would lie on each other."""
+    """Return the names of the curves at their ends (x, y), moved apart where they would lie on each other."""
     placed: list[float] = []
     parts = []
     bottom = HEIGHT - BOTTOM - 2

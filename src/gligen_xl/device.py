@@ -23,7 +23,7 @@ def to_device(value: Tensor, device: torch.device | str) -> Tensor:
 
 @contextmanager
 def deterministic_algorithms(asked: bool) -> Iterator[None]:
-    """Inside the block torch takes, where asked, only kernels that give the same bits each time, at some speed.
+    """Let torch use only kernels that give the same bits each time within the block, if asked to; they are slower.
 
     On a GPU it has to begin before the first product of matrices (cuBLAS reads its setting once).
 

@@ -10,7 +10,7 @@ _SHORT = {"fp32": "float32", "float": "float32", "full": "float32", "f32": "floa
 
 
 def dtype_name(text: str) -> str:
-    """Returns torch's name of a number format: "fp16", "half" and "torch.float16" are "float16".
+    """Return torch's name of a number format: "fp16", "half" and "torch.float16" are "float16".
 
     Raises:
         ValueError: there is no such format.

@@ -28,17 +28,17 @@ def visible(value: object) -> str:
 
 
 def printable(value: object) -> str:
-    """As `visible`, on one line: for a terminal, a label, an error message, a comment in code."""
+    """Do as `visible` does, on one line: for a terminal, a label, an error message, a comment in code."""
     return "".join(map(_shown, " ".join(str(value).split())))
 
 
 def html_text(value: object) -> str:
-    """Text that HTML and SVG show as it is, also within quotes."""
+    """Return text that HTML and SVG show as it is, also within quotes."""
     return html.escape(visible(value))
 
 
 def markdown(value: object) -> str:
-    """Text that Markdown shows as it is, on one line: in a sentence, a heading, or a cell of a table."""
+    """Return text that Markdown shows as it is, on one line: in a sentence, a heading, or a cell of a table."""
     text = printable(value).replace("&", "&amp;").replace("<", "&lt;")
     for signs in _MARKDOWN_SIGNS:
         text = signs.sub(r"\\\g<0>", text)
@@ -49,7 +49,7 @@ def markdown(value: object) -> str:
 
 
 def markdown_code(value: object, *, cell: bool = False) -> str:
-    """Text as a span of code.
+    """Return text as a span of code.
 
     Args:
         cell: it stands in a table, where a "|" would end the cell.
@@ -63,7 +63,7 @@ def markdown_code(value: object, *, cell: bool = False) -> str:
 
 
 def python_string(value: object) -> str:
-    """A string literal of Python, on one line, in ASCII."""
+    """Return a string literal of Python, on one line, in ASCII."""
     text = str(value)
     return json.dumps(text) if text.isascii() and text.isprintable() else ascii(text)
 

@@ -23,7 +23,7 @@ def generate(
     batch_size: int = 8,
     **settings: Any,
 ) -> Iterator[Image.Image]:
-    """One image a layout, in order.
+    """Generate one image for each layout, in order.
 
     Each image has its own noise, from the layout's seed where it has one and else from `seed` plus its number; so
     it is the same image, to rounding, in whatever batch it is made.
@@ -51,7 +51,7 @@ def generate_batches(
     batch_size: int = 8,
     **settings: Any,
 ) -> Iterator[list[Image.Image]]:
-    """As `generate`, the images of each call of the pipeline together."""
+    """Generate as `generate` does, and yield the images of each call of the pipeline together."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
 
@@ -80,12 +80,13 @@ def generate_batches(
 
 
 def image_seed(layout: Layout, seed: int, number: int) -> int:
-    """The seed of image `number` of a row that starts at `seed`; a layout's own goes before."""
+    """Return the seed of image `number` of a row that starts at `seed`; a layout's own goes before."""
     return seed + number if layout.seed is None else layout.seed
 
 
 def _sized(settings: dict[str, Any], width: int | None, height: int | None) -> dict[str, Any]:
-    """The call's settings at a layout's size. What starts from an image has the image's, resized where asked."""
+    """Return the call's settings at a layout's size. A call that starts from an image has the image's size, resized if
+    asked."""
     size = {name: value for name, value in (("width", width), ("height", height)) if value is not None}
     if "strength" not in settings:
         return settings | size

@@ -227,7 +227,7 @@ def check_variant(files: list[str], variant: str | None, source: str | Path, par
 
 
 def _is_weights(path: PurePosixPath) -> bool:
-    """Whether a file holds weights, or is the index of sharded ones, `x.safetensors.index.json`."""
+    """Tell whether a file holds weights, or is the index of sharded ones, `x.safetensors.index.json`."""
     if path.name.startswith("openvino_"):  # .bin files of another program
         return False
     return path.suffix in WEIGHTS or any(f"{suffix}.index" in path.name for suffix in WEIGHTS)

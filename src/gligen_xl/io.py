@@ -155,7 +155,7 @@ def read_object(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def names_repository(source: str | Path) -> bool:
-    """Whether a name reads as a Hub repository, owner/name, and not as a path."""
+    """Tell whether a name reads as a Hub repository, owner/name, and not as a path."""
     return isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None
 
 

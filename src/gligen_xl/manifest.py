@@ -75,7 +75,7 @@ def check_file(path: Path, entry: dict[str, Any], *, sizes_only: bool = False) -
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """Whether this describes a file of the folder itself."""
+    """Tell whether this describes a file of the folder itself."""
     return (
         name not in ("", ".", "..")
         and not set(name) & set("/\\\0")

@@ -11,7 +11,7 @@ from .escape import html_text
 def page(
     title: str, *, kicker: str, head: str, sections: Iterable[tuple[str, str]], foot: str = "", style: str = ""
 ) -> str:
-    """A whole page.
+    """Return a whole page.
 
     Args:
         kicker: what kind of page it is, above the title.
@@ -45,7 +45,7 @@ def page(
 
 
 def tiles(cells: Sequence[tuple[str, str, str]]) -> str:
-    """The figures to look at first: label, value, and what stands beside it, as text."""
+    """Return the figures to look at first: label, value, and the text next to it."""
     each = (
         f"<div><dt>{text(label)}</dt><dd>{text(value)}</dd><small>{text(beside)}</small></div>"
         for label, value, beside in cells
@@ -60,12 +60,12 @@ def charts(*figures: str) -> str:
 
 
 def figure(title: str, what: str, svg: str) -> str:
-    """A drawing with its title; empty where there is none."""
+    """Return a drawing with its title; empty where there is none."""
     if not svg:
         return ""
     return f"<figure><figcaption><b>{text(title)}</b> {text(what)}</figcaption>{svg}</figure>\n"
 
 
 def text(value: object) -> str:
-    """Text that HTML shows as it is."""
+    """Return text that HTML shows as it is."""
     return html_text(value)

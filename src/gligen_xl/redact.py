@@ -80,7 +80,7 @@ def public(value: Any, name: str = "") -> Any:
 
 
 def public_name(text: str, *, hub: bool = False) -> str:
-    """What may be said of a path: "/home/me/shards-512" -> "shards-512", "s3://bucket/set?key" -> "set".
+    """Return what may be said of a path: "/home/me/shards-512" -> "shards-512", "s3://bucket/set?key" -> "set".
 
     Args:
         hub: it may be a repository's name, which stays; as do addresses of the Hub.
@@ -99,7 +99,7 @@ def public_name(text: str, *, hub: bool = False) -> str:
 
 
 def public_text(text: str) -> str:
-    """A sentence, as an error's, in which absolute paths are their last names."""
+    """Return a sentence, such as an error's, in which absolute paths are their last names."""
     return _PATH_IN_TEXT.sub("", redacted(text))
 
 
@@ -126,7 +126,7 @@ def _is_place(text: str) -> bool:
 
 
 def _distinct(items: Any) -> dict[Any, Any]:
-    """A dictionary in which two names that became the same are told apart by a number."""
+    """Return a dictionary in which two names that became the same are told apart by a number."""
     values: dict[Any, Any] = {}
     for name, value in items:
         number, free = 2, name
@@ -158,7 +158,7 @@ def _redacted_address(address: str) -> str:
 
 
 def _secrets(address: str) -> list[str]:
-    """The parts of an address that `redacted` leaves out, the longest first."""
+    """Return the parts of an address that `redacted` leaves out, the longest first."""
     shown, parts = redacted(address) if address else "", []
     if f"//{HIDDEN}@" in shown:
         end = shown.partition(f"//{HIDDEN}@")[2]

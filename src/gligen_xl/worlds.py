@@ -39,19 +39,19 @@ class World(Protocol):
     DRAWN_FOR_VALIDATION: int
 
     def model_folder(self) -> Path:
-        """Returns the pipeline folder of its model."""
+        """Return the pipeline folder of its model."""
         ...
 
     def new_detector(self) -> Detector:
-        """Returns its exact detector, for the evaluation."""
+        """Return its exact detector, for the evaluation."""
         ...
 
     def new_grounder(self) -> CaptionGrounder:
-        """Returns its exact detector, for the preparation of data."""
+        """Return its exact detector, for the preparation of data."""
         ...
 
     def write_shards(self, vae: Any, out: Path, count: int, *, held_out: bool) -> None:
-        """Draws `count` images, encodes them with `vae` and writes them as shards under `out`.
+        """Draw `count` images, encode them with `vae` and write them as shards under `out`.
 
         Args:
             held_out: images to validate on, which no training sees.
@@ -59,7 +59,7 @@ class World(Protocol):
         ...
 
     def new_protocol(self, count: int | None) -> EvaluationProtocol:
-        """Returns `count` of its own layouts to evaluate on, or the usual number of them."""
+        """Return `count` of its own layouts to evaluate on, or the usual number of them."""
         ...
 
     def check_call(self, pipeline: Any, call: dict[str, Any], layouts: Sequence[ImageLayout]) -> None:
@@ -68,7 +68,7 @@ class World(Protocol):
 
 
 def find_world(name: object) -> World | None:
-    """Returns the embedded world of that name; None for any other name, such as a folder or a repository."""
+    """Return the embedded world of that name; None for any other name, such as a folder or a repository."""
     package = _PACKAGES.get(str(name))
     return None if package is None else cast(World, import_module(package))
 
@@ -78,6 +78,6 @@ def all_worlds() -> list[World]:
 
 
 def drawn_count(source: str) -> str | None:
-    """Returns the COUNT of "shapes:COUNT", data that a world draws; None for any other source."""
+    """Return the COUNT of "shapes:COUNT", data that a world draws; None for any other source."""
     name, _, count = source.partition(":")
     return count if name in _PACKAGES else None

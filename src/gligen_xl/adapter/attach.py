@@ -190,7 +190,7 @@ class GligenAdapter:
         set_config(self.unet, changed_settings(self.config))
 
     def _installed(self) -> dict[str, nn.Module]:
-        """The adapter's modules as they are in the U-Net now: peft may have wrapped the first convolution."""
+        """Return the adapter's modules as they are in the U-Net now: peft may have wrapped the first convolution."""
         return {name: self.unet.get_submodule(name) for name in self._attachment.modules}
 
     # What it is -----------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class GligenAdapter:
     # Weights --------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by their names in the U-Net, without LoRAs that were loaded onto it."""
+        """Return the adapter's parameters by their names in the U-Net, without LoRAs that were loaded onto it."""
         return named_parameters(self._installed())
 
     def state_dict(self) -> dict[str, Tensor]:

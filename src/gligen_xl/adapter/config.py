@@ -53,7 +53,7 @@ class AdapterConfig:
 
     @property
     def published_form(self) -> bool:
-        """Whether a U-Net of diffusers with `attention_type="gated"` can hold it."""
+        """Tell whether a U-Net of diffusers with `attention_type="gated"` can hold it."""
         return self.blocks == "all" and self.every == 1 and self.grounding_logit_bias == 0
 
     def to_dict(self) -> dict[str, Any]:

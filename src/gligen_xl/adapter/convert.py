@@ -81,7 +81,7 @@ def read_published(
 
 
 def holds_adapter(file: Path) -> bool:
-    """Whether a checkpoint in one file holds fusers; of a safetensors file only the header is read."""
+    """Tell whether a checkpoint in one file holds fusers; of a safetensors file only the header is read."""
     if file.suffix == ".safetensors":
         return _has_fusers(tensor_names(file))
     return _has_fusers(_weights_in(read_checkpoint(file, map_location="meta")))

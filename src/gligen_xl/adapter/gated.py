@@ -11,7 +11,7 @@ from .unet import bare, is_adapter_key, transformer_blocks
 
 
 def is_gated(unet: nn.Module | None) -> bool:
-    """Whether diffusers made this U-Net with an adapter in it, which is not yet ours."""
+    """Tell whether diffusers made this U-Net with an adapter in it, which is not yet ours."""
     return hasattr(bare(unet), "position_net") and GligenAdapter.find(unet) is None
 
 

@@ -24,7 +24,8 @@ def transformer_blocks(unet: nn.Module) -> dict[str, BasicTransformerBlock]:
 
 
 def is_adapter_key(name: str) -> bool:
-    """Whether a tensor of a U-Net, by its name there, belongs to the adapter (of every kind: fusers, position net)."""
+    """Tell whether a tensor of a U-Net, by its name there, belongs to the adapter (of every kind: fusers, position
+    net)."""
     return name.startswith("position_net.") or ".fuser." in name
 
 
@@ -68,7 +69,7 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and values of a module's parameters, without the base's convolution and without peft's layers over it."""
+    """Yield a module's parameters by name, without the base's convolution and without peft's layers over it."""
     parameters = dict(module.named_parameters())
     wrapped = tuple({name.split("base_layer.")[0] for name in parameters if "base_layer." in name})
     for name, value in parameters.items():
@@ -78,7 +79,7 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def changed_settings(config: AdapterConfig) -> dict[str, Any]:
-    """The settings of the U-Net itself that change while an adapter is on."""
+    """Return the settings of the U-Net itself that change while an adapter is on."""
     settings: dict[str, Any] = {}
     if config.published_form:
         settings["attention_type"] = "gated"  # so that unet.save_pretrained gives what diffusers loads whole

@@ -58,7 +58,7 @@ def missing_tensors(source: object, missing: list[str], where: str = "") -> Valu
 
 
 def is_quantised(value: Tensor) -> bool:
-    """Whether a weight is not a plain floating-point tensor: torchao and bitsandbytes have classes of their own."""
+    """Tell whether a weight is no plain floating-point tensor: torchao and bitsandbytes have classes of their own."""
     return type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point()
 
 

@@ -134,7 +134,7 @@ def _check(arguments: Namespace, parser: Parser) -> None:
 
 
 def _check_values(arguments: Namespace, sweep: Mapping[str, Sequence[float]]) -> None:
-    """Shares of the steps, and what a sweep may be of."""
+    """Check the shares of the steps, and what a sweep varies."""
     from ..pipelines.schedule import GroundingSchedule
 
     for name in sweep:
@@ -224,7 +224,7 @@ def run(arguments: Namespace, part: tuple[int, int] | None, sweep: Mapping[str, 
 
 
 def _look_at_others(arguments: Namespace, protocol: Protocol) -> None:
-    """Whether --fid and --compare name what they should."""
+    """Tell whether --fid and --compare name what they should."""
     from ..evaluate.compare import layouts_of
     from ..evaluate.fid import images_in
 
@@ -236,14 +236,14 @@ def _look_at_others(arguments: Namespace, protocol: Protocol) -> None:
 
 
 def _real_images(arguments: Namespace) -> Path:
-    """Where those of this evaluation are, or will be."""
+    """Return the folder in which the real images of this evaluation are, or will be."""
     from ..evaluate.run import image_folder
 
     return image_folder(arguments.out, "real").resolve()
 
 
 def _settle(arguments: Namespace) -> None:
-    """What `load` would fill in, and one GPU a process."""
+    """Fill in the defaults that `load` would use, and give each process a GPU of its own."""
     settle_guidance(arguments)
     if arguments.device is None and (device := best_device()) == "cuda":
         arguments.device = f"{device}:{os.environ.get('LOCAL_RANK', 0)}"
@@ -251,8 +251,8 @@ def _settle(arguments: Namespace) -> None:
 
 @contextmanager
 def _processes(part: tuple[int, int] | None) -> Iterator[tuple[tuple[int, int], bool]]:
-    """The part of the work that is this process's, and whether it scores: --part, or as torchrun shares it out. Then
-    the first process goes on when all have come to the end of the block."""
+    """Return the part of the work that is this process's, and whether it scores: --part, or as torchrun shares it out.
+    Then the first process goes on when all have come to the end of the block."""
     count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if part is not None:
         yield part, False
@@ -274,7 +274,7 @@ def _processes(part: tuple[int, int] | None) -> Iterator[tuple[tuple[int, int], 
 def _generate(
     arguments: Namespace, layouts: Mapping[str, Layout], image_sets: list[ImageSet], part: tuple[int, int]
 ) -> dict[str, Any]:
-    """What the images are generated with."""
+    """Generate the images; return the settings that they were generated with."""
     from ..evaluate.binding import BINDING, read_binding
     from ..evaluate.run import generate_all
 
@@ -317,7 +317,7 @@ def _judges(arguments: Namespace, protocol: Protocol) -> tuple[Detector, ClipSco
 
 
 def _said_of(images: str) -> dict[str, Any]:
-    """What is known of how images were generated: of an evaluation's own, all."""
+    """Return what is known of how images were generated; of an evaluation's own images that is everything."""
     from ..evaluate.binding import BINDING, read_binding
 
     binding = Path(images).absolute().parent / BINDING

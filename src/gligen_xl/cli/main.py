@@ -156,7 +156,7 @@ def _complain(text: str) -> None:
 
 
 def _pipe_is_closed() -> bool:
-    """Whether nobody reads the standard output or error any more; then they are redirected to nowhere."""
+    """Tell whether nobody reads the standard output or error any more; then they are redirected to nowhere."""
     closed = False
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):  # a stream without a file behind it

@@ -52,7 +52,7 @@ def run(arguments: Namespace) -> None:
 
 
 def _token(arguments: Namespace) -> str | None:
-    """The token that is given; None for the one of HF_TOKEN or of hf auth login."""
+    """Return the token that is given; None for the one of HF_TOKEN or of hf auth login."""
     if arguments.token and arguments.token_file:
         raise UsageError("--token and --token_file both give the token; leave --token out")
     if arguments.token:

@@ -79,7 +79,7 @@ COMMON = (
 
 
 def _common_first(parser: Parser) -> None:
-    """Shows the settings that most runs set before the others."""
+    """Show the settings that most runs set before the others."""
     common = parser.add_argument_group("the settings that most runs set")
     rest = parser.add_argument_group("further settings of the run")
     groups: Any = parser._action_groups
@@ -109,7 +109,7 @@ def _spelled_out(words: Sequence[str]) -> list[str]:
 
 
 def _settings_files(words: Sequence[str]) -> list[str]:
-    """Returns the files that --settings names."""
+    """Return the files that --settings names."""
     following = [*words[1:], ""]
     return [
         word.partition("=")[2] or after
@@ -130,7 +130,7 @@ def _check_paths(config: Any) -> None:
 
 
 def run(config: Any, dry_run: int | None) -> int:
-    """Runs the training; with `dry_run`, a number of processes, describes the run instead."""
+    """Run the training; with `dry_run`, a number of processes, describe the run instead."""
     import yaml
 
     settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
@@ -168,7 +168,7 @@ def run(config: Any, dry_run: int | None) -> int:
 
 @contextmanager
 def _telling_others(*, begins: bool) -> Iterator[None]:
-    """Tells the other processes of the run of an error in the block, as they would wait for this one."""
+    """Tell the other processes of the run of an error in the block, as they would wait for this one."""
     several = begins and int(os.environ.get("WORLD_SIZE") or 1) > 1
     try:
         if several:

@@ -79,7 +79,7 @@ def numbers(text: str, name: str) -> list[float]:
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether a file or folder of that name exists; a text that cannot be a name does not."""
+    """Tell whether a file or folder of that name exists; a text that cannot be a name does not."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):  # the name is too long

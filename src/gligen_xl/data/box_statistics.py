@@ -42,7 +42,7 @@ class BoxStatistics:
         return not self.boxes
 
     def check(self, where: str, advice: str) -> None:
-        """Refuses images none of which has a box.
+        """Refuse images none of which has a box.
 
         Args:
             where: where the images are, for the error.
@@ -59,12 +59,12 @@ class BoxStatistics:
 
 
 def of_counts(counts: np.ndarray) -> BoxStatistics:
-    """Returns the statistics of images that have so many boxes each."""
+    """Return the statistics of images that have so many boxes each."""
     return BoxStatistics(images=len(counts), boxes=int(counts.sum()), without=int((counts == 0).sum()))
 
 
 def of_shards(shards: Iterable[Shard], min_score: float = -np.inf) -> BoxStatistics:
-    """Returns the statistics of shards, from one column of their tables.
+    """Return the statistics of shards, from one column of their tables.
 
     Args:
         min_score: only boxes of a higher score count, as in training.

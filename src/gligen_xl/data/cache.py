@@ -24,14 +24,14 @@ UNUSED = 30  # days after which a file is removed
 
 
 def cache_folder(name: str) -> Path:
-    """Returns a folder of the cache: below GLIGEN_XL_CACHE, or the user's own cache folder."""
+    """Return a folder of the cache: below GLIGEN_XL_CACHE, or the user's own cache folder."""
     if root := os.environ.get("GLIGEN_XL_CACHE"):
         return Path(root).expanduser() / name
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gligen-xl" / name
 
 
 def keep(path: Path, write: Callable[[Path], None], size: int | None = None) -> None:
-    """Writes a file of the cache, unless it is there undamaged. The caller holds a lock.
+    """Write a file of the cache, unless it is there undamaged. The caller holds a lock.
 
     Args:
         write: writes the file to the path that it is given.
@@ -44,7 +44,7 @@ def keep(path: Path, write: Callable[[Path], None], size: int | None = None) -> 
 
 
 def is_kept(path: Path, size: int | None = None) -> bool:
-    """Tells whether a file of the cache is there undamaged; if so, notes that it is used."""
+    """Tell whether a file of the cache is there undamaged; if so, note that it is used."""
     if not path.exists() or size not in (None, path.stat().st_size) or not is_undamaged(path):
         return False
     with suppress(OSError):  # the folder may be read-only
@@ -53,7 +53,7 @@ def is_kept(path: Path, size: int | None = None) -> bool:
 
 
 def remove_unused(folder: Path, *patterns: str) -> None:
-    """Removes files that were not used for `UNUSED` days, their checksums, and partial files of killed processes."""
+    """Remove files that were not used for `UNUSED` days, their checksums, and partial files of killed processes."""
     oldest = time.time() - UNUSED * 24 * 3600
     for file in [file for pattern in (*patterns, ".*.partial") for file in folder.glob(pattern)]:
         with suppress(OSError):
@@ -68,7 +68,7 @@ def checksum_file(path: Path) -> Path:
 
 
 def is_undamaged(path: Path) -> bool:
-    """Tells whether a file has the checksum that was noted when it was written. Version 0.1 noted none: such a file
+    """Tell whether a file has the checksum that was noted when it was written. Version 0.1 noted none: such a file
     counts as undamaged."""
     try:
         return checksum_file(path).read_text().strip() == checksum(path)
@@ -91,7 +91,7 @@ class BoundedCache:
         self._verified: set[Path] = set()  # by this process, which reads a file once for that
 
     def open(self, path: Path, size: int, fetch: Callable[[Path], None]) -> int:
-        """Returns a descriptor of a file of the folder, open for reading; fetches the file if it is not there.
+        """Return a descriptor of a file of the folder, open for reading; fetch the file if it is not there.
 
         Args:
             size: bytes of the whole file.
@@ -112,7 +112,7 @@ class BoundedCache:
         return file
 
     def _open_whole(self, path: Path, size: int) -> int:
-        """Opens a file if it has its size and its checksum; a damaged file is removed.
+        """Open a file if it has its size and its checksum; a damaged file is removed.
 
         Raises:
             FileNotFoundError: there is no such file, or it was damaged.
@@ -148,7 +148,7 @@ class BoundedCache:
                 partial.unlink(missing_ok=True)
 
     def _reserve(self, partial: Path, size: int) -> None:
-        """Makes room, and holds it by a temporary file of the final size."""
+        """Make room, and holds it by a temporary file of the final size."""
         while True:
             with FileLock(self.folder / ".room.lock"):
                 if self._make_room(size):
@@ -158,7 +158,7 @@ class BoundedCache:
             time.sleep(0.05)  # files that others are fetching take all the room
 
     def _make_room(self, size: int) -> bool:
-        """Removes files until `size` more bytes fit; returns whether they do."""
+        """Remove files until `size` more bytes fit; return whether they do."""
         sizes, removable = {}, []
         for partial in self.folder.rglob(".*.safetensors.partial"):  # before the files, which they may become meanwhile
             path = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
@@ -190,7 +190,7 @@ def _lock_of(path: Path) -> FileLock:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Tells whether no process fetches the file any more, so that its partial file was left by a killed one."""
+    """Tell whether no process fetches the file any more, so that its partial file was left by a killed one."""
     try:
         with _lock_of(path).acquire(timeout=0):
             return True

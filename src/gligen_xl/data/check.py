@@ -49,7 +49,7 @@ class CheckReport:
 def check_shards(
     folder: str | Path, *, without_boxes: bool = False, progress: Callable[[list[Path]], Iterable[Path]] = list
 ) -> CheckReport:
-    """Checks every shard of a folder; reports what is wrong, and where.
+    """Check every shard of a folder; report what is wrong, and where.
 
     Args:
         without_boxes: it is no problem if no image has a box.
@@ -89,7 +89,7 @@ def check_shards(
 
 
 def _some(problems: Iterable[str]) -> list[str]:
-    """Returns the first problems, and how many more there are."""
+    """Return the first problems, and how many more there are."""
     problems = iter(problems)
     shown = list(islice(problems, SHOWN))
     more = sum(1 for _ in problems)
@@ -97,7 +97,7 @@ def _some(problems: Iterable[str]) -> list[str]:
 
 
 def _check_shape(shard: Shard) -> Iterator[str]:
-    """A square or a bucket should have about as many pixels as the resolution says."""
+    """Check that a square or a bucket has about as many pixels as the resolution says."""
     resolution = shard.metadata.get("resolution", "")
     _, height, width = (shard.downsampling * side for side in shard.latent_shape)
     if resolution.isdigit() and not 0.7 <= height * width / max(int(resolution), 1) ** 2 <= 1.3:
@@ -116,7 +116,7 @@ def _check_latents(shard: Shard) -> Iterator[str]:
 
 
 def _check_rows(shard: Shard, table: pa.Table) -> Iterator[str]:
-    """Checks whole columns, and then one by one the rows that look wrong there."""
+    """Check whole columns, and then one by one the rows that look wrong there."""
     row_of_box = np.repeat(np.arange(len(table)), list_lengths(table["boxes"]))
     boxes = flatten(flatten(table["boxes"])).to_numpy().reshape(-1, 4)
     scores = flatten(table["scores"]).to_numpy()
@@ -152,7 +152,7 @@ def _check_rows(shard: Shard, table: pa.Table) -> Iterator[str]:
 
 
 def _find_duplicates(stems: list[Path], hashes: list[np.ndarray]) -> Iterator[str]:
-    """Finds images that stand in two places.
+    """Find images that stand in two places.
 
     Args:
         hashes: of the image ids of each shard.

@@ -56,7 +56,7 @@ class Augmentation:
             raise ValueError(f"slots is {self.slots}; expected 1 to {MAX_SLOTS}")
 
     def choose(self, scores: Sequence[float]) -> list[int]:
-        """Returns the numbers of the boxes to keep, the most confident first."""
+        """Return the numbers of the boxes to keep, the most confident first."""
         good = [k for k, score in enumerate(scores) if score > self.min_score]
         return sorted(good, key=lambda k: -scores[k])[: self.slots]
 
@@ -95,16 +95,16 @@ class Batch:
         return self.noise_on("cpu")
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with its tensors on `device`; see `to_device`."""
+        """Return the batch with its tensors on `device`; see `to_device`."""
         names = ("latents", "time", "boxes", "mask", "size")
         return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
     def part(self, rows: slice) -> Batch:
-        """Returns the batch of some of its samples."""
+        """Return the batch of some of its samples."""
         return replace(self, **{name: value[rows] for name, value in vars(self).items() if name != "seed"})
 
     def noise_on(self, device: torch.device | str) -> Tensor:
-        """Returns the noise of its samples, (B, C, h, w) float32, drawn on `device`; another device draws others."""
+        """Return the noise of its samples, (B, C, h, w) float32, drawn on `device`; another device draws others."""
         return noise_of(self.seed, self.positions, self.latents.shape[1:], device)
 
 
@@ -145,20 +145,20 @@ class ShardDataset:
         self._select({k: np.delete(np.arange(len(self.shards[k])), rows) for k, rows in self._held_out_rows().items()})
 
     def _held_out_rows(self) -> dict[int, np.ndarray]:
-        """Returns the rows that are held out, by the number of the shard among all."""
+        """Return the rows that are held out, by the number of the shard among all."""
         starts = accumulate((len(shards) for shards in self.sources), initial=0)
         return {
             start + k: rows for start, held in zip(starts, self.held_out, strict=False) for k, rows in held.rows.items()
         }
 
     def _select(self, rows: Mapping[int, np.ndarray]) -> None:
-        """Makes samples of these rows of these shards, and of all rows of the others."""
+        """Make samples of these rows of these shards, and of all rows of the others."""
         self._selected = dict(rows)
         self._sizes = [len(rows[k]) if k in rows else len(shard) for k, shard in enumerate(self.shards)]
         self._first = [0, *accumulate(self._sizes)]
 
     def held_out_samples(self, augmentation: Augmentation) -> ShardDataset:
-        """Returns the samples that are held out here; or, if all sources have too few images for that, the samples of
+        """Return the samples that are held out here; or, if all sources have too few images for that, the samples of
         those sources that were to hold some out."""
         other = copy(self)
         other.augmentation = augmentation
@@ -174,11 +174,11 @@ class ShardDataset:
         return self._first[-1]
 
     def held_out_digest(self) -> str:
-        """Returns a checksum of what is held out."""
+        """Return a checksum of what is held out."""
         return digest(self.held_out, self.sources)
 
     def _sized_sources(self) -> list[list[tuple[Shard, int]]]:
-        """Returns the shards of each source that have samples, and how many."""
+        """Return the shards of each source that have samples, and how many."""
         pairs = iter(zip(self.shards, self._sizes, strict=True))
         return [[(shard, size) for shard, size in islice(pairs, len(shards)) if size] for shards in self.sources]
 
@@ -192,7 +192,7 @@ class ShardDataset:
         return list(sizes.values())
 
     def windows(self, window: int | None = None) -> list[int | None]:
-        """Returns how many shards of each source are mixed at a time: `window`; or by default all, but of a remote
+        """Return how many shards of each source are mixed at a time: `window`; or by default all, but of a remote
         source as many as half of the cache holds."""
         if window:
             return [window] * len(self.sources)
@@ -211,7 +211,7 @@ class ShardDataset:
         weights: Sequence[float] | None = None,
         windows: Sequence[int | None] | None = None,
     ) -> SampleOrder | MixtureOrder:
-        """Returns the order of training.
+        """Return the order of training.
 
         Args:
             weights: of each source; samples come from it in this proportion. By default its number of samples.
@@ -239,22 +239,22 @@ class ShardDataset:
         return MixtureOrder(orders, weights or [order.samples for order in orders], batch_size, seed)
 
     def find(self, number: int) -> tuple[Shard, int]:
-        """Returns the shard of a sample, and its row there."""
+        """Return the shard of a sample, and its row there."""
         which, row = self._find(number)
         return self.shards[which], row
 
     def _find(self, number: int) -> tuple[int, int]:
-        """Returns the number of a sample's shard, and its row there."""
+        """Return the number of a sample's shard, and its row there."""
         which = bisect_right(self._first, number) - 1
         place = number - self._first[which]
         return which, int(self._selected[which][place]) if which in self._selected else place
 
     def shards_of(self, numbers: Sequence[int] | np.ndarray) -> list[Shard]:
-        """Returns the shards that hold these samples, each once."""
+        """Return the shards that hold these samples, each once."""
         return [self.shards[k] for k in np.unique(np.searchsorted(self._first, numbers, side="right") - 1)]
 
     def row(self, number: int) -> Row:
-        """Returns the whole description of a sample, without dropouts."""
+        """Return the whole description of a sample, without dropouts."""
         which, row = self._find(number)
         return self._tables[which].row(row)
 
@@ -262,7 +262,7 @@ class ShardDataset:
         return self._sample(*key, np.empty(self.find(key[0])[0].latent_shape, np.float16))
 
     def batch(self, keys: Sequence[tuple[int, int]], room: np.ndarray | None = None) -> Batch:
-        """Returns samples of one latent shape, by (number, position).
+        """Return samples of one latent shape, by (number, position).
 
         Args:
             room: memory for their latents, float16, flat.
@@ -289,7 +289,7 @@ class ShardDataset:
         )
 
     def _sample(self, number: int, position: int, latents: np.ndarray) -> Sample:
-        """Reads a sample; its latents go to `latents`, (C, h, w) float16."""
+        """Read a sample; its latents go to `latents`, (C, h, w) float16."""
         which, index = self._find(number)
         shard, row = self.shards[which], self._tables[which].row(index)
         shard.read_latents(index, latents)
@@ -313,7 +313,7 @@ class ShardDataset:
 
 
 def _open(folder: str | Path, cache_bytes: int) -> list[Shard]:
-    """Opens the shards of a source, in the order of their latent shapes and names."""
+    """Open the shards of a source, in the order of their latent shapes and names."""
     shards: list[Shard]
     if is_remote(folder):
         shards = [*open_remote(str(folder), cache_bytes)]

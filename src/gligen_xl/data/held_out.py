@@ -37,7 +37,7 @@ class HeldOut:
 
 
 def hold_out(shards: Sequence[Shard], share: float) -> HeldOut:
-    """Chooses the images of a source that are held out: `share` of all, but at least one and at most `MOST`.
+    """Choose the images of a source that are held out: `share` of all, but at least one and at most `MOST`.
 
     All rows of an image are held out together: its mirror image, and other rows of the same id. A source of fewer than
     `FEWEST` images holds none out.
@@ -64,12 +64,12 @@ def hold_out(shards: Sequence[Shard], share: float) -> HeldOut:
 
 
 def image_of(image_id: str) -> str:
-    """Returns the id of the image that a row shows, mirrored or not."""
+    """Return the id of the image that a row shows, mirrored or not."""
     return image_id.removesuffix(MIRRORED)
 
 
 def digest(parts: Sequence[HeldOut], shards: Sequence[Sequence[Shard]]) -> str:
-    """Returns a checksum of everything that is held out of several sources, 16 hexadecimal digits."""
+    """Return a checksum of everything that is held out of several sources, 16 hexadecimal digits."""
     content = hashlib.sha256()
     for held, of_source in zip(parts, shards, strict=True):
         for k, rows in sorted(held.rows.items()):

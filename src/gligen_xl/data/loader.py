@@ -40,7 +40,7 @@ def batches(
     timeout: float | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Loader:
-    """Returns the batches of one rank, for positions `start` to `stop` (both multiples of the global batch).
+    """Return the batches of one rank, for positions `start` to `stop` (both multiples of the global batch).
 
     Args:
         timeout: seconds to wait for a batch of a worker.
@@ -97,7 +97,7 @@ class Loader:
         return self._prefetched(batches) if remote else batches
 
     def _start_workers(self) -> tuple[Workers, Tensor]:
-        """Starts the workers, and sets aside the shared memory (places, numbers) for latents.
+        """Start the workers, and set aside the shared memory (places, numbers) for latents.
 
         Before one batch is drawn and the next one, workers have no more than `PREFETCH` batches each in hand. So with
         one place more than that, a place is not written again before its latents are copied.
@@ -111,7 +111,7 @@ class Loader:
         return Workers(work, tasks, self.workers, PREFETCH, self.timeout, self.stop_requested), room
 
     def _received(self, workers: Workers, room: Tensor) -> Generator[Batch]:
-        """Makes batches of what the workers send, and the latents in the shared memory."""
+        """Make batches of what the workers send, and the latents in the shared memory."""
         with closing(workers):
             for number, values in enumerate(workers):
                 shape = values["latents"]
@@ -120,7 +120,7 @@ class Loader:
                 yield Batch(**values | tensors | {"latents": latents})
 
     def _prefetched(self, batches: Generator[Batch]) -> Generator[Batch]:
-        """Fetches the shards of the next batches meanwhile. Workers are forked already: better before threads start."""
+        """Fetch the shards of the next batches meanwhile. Workers are forked already: better before threads start."""
         with closing(batches), Prefetcher(self._needed_shards(), self.dataset.cache_bytes) as prefetcher:
             for number, batch in enumerate(batches):
                 prefetcher.reach(number)
@@ -139,8 +139,8 @@ class _Work:
     room: Tensor
 
     def __call__(self, task: tuple[int, Keys]) -> dict[str, Any]:
-        """Reads a batch into a place of the shared memory; returns its fields, with the shape for the latents and
-        arrays for the other tensors."""
+        """Read a batch into a place of the shared memory; return its fields, with the shape for the latents and arrays
+        for the other tensors."""
         place, keys = task
         batch = self.dataset.batch(keys, self.room[place].numpy())
         arrays = {name: getattr(batch, name).numpy() for name in _SMALL}

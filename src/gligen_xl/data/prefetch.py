@@ -44,7 +44,7 @@ class Prefetcher:
             self._queue.put(None)
 
     def reach(self, number: int) -> None:
-        """Notes that batch `number` is there.
+        """Note that batch `number` is there.
 
         Raises:
             Exception: the error that ended the planning.
@@ -62,7 +62,7 @@ class Prefetcher:
             self._error = error
 
     def _queue_shards(self) -> None:
-        """Goes through the batches, and queues each shard that is not in the cache for an earlier one."""
+        """Go through the batches, and queues each shard that is not in the cache for an earlier one."""
         last: dict[Shard, int] = {}  # the last batch, of those gone through, that needs the shard
         for number, shards in enumerate(self._needed):
             for shard in shards:
@@ -81,7 +81,7 @@ class Prefetcher:
                 os.close(shard.open_latents())
 
     def _wait_for_room(self, number: int, last: dict[Shard, int]) -> bool:
-        """Waits until batch `number` is near, and its shards fit beside those of earlier batches; False means stop."""
+        """Wait until batch `number` is near, and its shards fit beside those of earlier batches; False means stop."""
         with self._changed:
             while not self._stopped:
                 for shard in [shard for shard, until in last.items() if until < self._number]:

@@ -16,13 +16,13 @@ _64, _32 = 2**64 - 1, 2**32 - 1
 
 
 def uniforms(seed: int, position: int, count: int) -> list[float]:
-    """Returns `count` numbers in [0, 1), twenty times as fast as seeding one of numpy's generators."""
+    """Return `count` numbers in [0, 1), twenty times as fast as seeding one of numpy's generators."""
     state = _mixed(_mixed(seed) + position)
     return [(_mixed(state + k * _STEP) >> 11) * 2.0**-53 for k in range(1, count + 1)]
 
 
 def noise_of(seed: int, positions: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Returns standard normal noise, (len(positions), *shape) float32, drawn on `device`. Each row depends on its
+    """Return standard normal noise, (len(positions), *shape) float32, drawn on `device`. Each row depends on its
     position alone. Another kind of device draws other numbers."""
     generator = torch.Generator(device)
     noise = torch.empty(len(positions), *shape, device=device)
@@ -33,7 +33,7 @@ def noise_of(seed: int, positions: Sequence[int], shape: Sequence[int], device: 
 
 
 def noise_seed(seed: int, position: int) -> int:
-    """Returns a seed for torch's generators. On a CPU only its low 32 bits count: they differ among 2**32 positions."""
+    """Return a seed for torch's generators. On a CPU only its low 32 bits count: they differ among 2**32 positions."""
     low = (position + _mixed(seed)) & _32
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's last step: one to one
         low = ((low ^ (low >> shift)) * factor) & _32
@@ -51,6 +51,6 @@ def _mixed(value: int) -> int:
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """Returns a random generator that depends on nothing but `key`."""
+    """Return a random generator that depends on nothing but `key`."""
     words = [int.from_bytes(part.encode(), "big") if isinstance(part, str) else part for part in key]
     return np.random.default_rng(np.random.SeedSequence(words))

@@ -35,7 +35,7 @@ PAIR, NUMBER = struct.Struct("<2i"), struct.Struct("<i")
 
 
 def open_tables(shards: Sequence[Shard], cache: Path | None = None) -> list[MappedTable]:
-    """Opens the tables of shards for reading by row.
+    """Open the tables of shards for reading by row.
 
     Args:
         cache: folder for converted parquet tables; by default the user's cache. If it cannot be written, these tables
@@ -71,7 +71,7 @@ class MappedTable:
         return batches
 
     def row(self, number: int) -> Row:
-        """Reads one row.
+        """Read one row.
 
         Raises:
             ValueError: the file is damaged.
@@ -83,7 +83,7 @@ class MappedTable:
             raise ValueError(f"{self._name} is damaged: row {number} cannot be read: {error}") from error
 
     def _read(self, k: int, places: list[int]) -> Row:
-        """Reads row `k` of the batch whose buffers begin at `places`."""
+        """Read row `k` of the batch whose buffers begin at `places`."""
         content = self._content
         ids, id_text, captions, caption_text, box_lists, boxes, score_lists, scores, *rest = places
         phrase_lists, phrases, phrase_text, *numbers = rest
@@ -122,7 +122,7 @@ def _text(content: memoryview, offsets: int, texts: int, k: int) -> str:
 
 
 def _places(batch: pa.RecordBatch, base: int) -> list[int]:
-    """Returns where the buffers of a batch, those of `_BUFFERS`, begin in the file that is mapped at `base`."""
+    """Return where the buffers of a batch, those of `_BUFFERS`, begin in the file that is mapped at `base`."""
     buffers = {name: column.buffers() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     chosen = [buffers[name][k] for name in batch.schema.names for k in _BUFFERS.get(name, (1,))]
     return [buffer.address - base if buffer else 0 for buffer in chosen]  # empty ones are not in the file
@@ -137,7 +137,7 @@ _BUFFERS = {"image_id": (1, 2), "caption": (1, 2), "boxes": (1, 4), "scores": (1
 
 
 def _convert(shards: Sequence[Shard], cache: Path | None) -> dict[Path, Path | bytes]:
-    """Writes parquet tables as Arrow files of the cache, unless they are there; returns the file of each table.
+    """Write parquet tables as Arrow files of the cache, unless they are there; return the file of each table.
 
     One process writes them, others wait. Where the cache cannot be written, the contents are returned instead.
     """
@@ -176,8 +176,8 @@ def _progress(shards: Sequence[Shard]) -> Iterable[Shard]:
 
 
 def _key(shard: Shard) -> str:
-    """Returns a name for the contents of a parquet table: of its path, size, time, and its end, where the places and
-    the extremes of its columns stand. (A copy may have the size and the time of the file that it replaced.)"""
+    """Return a name for the contents of a parquet table: of its path, size, time, and its end, where the places and the
+    extremes of its columns stand. (A copy may have the size and the time of the file that it replaced.)"""
     file, stat = shard.table_file, shard.table_file.stat()
     with file.open("rb") as opened:
         opened.seek(max(stat.st_size - FOOTER, 0))

@@ -57,7 +57,7 @@ class SampleOrder:
         self._epoch, self._window = -1, -1
 
     def batch(self, number: int) -> np.ndarray:
-        """Returns the sample numbers of global batch `number`, (batch_size,)."""
+        """Return the sample numbers of global batch `number`, (batch_size,)."""
         epoch, place = divmod(number, self.batches_per_epoch)
         if epoch != self._epoch:
             self._plan(epoch)
@@ -72,7 +72,7 @@ class SampleOrder:
         return np.resize(part, self.batch_size).astype(np.int64)
 
     def _plan(self, epoch: int) -> None:
-        """Plans an epoch: the parts of each window, and how many samples and batches of each group end with each.
+        """Plan an epoch: the parts of each window, and how many samples and batches of each group end with each.
 
         The samples of a group, window after window, are its stream. A batch belongs to the window of its last sample.
         """
@@ -88,7 +88,7 @@ class SampleOrder:
         self._epoch, self._window = epoch, -1
 
     def _mix(self, window: int) -> None:
-        """Draws the samples of a window's batches, by group, and the order of these batches."""
+        """Draw the samples of a window's batches, by group, and the order of these batches."""
         self._mixed: list[np.ndarray] = []  # frees those of the former window first
         counts = self._done[window + 1] - self._done[window]
         for group, count in enumerate(counts):
@@ -101,7 +101,7 @@ class SampleOrder:
         self._window = window
 
     def _stream(self, group: int, first: int, stop: int) -> np.ndarray:
-        """Returns samples `first` to `stop` of a group's stream."""
+        """Return samples `first` to `stop` of a group's stream."""
         ends = self._streamed[1:, group]
         pieces = []
         for window in range(int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(ends, stop)) + 1):
@@ -110,7 +110,7 @@ class SampleOrder:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _shuffled(self, window: int, group: int) -> np.ndarray:
-        """Returns the samples of a group in a window, shuffled; as uint32 where that suffices: 44 MB for 11 million."""
+        """Return the samples of a group in a window, shuffled; as uint32 where that suffices: 44 MB for 11 million."""
         parts = self._parts[window * self.window : (window + 1) * self.window]
         parts = parts[self._group[parts] == group]
         kind = np.uint32 if self.samples < 2**32 else np.int64
@@ -143,12 +143,12 @@ class MixtureOrder:
         self._block = -1
 
     def batch(self, number: int) -> np.ndarray:
-        """Returns the sample numbers of global batch `number`, (batch_size,)."""
+        """Return the sample numbers of global batch `number`, (batch_size,)."""
         draws = (self._draw(k) for k in range(number * self._draws, (number + 1) * self._draws))
         return np.concatenate([self._first[which] + self._orders[which].batch(turn) for which, turn in draws])
 
     def _draw(self, number: int) -> tuple[int, int]:
-        """Returns the dataset of a draw, and how often that dataset was drawn before."""
+        """Return the dataset of a draw, and how often that dataset was drawn before."""
         block, place = divmod(number, BLOCK)
         if block != self._block:
             self._turns = np.repeat(np.arange(len(self._counts), dtype=np.uint16), self._counts)
@@ -162,7 +162,7 @@ class MixtureOrder:
 
 
 def draws_per_block(weights: Sequence[float]) -> np.ndarray:
-    """Returns how many draws of a block each dataset has: in proportion to its weight, and at least one.
+    """Return how many draws of a block each dataset has: in proportion to its weight, and at least one.
 
     Raises:
         ValueError: a weight is not a positive number.

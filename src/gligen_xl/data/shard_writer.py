@@ -19,7 +19,7 @@ from .table import BATCH_ROWS, TABLE, arrow_writer
 
 
 def write_shard(stem: str | Path, latents: np.ndarray, rows: Iterable[Row], metadata: Mapping[str, str]) -> None:
-    """Writes `stem`.safetensors and `stem`.arrow, each whole or not at all, latents first.
+    """Write `stem`.safetensors and `stem`.arrow, each whole or not at all, latents first.
 
     Args:
         latents: (N, C, h, w) float16, finite.
@@ -64,7 +64,7 @@ class ShardWriter:
             raise
 
     def add(self, latents: np.ndarray, rows: Sequence[Row]) -> None:
-        """Adds images: latents (n, C, h, w) float16, finite, and a row for each.
+        """Add images: latents (n, C, h, w) float16, finite, and a row for each.
 
         Raises:
             ValueError: the latents or a row cannot be trained on; names the row.
@@ -91,7 +91,7 @@ class ShardWriter:
             self._write_rows(BATCH_ROWS)
 
     def commit(self) -> None:
-        """Moves both files to their places, latents first. A former table goes before, so that it never stands beside
+        """Move both files to their places, latents first. A former table goes before, so that it never stands beside
         other latents."""
         try:
             if self._rows:
@@ -109,7 +109,7 @@ class ShardWriter:
             self.discard()
 
     def discard(self) -> None:
-        """Removes what is not in its place yet."""
+        """Remove what is not in its place yet."""
         for name in ("_latents", "_sink"):
             if hasattr(self, name):
                 with suppress(OSError):  # a full disk does not matter for what is thrown away
@@ -129,7 +129,7 @@ class ShardWriter:
         self._table.write_table(pa.table(columns, schema=TABLE))
 
     def _header(self, count: int) -> bytes:
-        """Returns the header of a safetensors file. It is equally long for any number of images, and the same for the
+        """Return the header of a safetensors file. It is equally long for any number of images, and the same for the
         same contents (the library's own writer orders metadata at random)."""
         metadata = dict(sorted({"format": FORMAT, "version": VERSION, **self.metadata}.items()))
         text, longest = (

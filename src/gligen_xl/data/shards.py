@@ -76,7 +76,7 @@ class Shard:
         return self.read_table()
 
     def read_table(self) -> pa.Table:
-        """Reads the whole table and checks it.
+        """Read the whole table and check it.
 
         Raises:
             ValueError: it is damaged, or does not fit the latents.
@@ -86,11 +86,11 @@ class Shard:
         return table
 
     def read_column(self, name: str) -> pa.ChunkedArray:
-        """Reads one column of the table. Nulls are not looked for."""
+        """Read one column of the table. Nulls are not looked for."""
         return read_column(self.table_file, name)
 
     def check_rows(self, count: int) -> None:
-        """Raises ValueError unless the table has a row for each of the latents."""
+        """Raise ValueError unless the table has a row for each of the latents."""
         if count != len(self):
             raise ValueError(f"shard {self.stem}: {len(self)} latents but {count} rows in the table")
 
@@ -103,7 +103,7 @@ class Shard:
         return np.memmap(self._file, np.float16, mode="r", offset=self._offset, shape=self._shape)
 
     def read_latents(self, index: int, out: np.ndarray) -> None:
-        """Reads the latents of one row into `out`, (C, h, w) float16, without adding to the memory of the process."""
+        """Read the latents of one row into `out`, (C, h, w) float16, without adding to the memory of the process."""
         file = self.open_latents()
         try:
             size = os.preadv(file, [out.data], self._offset + index * out.nbytes)
@@ -115,7 +115,7 @@ class Shard:
             raise OSError(f"{self._file} has become shorter since it was opened")
 
     def open_latents(self) -> int:
-        """Returns a descriptor of the file of latents, for the caller to close."""
+        """Return a descriptor of the file of latents, for the caller to close."""
         return os.open(self._file, os.O_RDONLY)
 
     @property
@@ -131,17 +131,17 @@ class Shard:
         return Row(**self._table.slice(index, 1).to_pylist()[0])
 
     def rows(self, *columns: str) -> list[dict[str, Any]]:
-        """Returns some columns of every row."""
+        """Return some columns of every row."""
         return self._table.select(columns).to_pylist()
 
 
 def find_shards(folder: str | Path) -> list[Shard]:
-    """Opens every shard of a folder, in the order of their names. A lone file of a pair is an error that names it."""
+    """Open every shard of a folder, in the order of their names. A lone file of a pair is an error that names it."""
     return [Shard(stem) for stem in shard_stems(folder)]
 
 
 def shard_stems(folder: str | Path) -> list[Path]:
-    """Returns the paths of a folder's shards, without the endings of their files.
+    """Return the paths of a folder's shards, without the endings of their files.
 
     Raises:
         FileNotFoundError: there is no such folder, or no shard in it.
@@ -161,23 +161,23 @@ def latents_file(stem: Path) -> Path:
 
 
 def table_files(stem: Path) -> list[Path]:
-    """Returns where a shard's table may stand: a path for each version of the format."""
+    """Return where a shard's table may stand: a path for each version of the format."""
     return [stem.with_name(stem.name + ending) for ending in TABLE_ENDINGS.values()]
 
 
 def has_shard(stem: Path) -> bool:
-    """Tells whether both files of a shard are there; they are not opened."""
+    """Tell whether both files of a shard are there; they are not opened."""
     return latents_file(stem).is_file() and any(table.is_file() for table in table_files(stem))
 
 
 def remove_shard(stem: Path) -> None:
-    """Removes the files of a shard, as far as they are there."""
+    """Remove the files of a shard, as far as they are there."""
     for file in (latents_file(stem), *table_files(stem)):
         file.unlink(missing_ok=True)
 
 
 def read_header(path: Path, size: int | None = None) -> tuple[dict[str, str], tuple[int, int, int, int], int]:
-    """Reads the header of a file of latents: its metadata, the shape of the latents, and the byte where they begin.
+    """Read the header of a file of latents: its metadata, the shape of the latents, and the byte where they begin.
 
     Args:
         size: bytes of the whole file, where `path` holds only its beginning.
@@ -234,5 +234,5 @@ def _is_number(text: str, kind: type[int] | type[float], *, positive: bool) -> b
 
 
 def _are_counts(values: Any, number: int) -> bool:
-    """Tells whether `values` are `number` whole numbers that can be sizes or places."""
+    """Tell whether `values` are `number` whole numbers that can be sizes or places."""
     return isinstance(values, list) and len(values) == number and all(type(n) is int and 0 <= n < 2**63 for n in values)

@@ -41,7 +41,7 @@ def is_remote(data: str | Path) -> bool:
 
 
 def open_remote(url: str, cache_bytes: int, folder: Path | None = None) -> list[RemoteShard]:
-    """Opens the shards at a URL; fetches their tables and headers.
+    """Open the shards at a URL; fetch their tables and headers.
 
     Args:
         cache_bytes: disk space for latents, including those of other URLs in the same cache.
@@ -79,7 +79,7 @@ class RemoteFile:
     identity: str  # changes with the contents
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """Reads the contents, or some of them, piece by piece. If the network fails, tries again from there.
+        """Read the contents, or some of them, piece by piece. If the network fails, try again from there.
 
         Raises:
             FileNotFoundError, PermissionError: at once.
@@ -134,7 +134,7 @@ class RemoteShard(Shard):
 
 
 def _list(url: str) -> dict[str, RemoteFile]:
-    """Lists the files of shards at a URL, by name."""
+    """List the files of shards at a URL, by name."""
     entries, files = _ask(url, lambda system, path: system.ls(path, detail=True)), {}
     endings = (".safetensors", *TABLE_ENDINGS.values())
     for entry in entries:
@@ -153,7 +153,7 @@ def _identity(facts: Mapping[str, Any]) -> str:
 
 
 def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
-    """Asks the storage of a URL; asks again if the network fails."""
+    """Ask the storage of a URL; ask again if the network fails."""
     pauses = iter(PAUSES)
     while True:
         try:
@@ -163,7 +163,7 @@ def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """Returns the storage of a URL, and the path there. fsspec caches storages, and makes new ones after a fork."""
+    """Return the storage of a URL, and the path there. fsspec caches storages, and makes new ones after a fork."""
     protocol = url.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(url)
@@ -177,7 +177,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _pause_or_raise(error: Exception, pauses: Iterator[float], url: str) -> None:
-    """Waits before the next attempt; raises if none is left, or if it would not help."""
+    """Wait before the next attempt; raise if none is left, or if it would not help."""
     if isinstance(error, FileNotFoundError | PermissionError | ValueError):
         if (said := redacted(str(error), of=url)) == str(error):
             raise error
@@ -195,7 +195,7 @@ def _pause_or_raise(error: Exception, pauses: Iterator[float], url: str) -> None
 def _open_shard(
     cache: BoundedCache, place: Path, name: str, files: Mapping[str, RemoteFile], shown: str
 ) -> RemoteShard:
-    """Fetches the table and the header of a shard, unless they are here. Files that changed have another name here."""
+    """Fetch the table and the header of a shard, unless they are here. Files that changed have another name here."""
     latents = files[f"{name}.safetensors"]
     tables = [file for ending in TABLE_ENDINGS.values() if (file := files.get(name + ending))]
     identity = _hash(json.dumps([(file.size, file.identity or _ends(file)) for file in (latents, *tables)]))
@@ -214,7 +214,7 @@ def _header_file(stem: Path) -> Path:
 
 
 def _ends(file: RemoteFile) -> str:
-    """Returns a checksum of both ends of a file, to tell it from another one of its size if the storage does not."""
+    """Return a checksum of both ends of a file, to tell it from another one of its size if the storage does not."""
     begin = b"".join(file.chunks(0, HEADER))
     end = b"".join(file.chunks(max(file.size - HEADER, HEADER)))
     return hashlib.sha256(begin + end).hexdigest()

@@ -35,7 +35,7 @@ BEGIN, END = b"ARROW1\0\0", b"ARROW1"  # of an Arrow file; a stream of messages 
 
 
 def read_table(path: Path) -> pa.Table:
-    """Reads the columns of `TABLE`, without a null in them.
+    """Read the columns of `TABLE`, without a null in them.
 
     Raises:
         ValueError: the file is no such table; names the column or the row.
@@ -48,7 +48,7 @@ def read_table(path: Path) -> pa.Table:
 
 
 def refuse_bad_rows(table: pa.Table | pa.RecordBatch, path: Path) -> None:
-    """Raises ValueError for nulls, and for a row with unlike numbers of boxes, phrases and scores."""
+    """Raise ValueError for nulls, and for a row with unlike numbers of boxes, phrases and scores."""
     for name in TABLE.names:
         _refuse_nulls(table.column(name), f"{path}: column {name}")
     boxes, phrases, scores = (list_lengths(table.column(name)) for name in ("boxes", "phrases", "scores"))
@@ -57,7 +57,7 @@ def refuse_bad_rows(table: pa.Table | pa.RecordBatch, path: Path) -> None:
 
 
 def read_column(path: Path, name: str) -> pa.ChunkedArray:
-    """Reads one column of a table. Nulls are not looked for.
+    """Read one column of a table. Nulls are not looked for.
 
     Raises:
         ValueError: the file is no such table.
@@ -73,12 +73,12 @@ def read_column(path: Path, name: str) -> pa.ChunkedArray:
 
 
 def flatten(lists: Any) -> Any:
-    """Returns the items of a column of lists, one after another."""
+    """Return the items of a column of lists, one after another."""
     return pc.call_function("list_flatten", [lists])
 
 
 def list_lengths(lists: Any) -> np.ndarray:
-    """Returns how many items each list of a column has."""
+    """Return how many items each list of a column has."""
     return pc.call_function("list_value_length", [lists]).to_numpy(zero_copy_only=False)
 
 
@@ -87,7 +87,7 @@ def _is_arrow(path: Path) -> bool:
 
 
 def _validate(column: pa.ChunkedArray, path: Path) -> None:
-    """Raises where offsets lead out of the file, or a text is not UTF-8."""
+    """Raise where offsets lead out of the file, or a text is not UTF-8."""
     try:
         column.validate(full=True)
     except pa.ArrowException as error:
@@ -95,7 +95,7 @@ def _validate(column: pa.ChunkedArray, path: Path) -> None:
 
 
 def _refuse_nulls(values: Any, what: str) -> None:
-    """Raises for a null, or one within the lists."""
+    """Raise for a null, or one within the lists."""
     if values.null_count:
         first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
         raise ValueError(f"{what} has no value in {values.null_count} places, first in place {first}; fill them")
@@ -107,18 +107,18 @@ def _refuse_nulls(values: Any, what: str) -> None:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """Maps a file into memory; no descriptor of it stays open."""
+    """Map a file into memory; no descriptor of it stays open."""
     with reading(path, "a readable Arrow file"), pa.memory_map(str(path)) as file:
         return file.read_buffer()
 
 
 def arrow_writer(sink: pa.NativeFile) -> pa.ipc.RecordBatchFileWriter:
-    """Opens an Arrow file for writing, uncompressed as it is to be mapped. The same batches make the same bytes."""
+    """Open an Arrow file for writing, uncompressed as it is to be mapped. The same batches make the same bytes."""
     return pa.ipc.new_file(sink, TABLE)
 
 
 def open_arrow(content: pa.Buffer, path: Path) -> list[pa.RecordBatch]:
-    """Returns the batches of rows in an Arrow file, as they lie in `content`.
+    """Return the batches of rows in an Arrow file, as they lie in `content`.
 
     Raises:
         ValueError: it is no Arrow file, has other columns than `TABLE`, or is compressed.
@@ -144,7 +144,7 @@ def _described(schema: pa.Schema) -> str:
 
 
 def _is_compressed(metadata: pa.Buffer) -> bool:
-    """Tells whether the metadata of a record batch name a compression.
+    """Tell whether the metadata of a record batch name a compression.
 
     They are a flatbuffer (Arrow's format/Message.fbs), which pyarrow has verified: field 2 of a Message is its
     RecordBatch, whose field 3 is the compression.
@@ -168,7 +168,7 @@ def _is_compressed(metadata: pa.Buffer) -> bool:
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    """Reads a table, also where the types of its columns are spelled otherwise (as large strings or doubles)."""
+    """Read a table, also where the types of its columns are spelled otherwise (as large strings or doubles)."""
     try:
         schema = pq.read_schema(path)
         if missing := set(TABLE.names) - set(schema.names):
@@ -188,8 +188,8 @@ def _read_parquet(path: Path) -> pa.Table:
 
 
 def _read_within(file: pq.ParquetFile, path: Path, limit: int) -> pa.Table:
-    """Reads the columns of a table that takes no more than `limit` bytes of memory: in the file, values that repeat
-    take next to nothing. Texts are measured while they are packed, or some rows at a time."""
+    """Read the columns of a table that takes no more than `limit` bytes of memory: in the file, values that repeat take
+    next to nothing. Texts are measured while they are packed, or some rows at a time."""
     groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
     number = sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
     if number > limit // 4:
@@ -207,7 +207,7 @@ def _read_within(file: pq.ParquetFile, path: Path, limit: int) -> pa.Table:
 
 
 def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Returns the bytes of all texts; one that stands in a dictionary counts as often as it is used."""
+    """Return the bytes of all texts; one that stands in a dictionary counts as often as it is used."""
     total = 0
     for chunk in column.chunks:
         if pa.types.is_dictionary(chunk.type):

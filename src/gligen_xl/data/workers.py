@@ -79,7 +79,7 @@ class Workers(Iterator[Any]):
             raise
 
     def __next__(self) -> Any:
-        """Returns the next result.
+        """Return the next result.
 
         Raises:
             Stuck: the run is asked to stop, and no result came.
@@ -103,7 +103,7 @@ class Workers(Iterator[Any]):
         return value
 
     def _give(self, number: int) -> None:
-        """Sends the next task, if there is one, to a process."""
+        """Send the next task, if there is one, to a process."""
         for task in self._tasks:
             self._in_hand[number] += 1
             with suppress(BrokenPipeError, ConnectionResetError):  # waiting for the result will tell
@@ -131,7 +131,7 @@ class Workers(Iterator[Any]):
 
 
 def _ending(code: int | None) -> str:
-    """Says how a process ended."""
+    """Say how a process ended."""
     if code is None or code >= 0:
         return f"exited with code {code}"
     try:
@@ -146,7 +146,7 @@ def _ending(code: int | None) -> str:
 
 
 def _end(processes: list[BaseProcess], pipes: list[Connection]) -> None:
-    """Ends the processes, whatever they are doing."""
+    """End the processes, whatever they are doing."""
     for process in processes:
         process.kill()
     for process in processes:
@@ -172,7 +172,7 @@ def _signals_delayed() -> Iterator[None]:
 
 
 def _run(work: Callable[[Any], Any], pipe: Connection, parent: int) -> None:
-    """Does the tasks that come, until the parent is gone.
+    """Do the tasks that come, until the parent is gone.
 
     A request to stop often goes to all processes of a job. The run has to end its step and save, for which it needs its
     workers: they ignore the request, and their parent ends them.
@@ -199,7 +199,7 @@ def _run(work: Callable[[Any], Any], pipe: Connection, parent: int) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """Returns the error in a form that can be sent, with its traceback as a note."""
+    """Return the error in a form that can be sent, with its traceback as a note."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, StopIteration):  # it would end the batches silently
         error = RuntimeError(f"StopIteration: {text}")
@@ -215,7 +215,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """Asks the system to kill this process when the thread that started it ends, in whatever way."""
+    """Ask the system to kill this process when the thread that started it ends, in whatever way."""
     if sys.platform == "linux":
         import ctypes
 

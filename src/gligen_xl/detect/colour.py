@@ -42,7 +42,7 @@ RANGES: Mapping[str, tuple[_Range, ...]] = {
 
 
 def split_colour(phrase: str) -> tuple[str, str]:
-    """The colour that a phrase names, and the phrase without it: "a red car" is "red" and "a car".
+    """Return the colour that a phrase names, and the phrase without it: "a red car" is "red" and "a car".
 
     Raises:
         ValueError: it names no colour, or several, or nothing else.
@@ -63,7 +63,7 @@ def _word(word: str) -> str:
 
 
 def colour_shares(pixels: np.ndarray) -> dict[str, float]:
-    """What share of the pixels (n, 3), RGB uint8, is in each colour's range; 0 where there are no pixels."""
+    """Return what share of the pixels (n, 3), RGB uint8, is in each colour's range; 0 where there are no pixels."""
     values = hsv(pixels)
     shares = {}
     for name, ranges in RANGES.items():
@@ -106,7 +106,7 @@ class ColourJudge:
             self.settings["colour_mask_checksum"] = segmenter.checksum
 
     def colours(self, image: Image.Image, boxes: Sequence[Box]) -> list[tuple[str, ...]]:
-        """The colours of the object in each box (xyxy, 0-1), most pixels first."""
+        """Return the colours of the object in each box (xyxy, 0-1), most pixels first."""
         if not boxes:
             return []
         pixels = np.asarray(image.convert("RGB"))
@@ -122,7 +122,7 @@ class ColourJudge:
 
 
 def pixel_box(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """The pixels that a box (xyxy, 0-1) touches, as (left, top, right, bottom); at least one each way."""
+    """Return the pixels that a box (xyxy, 0-1) touches, as (left, top, right, bottom); at least one each way."""
     left, top = min(int(box[0] * width), width - 1), min(int(box[1] * height), height - 1)
     right, bottom = (
         max(int(np.ceil(end)), start + 1) for end, start in ((box[2] * width, left), (box[3] * height, top))
@@ -149,7 +149,7 @@ class Segmenter:
 
     @classmethod
     def load(cls, name: str | Path, *, device: torch.device | str = "cpu", local_files_only: bool = False) -> Segmenter:
-        """From a folder or a Hub repository, as facebook/sam-vit-huge.
+        """Load SAM from a folder or a Hub repository, such as facebook/sam-vit-huge.
 
         Raises:
             FileNotFoundError: there is neither.

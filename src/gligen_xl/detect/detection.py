@@ -33,17 +33,17 @@ class Detection:
     attributes: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
 
     def has(self, attribute: str, value: str) -> bool:
-        """Whether `value` is what, or among what, was seen of `attribute`."""
+        """Tell whether `value` is what, or among what, was seen of `attribute`."""
         seen = self.attributes.get(attribute, ())
         return value == seen if isinstance(seen, str) else value in seen
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the detection as JSON values."""
         return {"box": self.box, "label": self.label, "score": self.score, "attributes": dict(self.attributes)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Detection:
-        """The inverse of `to_dict`, after JSON made lists of its tuples."""
+        """Restore a detection from `to_dict`, after JSON made lists of its tuples."""
         seen = {name: v if isinstance(v, str) else tuple(v) for name, v in values["attributes"].items()}
         x0, y0, x1, y1 = values["box"]
         return cls((x0, y0, x1, y1), values["label"], values["score"], seen)
@@ -80,11 +80,11 @@ class Detector(Protocol):
     def reads_layouts(self) -> bool: ...
 
     def query(self, phrase: str) -> Query:
-        """Raises ValueError, if it cannot look for that."""
+        """Raise ValueError, if it cannot look for that."""
         ...
 
     def detect(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[list[Detection]]:
-        """What is in each image, best first; the same whatever images are beside it, to rounding.
+        """Return what is in each image, best first; it does not depend on the other images, except for rounding.
 
         Also what scores less than `settings["threshold"]`, down to 0.05: AP is of the less sure as well.
         """
@@ -104,7 +104,7 @@ class CaptionGrounder(ABC):
 
     @abstractmethod
     def ground(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[list[Detection]]:
-        """What is found in each image, (h, w, 3) uint8 of any size; the same whatever images are beside it.
+        """Return what is found in each image, (h, w, 3) uint8 of any size; it does not depend on the other images.
 
         Raises:
             ValueError: images of another kind, or not one caption an image.

@@ -53,7 +53,7 @@ def find_detector(
     segmenter: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Detector:
-    """The detector of that name. Code of a repository is never run; weights are safetensors.
+    """Return the detector of that name. Code of a repository is never run; weights are safetensors.
 
     Args:
         name: "shapes", a folder, or a Hub repository.

@@ -83,12 +83,12 @@ class NetworkGrounder(CaptionGrounder, Network):
 
     @abstractmethod
     def _query(self, text: str) -> Any:
-        """What is looked for; empty where the text names nothing."""
+        """Return what to look for; it is empty if the text names nothing."""
 
 
 class WordGrounder(NetworkGrounder, WordNetwork):
     def _query(self, text: str) -> str:
-        """Lower-cased and ended with a full stop, as the model was trained; cut before the word that is too much."""
+        """Return what to look for; it is empty if the text names nothing."""
         text = text.strip().lower()
         if not text.strip("".join(MARKS) + " "):
             return ""

@@ -72,7 +72,7 @@ class ImageScore:
 
     @property
     def success(self) -> bool:
-        """Whether every object is found and right."""
+        """Tell whether every object is found and right."""
         return all(score.success for score in self.objects)
 
 

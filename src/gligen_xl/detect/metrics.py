@@ -12,7 +12,7 @@ Ratio = tuple[np.ndarray, np.ndarray]  # what is summed, and what its sum is div
 
 
 def point_metrics(scores: Sequence[ObjectScore]) -> dict[str, float]:
-    """Those metrics of `summarize` that objects alone tell, without intervals.
+    """Return those metrics of `summarize` that objects alone tell, without intervals.
 
     objects, mean_iou, recall_50, recall_75, ATTRIBUTE, ATTRIBUTE_of_found, mean_iou_right and success.
     """
@@ -25,7 +25,7 @@ def point_metrics(scores: Sequence[ObjectScore]) -> dict[str, float]:
 
 
 def of_objects(scores: Sequence[ObjectScore]) -> dict[str, Ratio]:
-    """Each metric as a ratio of two sums over objects: (objects,) each."""
+    """Return each metric as a ratio of two sums over objects: (objects,) each."""
     iou = np.array([score.iou for score in scores])
     found = (iou >= FOUND).astype(float)
     success = np.array([score.success for score in scores], float)

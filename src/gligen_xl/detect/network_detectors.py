@@ -84,13 +84,13 @@ _PLURALS = (("people", "person"), ("ies", "y"), ("ves", "fe"), ("ves", "f"), ("s
 
 
 def _spelling(name: str) -> str:
-    """Of a class, whoever spells it: "potted plant" and "pottedplant", "tv" and "tv monitor"."""
+    """Return one spelling of a class, whoever wrote it: "potted plant" and "pottedplant", "tv" and "tv monitor"."""
     joined = re.sub(r"[\W_]", "", name.lower())
     return _VOC.get(joined, joined)
 
 
 def _singulars(name: str) -> Iterator[str]:
-    """The name itself first ("skis" are a class), then what it could be the plural of."""
+    """Yield the name itself first ("skis" is a class), then what it could be the plural of."""
     yield name
     for ending, singular in _PLURALS:
         if name.endswith(ending):

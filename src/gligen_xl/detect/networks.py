@@ -61,7 +61,7 @@ class Network(ABC):
         self.processor, self.settings = processor, settings
 
     def find(self, images: Sequence[np.ndarray], queries: Sequence[Any]) -> list[list[Detection]]:
-        """What is found in each image, (h, w, 3) uint8 of any size; nothing where its query is empty."""
+        """Return what is found in each image, (h, w, 3) uint8 of any size; nothing if its query is empty."""
         groups: dict[Hashable, list[int]] = {}
         for k, (image, query) in enumerate(zip(images, queries, strict=True)):
             if query:  # else there is nothing to look for
@@ -83,7 +83,7 @@ class Network(ABC):
     def _batch(self, images: list[np.ndarray], queries: list[Any]) -> Iterator[list[Detection]]: ...
 
     def _run(self, inputs: dict[str, Any]) -> Any:
-        """The model's outputs in float32. A batch that overflows in half precision is repeated without it."""
+        """Return the model's outputs in float32. A batch that overflows in half precision is repeated in float32."""
         inputs = {name: value.to(self.settings.device) for name, value in inputs.items()}
         device_type = torch.device(self.settings.device).type
         outputs: Any = {}
@@ -100,7 +100,7 @@ class Network(ABC):
         return outputs
 
     def _post_processed(self, found: dict[str, Any], image: np.ndarray, phrases: Sequence[str]) -> list[Detection]:
-        """Of one image, as the library's own post-processing gives it, in pixels."""
+        """Convert the library's own post-processing of one image, which is in pixels."""
         height, width = image.shape[:2]
         boxes = found["boxes"].cpu().numpy() / np.array([width, height, width, height], np.float32)
         return collect(boxes, found["scores"].cpu().numpy(), phrases)
@@ -110,7 +110,7 @@ class WordNetwork(Network):
     """Of the kind of GroundingDINO: a query is a text, in sentences, and a box may show any of its words."""
 
     def excess(self, text: str) -> int:
-        """Tokens by which a text is longer than what the network reads."""
+        """Return by how many tokens a text is longer than the network reads."""
         return len(self.processor.tokenizer(text, verbose=False)["input_ids"]) - self.limit
 
     @property
@@ -138,7 +138,7 @@ class CandidateNetwork(Network):
     """Of the kind of OWL-ViT: a query is several texts, and a box shows one of them."""
 
     def excess(self, text: str) -> int:
-        """Tokens by which a candidate is longer than what the network reads."""
+        """Return by how many tokens a text is longer than the network reads."""
         tokenizer = self.processor.tokenizer
         return len(tokenizer(text, verbose=False)["input_ids"]) - tokenizer.model_max_length
 
@@ -162,7 +162,7 @@ class CandidateNetwork(Network):
 
 
 def kind_of(folder: Path) -> str | None:
-    """The model_type in a folder's config.json.
+    """Return the model_type in a folder's config.json.
 
     Raises:
         FileNotFoundError: there is none.
@@ -175,7 +175,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def check_kind(folder: Path, kinds: Collection[str], what: str) -> str:
-    """The folder's kind; a ValueError, if it is none of those."""
+    """Return the folder's kind; raise a ValueError if it is none of those."""
     if (kind := kind_of(folder)) not in kinds:
         raise ValueError(f"{folder} is of model_type {kind!r}, no {what}; expected {', '.join(kinds)}")
     return str(kind)

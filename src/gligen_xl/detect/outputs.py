@@ -22,7 +22,8 @@ class Tokens:
     words: tuple[int | None, ...]
 
     def phrase(self, scores: np.ndarray, threshold: float) -> str:
-        """The words above `threshold` of the sentence that holds the highest score; whole words, as they are spelt.
+        """Return the words above `threshold` of the sentence that holds the highest score; whole words, as they are
+        spelt.
 
         A box shows one thing, while captions name the same thing in several sentences: GroundingDINO's way to keep
         these apart (`remove_combined`). A mark belongs to the sentence that it ends.
@@ -50,14 +51,14 @@ class Tokens:
 
 
 def candidates(text: str) -> tuple[str, ...]:
-    """The parts of a text between commas and sentence marks, each once."""
+    """Return the parts of a text between commas and sentence marks, each once."""
     parts = (part.strip() for part in re.split(r"[,.?!]", text.lower()))
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
 def collect(boxes: np.ndarray, scores: np.ndarray, phrases: Sequence[str]) -> list[Detection]:
-    """Boxes (n, 4) xyxy clipped to the image, best first; without those that are not finite, have no area or no
-    phrase."""
+    """Return detections of boxes (n, 4) xyxy, clipped to the image, best first. Boxes that are not finite, or have no
+    area or no phrase, are left out."""
     clipped = boxes.clip(0, 1)  # NaN stays
     usable = np.isfinite(boxes).all(-1) & np.isfinite(scores) & (clipped[:, 2:] > clipped[:, :2]).all(-1)
     order = [k for k in np.argsort(-scores, kind="stable").tolist() if usable[k] and phrases[k]]

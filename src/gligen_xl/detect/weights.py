@@ -10,12 +10,12 @@ from .networks import FILES
 
 
 def title(name: str | Path, folder: Path) -> str:
-    """What a network is called in reports: its repository, else its folder's name, wherever that lies."""
+    """Return the name of a network for reports: its repository, or the name of its folder, wherever that is."""
     return str(name) if names_repository(name) and not Path(name).is_dir() else folder.resolve().name
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Of a network that is asked in words. Where there is none, transformers makes one that knows no word.
+    """Check that a network that reads text has a tokenizer: without one, transformers makes one that knows no word.
 
     Raises:
         ValueError: there is none.
@@ -25,7 +25,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def checksum(folder: Path) -> str:
-    """Of the weights, and of the files that say how they are used."""
+    """Return a checksum of the weights, and of the files that say how they are used."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
         with path.open("rb") as file:

@@ -112,7 +112,7 @@ def _accumulate(category: _Category, weights: np.ndarray) -> np.ndarray:
 
 
 def _categories(images: Sequence[ImageScore]) -> list[_Category]:
-    """A category for each label that was requested.
+    """Return a category for each label that was requested.
 
     Where COCO's rules leave it to the order which of two comes first, content decides.
     """
@@ -197,7 +197,7 @@ def _xywh(box: Box) -> list[float]:
 
 
 def _match(overlap: np.ndarray, detections: int) -> np.ndarray:
-    """Which detections of an image, best first, are right at each IoU: (D, G) -> (10, D).
+    """Return which detections of an image, best first, are right at each IoU: (D, G) -> (10, D).
 
     Each takes the requested box of best IoU that is left; of equal ones the last, as COCO's code does.
     """

@@ -72,7 +72,7 @@ class ClipScorer:
         batch_size: int = 32,
         local_files_only: bool = False,
     ) -> ClipScorer:
-        """From a folder or a Hub repository, with weights in .safetensors.
+        """Load CLIP from a folder or a Hub repository, with weights in .safetensors.
 
         Raises:
             FileNotFoundError: there is neither.
@@ -85,7 +85,7 @@ class ClipScorer:
         return cls(title(name, folder), checksum(folder), model, processor, device=device, batch_size=batch_size)
 
     def score(self, images: Sequence[Image.Image], layouts: Sequence[Layout]) -> list[ClipScore]:
-        """One score an image; the same whatever images are beside it, to rounding."""
+        """Return one score for each image; it does not depend on the other images, except for rounding."""
         seen: list[Image.Image] = []
         texts: list[str] = []
         for image, layout in zip(images, layouts, strict=True):

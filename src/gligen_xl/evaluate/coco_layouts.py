@@ -50,7 +50,7 @@ class CocoSplit:
 
     @classmethod
     def find(cls, folder: Path | None, *names: str, instead: str = "") -> CocoSplit:
-        """The first of these splits whose instances file the folder has.
+        """Return the first of these splits whose instances file the folder has.
 
         Args:
             instead: what else would do, for the messages.
@@ -71,7 +71,7 @@ class CocoSplit:
         raise FileNotFoundError(f"{folder} has no {expected}{instead}; {_where(names[0])}")
 
     def images(self) -> list[CocoImage]:
-        """In the order of the file, each with its objects in theirs.
+        """Return the images in the order of the file, each with its objects in their order.
 
         Raises:
             ValueError: the file is no instances file, or broken.
@@ -97,7 +97,7 @@ class CocoSplit:
         ]
 
     def captions(self) -> dict[str, str]:
-        """The first caption of each image, by its id; none where there is no captions file."""
+        """Return the first caption of each image, by its id; none where there is no captions file."""
         file = self.folder / "annotations" / f"captions_{self.name}.json"
         if not file.is_file():
             return {}
@@ -105,7 +105,7 @@ class CocoSplit:
         return {image: " ".join(caption.split()) for image, caption in pairs_of(file, reader) if caption}
 
     def real_images(self, images: Sequence[CocoImage], frame: FrameMaker) -> RealImages | None:
-        """The real images; None where the folder has annotations alone.
+        """Return the real images; None where the folder has annotations alone.
 
         Raises:
             ValueError: a file name leads out of the folder.
@@ -139,7 +139,7 @@ SMALLEST, MOST = 0.01, 30  # share of the square below which GLIGEN's data leave
 
 
 def gligen_layouts(images: Iterable[CocoImage], captions: Mapping[str, str]) -> list[Layout]:
-    """Layouts as GLIGEN's own data code frames them; images without an object have none.
+    """Return layouts as GLIGEN's own data code frames them; images without an object have none.
 
     The middle square is cut out. Boxes are clipped to it; of those that take 1 % of it or more, the 30 largest stay,
     largest first.
@@ -159,7 +159,7 @@ FEWEST_OBJECTS, MOST_OBJECTS, ABOVE = 3, 8, 0.02
 
 
 def layout_to_image_layouts(images: Iterable[CocoImage], captions: Mapping[str, str]) -> list[Layout]:
-    """The layouts of images with 3 to 8 objects, counting those whose box is more than 2 % of the image.
+    """Return the layouts of images with 3 to 8 objects, counting those whose box is more than 2 % of the image.
 
     Images are squeezed into a square, so boxes are shares of the whole image.
     """
@@ -179,7 +179,7 @@ def _layout(
     chosen: Iterable[int],
     captions: Mapping[str, str],
 ) -> Layout:
-    """Of framed boxes and the numbers of the annotations that they are of, the chosen ones."""
+    """Make a layout of framed boxes and the numbers of their annotations; only the chosen ones stay."""
     chosen = list(chosen)
     phrases = [image.categories[numbers[k]] for k in chosen]
     return Layout(

@@ -42,13 +42,13 @@ SOURCES = (
 
 
 def find_published(folder: Path, names: Iterable[str]) -> Path | None:
-    """The first of these files that stands in the folder or in its `annotations/`."""
+    """Return the first of these files that stands in the folder or in its `annotations/`."""
     paths = (place / name for name in names for place in (folder, folder / "annotations"))
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_published(path: Path) -> tuple[list[Layout], dict[str, str]]:
-    """The layouts of a published file by their numbers, and the COCO image of each where the file says it.
+    """Return the layouts of a published file by their numbers, and the COCO image of each where the file says it.
 
     Raises:
         ValueError: names the file and the entry that is not as expected.
@@ -95,7 +95,7 @@ def _yaml_entry(prompt: str, entry: Mapping[str, Any]) -> _Entry:
 
 
 def published_real_images(folder: Path, image_ids: Mapping[str, str]) -> RealImages | None:
-    """The images of COCO 2014 that published layouts were made of; None where the folder has none."""
+    """Return the images of COCO 2014 that published layouts were made of; None where the folder has none."""
     images = folder / "val2014"
     if not image_ids or not images.is_dir():
         return None
@@ -110,7 +110,8 @@ def published_real_images(folder: Path, image_ids: Mapping[str, str]) -> RealIma
 
 
 def draw_layouts(images: Sequence[CocoImage], *, colours: bool, seed: int) -> list[Layout]:
-    """At most 160 layouts for each number of objects from 2 to 6, of images in an order that follows from the seed.
+    """Return at most 160 layouts for each number of objects from 2 to 6, of images in an order that follows from the
+    seed.
 
     Objects of which a side is less than an eighth of the image's are left out. Of more than six, the first six stay,
     largest first. Images with a person among what stays are left out, and, with colours, prompts that were there.
@@ -137,7 +138,7 @@ def draw_layouts(images: Sequence[CocoImage], *, colours: bool, seed: int) -> li
 
 
 def _chosen(boxes: np.ndarray) -> list[int]:
-    """Which of these objects (n, 4) stay, at most six."""
+    """Return which of these objects (n, 4) stay, at most six."""
     sides = boxes[:, 2:] - boxes[:, :2]
     wide = np.flatnonzero((sides >= SMALLEST_SIDE).all(-1)).tolist()
     first = wide[: NUMBERS[-1]]

@@ -28,7 +28,8 @@ class Comparison:
 def compare(
     conditions: Iterable[Condition], other: str | Path, detector: Detector, clip: ClipScorer | None = None
 ) -> list[Comparison]:
-    """Paired differences from another evaluation: of the conditions with the same name; if none has, of the first.
+    """Return the paired differences from another evaluation, of the conditions with the same name; if none has, of the
+    first.
 
     The other one's images are not looked at: what the same detector found in them is kept in its folder. CLIP scores
     are compared where that has been scored with the same model.
@@ -66,7 +67,7 @@ def compare(
 
 
 def layouts_of(out: str | Path) -> dict[str | None, Layout]:
-    """The layouts of an evaluation's folder by their keys.
+    """Return the layouts of an evaluation's folder by their keys.
 
     Raises:
         FileNotFoundError: it is none.

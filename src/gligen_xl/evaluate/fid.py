@@ -58,7 +58,7 @@ class Distance:
 
 
 def images_in(folder: str | Path) -> list[Path]:
-    """All image files under a folder, sorted, without hidden ones.
+    """Return all image files under a folder, sorted, without hidden ones.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
@@ -83,7 +83,7 @@ def distances(
     workers: int = 4,
     batch_size: int = 32,
 ) -> dict[str, Distance]:
-    """How far each set of image files is from the real ones; these are looked at once.
+    """Return how far each set of image files is from the real ones; these are looked at once.
 
     Args:
         sets: files by name; `images_in` gives those of a folder.
@@ -119,7 +119,7 @@ def distances(
 
 
 def _run(python: str | Path, folder: Path) -> None:
-    """Its progress bars go to the terminal."""
+    """Run the program; its progress bars go to the terminal."""
     command = [str(python), str(_PROGRAM), str(folder / "request.json"), str(folder)]
     try:
         code = subprocess.run(command, check=False).returncode
@@ -151,7 +151,7 @@ def frechet_error(features: np.ndarray, real: np.ndarray) -> float:
 
 
 def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
-    """Of a symmetric matrix without negative eigenvalues; those that are 0 but for rounding stay 0."""
+    """Raise a symmetric matrix without negative eigenvalues to a power; those that are 0 but for rounding stay 0."""
     values, vectors = np.linalg.eigh(matrix)
     kept = values > values[-1] * len(values) * np.finfo(float).eps
     return (vectors[:, kept] * values[kept] ** exponent) @ vectors[:, kept].T
@@ -198,7 +198,7 @@ def _kernel_means_between(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _kernels(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """The kernel of some rows of `a` with all of `b`, part by part."""
+    """Return the kernel of some rows of `a` with all of `b`, part by part."""
     for start in range(0, len(a), _ROWS):
         rows = slice(start, start + _ROWS)
         yield rows, (a[rows] @ b.T / a.shape[1] + 1) ** 3

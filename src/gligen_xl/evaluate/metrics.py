@@ -34,7 +34,7 @@ class Estimate:
 def summarize(
     images: Sequence[ImageScore], *, ap: bool = True, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Estimate]:
-    """Metrics over images; shares are 0-1.
+    """Return metrics over images; shares are 0-1.
 
     Args:
         ap: with the AP family, which wants faster-coco-eval (extra `evaluation`).
@@ -66,7 +66,7 @@ def summarize(
 def paired_difference(
     a: Sequence[ImageScore], b: Sequence[ImageScore], *, ap: bool = True, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Estimate]:
-    """By how much the metrics of `a` are above those of `b`, in images of the same layouts.
+    """Return by how much the metrics of `a` are above those of `b`, in images of the same layouts.
 
     Images are paired by their keys; those that only one side has (as the other's could not be read) are left out.
     Both sides are resampled together, so that easy and hard layouts cancel out: the interval is narrower than those
@@ -129,7 +129,7 @@ def _counts(images: Sequence[ImageScore]) -> dict[str, Estimate]:
 
 
 def _of_images(images: Sequence[ImageScore]) -> dict[str, Ratio]:
-    """Each metric as a ratio of two sums over images: (n,) each."""
+    """Return each metric as a ratio of two sums over images: (n,) each."""
     scores = [score for image in images for score in image.objects]
     if not scores:
         raise ValueError("no objects to summarize")
@@ -177,14 +177,14 @@ class _Statistics:
 
 
 def _resample(statistic: Callable[[np.ndarray], np.ndarray], number: int, resamples: int, seed: int) -> np.ndarray:
-    """A statistic (r, n) -> (r, metrics) of resamples of n images: (resamples, metrics)."""
+    """Return a statistic (r, n) -> (r, metrics) of resamples of n images: (resamples, metrics)."""
     if resamples < 1:
         raise ValueError(f"{resamples} resamples; expected at least 1")
     return np.concatenate([statistic(weights) for weights in _weights(number, resamples, seed)])
 
 
 def _weights(number: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of n images is in a resample: blocks of (r, n)."""
+    """Return how often each of n images is in a resample: blocks of (r, n)."""
     random = np.random.default_rng(seed)
     rows = max(_BLOCK // number, 1)
     for start in range(0, resamples, rows):

@@ -35,7 +35,7 @@ def find_protocol(
     count: int | None = None,
     seed: int = 0,
 ) -> Protocol:
-    """The protocol of that name, or of the layouts of that file.
+    """Return the protocol of that name, or of the layouts of that file.
 
     Args:
         name: one of PROTOCOLS, or a JSON or JSONL file of layouts.
@@ -70,7 +70,7 @@ def find_protocol(
 
 
 def grey(layout: Layout) -> Image.Image:
-    """A uniformly grey image of the layout's size, where it has one."""
+    """Return a uniformly grey image of the layout's size, where it has one."""
     return Image.new("RGB", (layout.width or RESOLUTION, layout.height or RESOLUTION), (128, 128, 128))
 
 
@@ -94,7 +94,7 @@ def _file(path: Path, images: Path | None) -> Protocol:
 
 
 def _coco(folder: Path | None, seed: int) -> Protocol:
-    """Of 2017 where the folder has it, else of 2014."""
+    """Use COCO 2017 if the folder has it, else COCO 2014."""
     split = CocoSplit.find(folder, "val2017", "val2014")
     return _coco_2017(folder, seed) if split.name == "val2017" else _coco_2014(folder, seed)
 
@@ -191,7 +191,8 @@ def _coco_position(folder: Path | None, seed: int) -> Protocol:
 def _two_to_six(
     folder: Path | None, names: Sequence[str], *, colours: bool, seed: int
 ) -> tuple[list[Layout], dict[str, Any], RealImages | None]:
-    """The layouts of a published file, or else drawn from COCO's validation images; their parameters and images."""
+    """Return the layouts of a published file, or draw them from COCO's validation images; with their parameters and
+    images."""
     if folder and (published := find_published(folder, names)):
         layouts, image_ids = read_published(published)
         return layouts, {"file": published.name, "frame": "squeeze"}, published_real_images(folder, image_ids)

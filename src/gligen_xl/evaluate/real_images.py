@@ -20,12 +20,12 @@ FrameMaker = Callable[[int, int], Frame]  # of (height, width)
 
 
 def squeeze(height: int, width: int) -> Frame:
-    """The whole image, squeezed into a square: boxes as shares of the image stay what they are."""
+    """Squeeze the whole image into a square; boxes as shares of the image stay the same."""
     return Frame((height, width), (RESOLUTION, RESOLUTION), 0, 0, (RESOLUTION, RESOLUTION))
 
 
 def centre_crop(height: int, width: int) -> Frame:
-    """The middle of the image, as `prepare` cuts it out of the images that are trained on."""
+    """Cut out the middle of the image, as `prepare` does with the images that are trained on."""
     return square_frame(height, width, RESOLUTION)
 
 
@@ -49,7 +49,7 @@ class RealImages:
     source: str = ""
 
     def __call__(self, layout: Layout) -> Image.Image:
-        """The image of this layout, RGB.
+        """Return the image of this layout, RGB.
 
         Raises:
             ValueError: it is damaged, or of another size than its annotations are made for.
@@ -67,7 +67,7 @@ class RealImages:
         return image if self.frame is None else Image.fromarray(framed(image, self.frame(*size)))
 
     def ignored(self, layout: Layout) -> list[tuple[str, Box]]:
-        """Names and framed boxes of the objects that the image holds and the layout does not ask for."""
+        """Return names and framed boxes of the objects that the image holds and the layout does not ask for."""
         assert layout.id is not None
         names, boxes = self.annotated.get(layout.id, ((), np.empty((0, 4))))
         if self.frame is not None and len(names):
@@ -97,7 +97,7 @@ class RealImages:
 
 
 def real_images_of(folder: Path, layouts: Iterable[Layout]) -> RealImages:
-    """The images of a folder whose names, without the ending, are the layouts' ids.
+    """Return the images of a folder whose names, without the ending, are the layouts' ids.
 
     Raises:
         FileNotFoundError: there is no such folder.

@@ -40,7 +40,7 @@ class Report:
     compared: Sequence[Comparison] | None = None
 
     def __post_init__(self) -> None:
-        """Reports are shared: of paths their last names stay."""
+        """Shorten paths to their last names, as reports are shared."""
         object.__setattr__(self, "settings", public(self.settings))
 
     @cached_property
@@ -87,17 +87,17 @@ class Report:
         }
 
     def seen(self, condition: Condition) -> float:
-        """How many objects an image the detector is sure of, whatever they are. The condition has images."""
+        """Return how many objects per image the detector is sure of, whatever they are. The condition has images."""
         numbers = [len(self.sure(image)) for image in condition.images]
         return sum(numbers) / len(numbers)
 
     def sure(self, image: ImageScore) -> list[int]:
-        """The numbers of the detections that count: those from the detector's threshold on."""
+        """Return the numbers of the detections that count: those from the detector's threshold on."""
         threshold = self.detector.settings.get("threshold", 0.0)
         return [number for number, found in enumerate(image.detections) if found.score >= threshold]
 
     def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
-        """What `report.json` holds.
+        """Return what `report.json` holds.
 
         Args:
             folder: that paths of images are relative to.
@@ -175,13 +175,13 @@ class Report:
 
 
 def _path_from(path: Path, folder: Path) -> str:
-    """The image's path in the report's folder; of one that lies elsewhere, the name of its folder and its own."""
+    """Return the image's path in the report's folder, or the name of its folder and its own if it lies elsewhere."""
     path, folder = path.absolute(), folder.absolute()
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else f"{path.parent.name}/{path.name}"
 
 
 def _rounded(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
-    """As they are written, so that all files say the same."""
+    """Round the estimates as they are written, so that all files say the same."""
     return {
         name: Estimate(*(round(number, 6) for number in (estimate.value, estimate.low, estimate.high)))
         for name, estimate in estimates.items()
@@ -198,7 +198,7 @@ def _estimates(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
 
 
 def plain_json(item: Any) -> Any:
-    """What JSON can say: floats rounded to six digits behind the point, those that are not finite as null."""
+    """Return what JSON can say: floats rounded to six digits after the point, and null if they are not finite."""
     if isinstance(item, Mapping):
         return {str(name): plain_json(inner) for name, inner in item.items()}
     if isinstance(item, list | tuple | set | frozenset):

@@ -65,7 +65,7 @@ def _image_of(condition: Condition, key: str) -> Image.Image:
 
 
 def _lines(value: Any, depth: int = 0) -> str:
-    """JSON with an image, or a metric, on a line."""
+    """Return JSON with one image, or one metric, per line."""
     if depth == _DEEPEST or not isinstance(value, dict | list) or not value:
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict):

@@ -14,7 +14,8 @@ COLOURS = 8  # of boxes: classes o0 to o7 of the page
 
 
 def strip(estimate: Estimate, low: float, high: float, others: Mapping[str, float] | None = None) -> str:
-    """A dot on a line from `low` to `high`, a bar for its interval, and a stroke for each other value, by its class.
+    """Return a dot on a line from `low` to `high`, a bar for its interval, and a stroke for each other value, by its
+    class.
 
     Hidden from readers of text, for whom the figures stand beside it.
     """
@@ -35,7 +36,7 @@ def strip(estimate: Estimate, low: float, high: float, others: Mapping[str, floa
 
 
 def heat_map(cells: Sequence[tuple[float, str, str, str] | None], columns: int, caption: str) -> str:
-    """A table whose cells are the darker the larger their value, 0-1.
+    """Return a table whose cells are the darker the larger their value, 0-1.
 
     Args:
         cells: row by row: share, its text, and two lines of small text; None is an empty cell.
@@ -54,7 +55,7 @@ def heat_map(cells: Sequence[tuple[float, str, str, str] | None], columns: int, 
 
 
 def boxes_over(requested: Sequence[Sequence[float]], found: Sequence[tuple[Sequence[float], int | None]]) -> str:
-    """Boxes to lie over an image: requested ones solid, detected ones dashed.
+    """Return boxes to lie over an image: requested ones solid, detected ones dashed.
 
     Args:
         found: boxes, and the number of the requested one that each stands for; None: for none.
@@ -67,7 +68,7 @@ def boxes_over(requested: Sequence[Sequence[float]], found: Sequence[tuple[Seque
 
 
 def _rectangle(box: Sequence[float], style: str) -> str:
-    """With a light edge under it, so that it is seen on any image."""
+    """Draw a rectangle with a light edge under it, so that it can be seen on any image."""
     x0, y0, x1, y1 = (round(1000 * value) for value in box)
     at = f'x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}"'
     return f'<rect class=edge {at}/><rect class="{style}" {at}/>'

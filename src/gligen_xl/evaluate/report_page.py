@@ -79,7 +79,7 @@ def _unread(report: Report) -> str:
 
 
 def _headline(report: Report) -> str:
-    """The protocol's first metrics of the first condition, beside its controls and bounds."""
+    """Return the protocol's first metrics of the first condition, beside its controls and bounds."""
     first, *others = report.conditions
     controls = {condition.kind: condition.name for condition in others if condition.kind != "grounded"}
     cells = []
@@ -171,8 +171,8 @@ def _compared(report: Report, compared: Comparison) -> str:
 
 
 def swept_conditions(conditions: Sequence[Condition], swept: str) -> list[Condition]:
-    """The grounded conditions that differ from the first of them in that setting alone, by its value; empty where it
-    has one value (without grounding is a beta of 0)."""
+    """Return the grounded conditions that differ from the first of them in that setting alone, by its value; empty
+    where it has one value (without grounding is a beta of 0)."""
     grounded = [condition for condition in conditions if condition.kind == "grounded" and swept in condition.settings]
 
     def rest(condition: Condition) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def swept_conditions(conditions: Sequence[Condition], swept: str) -> list[Condit
 
 
 def _curves(report: Report, swept: str, conditions: Sequence[Condition]) -> str:
-    """The first metrics; without grounding is what beta 0 comes to."""
+    """Return the first metrics; without grounding is what beta 0 comes to."""
     end = float(conditions[-1].settings[swept])
     figures = []
     for name in [name for name in report.names if name in report.metrics[conditions[-1].name]][:_HEADLINE]:
@@ -296,7 +296,8 @@ def _shot(report: Report, condition: Condition, image: ImageScore) -> str:
 
 
 def embedded(path: Path) -> str:
-    """An image as JPEG in base64, of at most 256 pixels a side; small ones are enlarged, or their colours would smear.
+    """Return an image as JPEG in base64, of at most 256 pixels a side; small ones are enlarged, or their colours would
+    smear.
 
     Raises:
         OSError, ImageError: the file is gone, or is no image.

@@ -63,7 +63,7 @@ def label(name: str) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Whether it is from 0 to 1."""
+    """Tell whether it is from 0 to 1."""
     return name in ("mean_iou", "mean_iou_right", "ap", "ap_50", "ap_75", "ar") or name not in _FACTORS_AND_DIGITS
 
 
@@ -93,7 +93,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def bounds(report: Report) -> str:
-    """What the detector makes of real images and of such that hold nothing: its own mistakes."""
+    """Describe what the detector makes of real images and of empty ones: its own mistakes."""
     metrics = {condition.kind: report.metrics[condition.name] for condition in report.conditions}
     sentences = []
     if "success" in metrics.get("real", {}):
@@ -123,7 +123,7 @@ def bounds(report: Report) -> str:
 
 
 def unread(report: Report) -> list[str]:
-    """A line for each condition that lacks images; empty where none does."""
+    """Return a line for each condition that lacks images; none if no condition does."""
     lines = []
     for condition in report.conditions:
         if condition.unread:
@@ -136,7 +136,7 @@ def unread(report: Report) -> list[str]:
 
 
 def about(report: Report) -> str:
-    """What was evaluated, by whose protocol, seen by what."""
+    """Say what was evaluated, by which protocol, with which detector."""
     protocol = report.protocol
     paper = f" ({protocol.paper})" if protocol.paper else ""
     objects = sum(len(layout.boxes) for layout in protocol.layouts)
@@ -149,7 +149,7 @@ def about(report: Report) -> str:
 
 
 def notes(report: Report) -> list[str]:
-    """What else the reader should know."""
+    """Say what else the reader should know."""
     lacking = [name for name in report.protocol.metrics if name not in report.names]
     lines = []
     if "ap" in lacking and any(condition.images for condition in report.conditions):
@@ -163,7 +163,7 @@ def notes(report: Report) -> list[str]:
 
 
 def table(report: Report) -> str:
-    """Markdown: metrics as rows, conditions as columns."""
+    """Return Markdown with metrics as rows and conditions as columns."""
     rows = [["", *(condition.name for condition in report.conditions)]]
     every = [report.metrics[condition.name] for condition in report.conditions]
     rows += [[_heading(name), *(_cell(name, metrics.get(name)) for metrics in every)] for name in report.names]
@@ -171,7 +171,7 @@ def table(report: Report) -> str:
 
 
 def differences(report: Report) -> str:
-    """Markdown: paired differences from the other evaluation; empty where there are none."""
+    """Return Markdown of the paired differences from the other evaluation; it is empty if there are none."""
     if not report.compared:
         return ""
     heads = compared_heads(report)
@@ -183,7 +183,7 @@ def differences(report: Report) -> str:
 
 
 def compared_heads(report: Report) -> list[tuple[str, int]]:
-    """Of each comparison what it is of, and the number of images."""
+    """Return, for each comparison, what it compares and the number of images."""
     return [
         (f"{one.condition} less the other {one.other}", int(one.difference["pictures"].value))
         for one in report.compared or ()
@@ -209,14 +209,14 @@ def _cell(name: str, estimate: Estimate | None, *, sign: bool = False) -> str:
 
 
 def terminal_table(report: Report) -> str:
-    """Metrics as rows with their intervals under them, conditions as columns."""
+    """Return metrics as rows with their intervals under them, conditions as columns."""
     heads = [(condition.name, len(condition.images)) for condition in report.conditions]
     columns = [report.metrics[condition.name] for condition in report.conditions]
     return _stacked_rows(report.names, heads, columns)
 
 
 def terminal_differences(report: Report) -> str:
-    """Paired differences from the other evaluation; empty where there are none."""
+    """Return the paired differences from the other evaluation; the text is empty if there are none."""
     if not report.compared:
         return ""
     columns = [one.difference for one in report.compared]
@@ -284,7 +284,7 @@ def _width(column: Sequence[Lines]) -> int:
 
 
 def wrapped(text: str, first: str = "") -> str:
-    """A paragraph of the terminal's width; `first` begins it, and the other lines are indented as far."""
+    """Return a paragraph of the terminal's width; `first` begins it, and the other lines are indented as far."""
     return textwrap.fill(printable(text), _WIDTH, initial_indent=first, subsequent_indent=" " * len(first)) + "\n"
 
 
@@ -292,7 +292,7 @@ def wrapped(text: str, first: str = "") -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the heading; columns are padded, so that it can be read as it stands."""
+    """Return a table whose first row is the heading; columns are padded, so that it can be read as text."""
     rows = [[markdown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 

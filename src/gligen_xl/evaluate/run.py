@@ -157,7 +157,7 @@ def generate_all(
 
 
 def find_images(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[ImageSet, Path]:
-    """The folders that hold images of the layouts, FOLDER/WAY/KEY.png, or FOLDER/KEY.png; any format will do.
+    """Return the folders that hold images of the layouts, FOLDER/WAY/KEY.png, or FOLDER/KEY.png; any format will do.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -184,7 +184,7 @@ def find_images(folder: str | Path, layouts: Mapping[str, Layout]) -> dict[Image
 
 
 def image_set_named(name: str, about: Mapping[str, Any] | None = None) -> ImageSet:
-    """As far as a folder's name tells, and the text of an image in it."""
+    """Describe a set of images as far as its folder's name and the text of one of its images tell."""
     settings = {
         swept: value
         for swept in SWEPT
@@ -200,7 +200,7 @@ def image_set_named(name: str, about: Mapping[str, Any] | None = None) -> ImageS
 
 
 def rank(image_set: ImageSet) -> tuple[Any, ...]:
-    """The largest beta first, as that is what others are compared with; then other sweeps; controls last."""
+    """Sort the largest beta first, since others are compared with it; then other sweeps; controls last."""
     kinds = ("grounded", "off", "real", "empty")
     beta = image_set.settings.get("beta", -1.0)
     return kinds.index(image_set.kind), not image_set.name.startswith("beta-"), -beta, image_set.name
@@ -273,7 +273,7 @@ def shuffled(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
 
 
 def _of_these(files: dict[str, Path], layouts: Mapping[str, Layout]) -> dict[str, Path]:
-    """The files; of those whose text says what layout they are of, it is this one."""
+    """Check that the files whose text names a layout are of these layouts, and return them."""
     for key, path in files.items():
         said = read_about(path).get("layout")
         if not isinstance(said, dict):

@@ -65,7 +65,8 @@ class ImageSet:
 def plan_image_sets(
     betas: Sequence[float], guidance_scale: float, sweep: Mapping[str, Sequence[float]] | None = None, *, off: bool
 ) -> list[ImageSet]:
-    """Grounded ones for each beta and each value of a sweep, none twice; with `off`, the one without grounding.
+    """Return a grounded set for each beta and each value of a sweep, none twice; with `off`, also one without
+    grounding.
 
     Args:
         sweep: further values of beta, or of guidance_scale at the first beta.
@@ -100,7 +101,7 @@ def plan_image_sets(
 
 
 def keyed(layouts: Sequence[Layout]) -> dict[str, Layout]:
-    """Layouts by the names of their images: the id as far as a file may be called so, else the number.
+    """Return layouts by the names of their images: the id as far as a file may be called so, else the number.
 
     Raises:
         ValueError: two would have the same name.
@@ -128,8 +129,9 @@ def _key(number: int, layout: Layout) -> str:
 
 
 def seeded(layout: Layout, seed: int) -> Layout:
-    """With the seed of its image: its own, else one that follows from `seed` and what the layout says. So the noise
-    is the same in whatever order, part or process the image is made. Layouts that say the same have the same."""
+    """Give a layout the seed of its image: its own, or one that follows from `seed` and from what the layout says. So
+    the noise is the same in whatever order, part or process the image is generated. Layouts that say the same have the
+    same noise."""
     if layout.seed is not None:
         return layout
     said = [seed, layout.id, layout.prompt, layout.phrases, layout.boxes]
@@ -138,7 +140,7 @@ def seeded(layout: Layout, seed: int) -> Layout:
 
 
 def find_files(folder: Path, keys: Iterable[str]) -> dict[str, Path]:
-    """The image of each key that has one, whatever its format.
+    """Return the image of each key that has one, whatever its format.
 
     Raises:
         ValueError: a key has two.
@@ -269,7 +271,7 @@ def _write(folder: Path, key: str, image: Image.Image, about: Mapping[str, Any])
 
 
 def _check_there(folder: Path, abouts: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The keys of the images that are there; their texts say what `abouts` say."""
+    """Return the keys of the images that exist, after checking that their texts say what `abouts` say."""
     files = {key: path for key in abouts if (path := folder / f"{key}.png").exists()}
     for key, path in files.items():
         about = read_about(path)
@@ -287,7 +289,7 @@ def _check_there(folder: Path, abouts: Mapping[str, Mapping[str, Any]]) -> set[s
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What an image's text says of how it was made; of another program's, or a damaged one, nothing."""
+    """Return what an image's text says about how it was made; nothing if it is another program's, or damaged."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             about = json.loads(image.info.get(METADATA_KEY, "{}"))

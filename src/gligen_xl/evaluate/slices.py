@@ -53,7 +53,7 @@ class Slice:
 def slices(
     images: Sequence[ImageScore], layouts: Sequence[Layout], wanted: Callable[[str], Query]
 ) -> dict[str, list[Slice]]:
-    """The parts that have objects, in their order, by grouping.
+    """Return the parts that have objects, in their order, by grouping.
 
     Args:
         layouts: all that are evaluated, to count phrases in.
@@ -100,13 +100,13 @@ def slices(
 
 
 def size_name(box: Sequence[float]) -> str:
-    """By the share of the image's area."""
+    """Name the size of an object by its share of the image's area."""
     area = (box[2] - box[0]) * (box[3] - box[1])
     return _SIZES[sum(area >= edge for edge in SIZE_EDGES)]
 
 
 def position_name(box: Sequence[float]) -> str:
-    """By the third that the box's centre is in, of the height and of the width."""
+    """Name the third of the height and of the width that the box's centre is in."""
     row, column = (min(int(3 * (box[k] + box[k + 2]) / 2), 2) for k in (1, 0))
     return _place(ROWS[row], COLUMNS[column])
 
@@ -177,7 +177,7 @@ def _parts(
     cells, shape = of_image * (len(names) + 1) + columns, (len(images), len(names) + 1)
 
     def summed(values: np.ndarray) -> np.ndarray:
-        """Of each image and part: (images, parts)."""
+        """Sum up the values of each image and part: (images, parts)."""
         return np.bincount(cells, values, shape[0] * shape[1]).reshape(shape)[:, : len(names)]
 
     sums = [(summed(values), summed(counted)) for values, counted in ratios.values()]

@@ -36,20 +36,20 @@ class Frame:
         return self.left / width, self.top / height, (self.left + w) / width, (self.top + h) / height
 
     def move(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes (n, 4) xyxy 0-1 of the original image, in this frame: 0-1 where they lie within."""
+        """Move boxes (n, 4) xyxy 0-1 of the original image to this frame, where 0-1 is inside."""
         x0, y0, x1, y1 = self.region
         low, span = np.array([x0, y0, x0, y0]), np.array([x1 - x0, y1 - y0] * 2)
         return (np.asarray(boxes, np.float64).reshape(-1, 4) - low) / span
 
     def back(self, boxes: np.ndarray) -> np.ndarray:
-        """The inverse: boxes of this frame, in the original image."""
+        """Move boxes of this frame to the original image: the inverse of `move`."""
         x0, y0, x1, y1 = self.region
         low, span = np.array([x0, y0, x0, y0]), np.array([x1 - x0, y1 - y0] * 2)
         return np.asarray(boxes, np.float64).reshape(-1, 4) * span + low
 
 
 def square_frame(height: int, width: int, resolution: int) -> Frame:
-    """The short side becomes `resolution`, the middle is cut out: the frame of the published latents."""
+    """Return the frame of the published latents: the short side becomes `resolution`, and the middle is cut out."""
     if height <= width:
         resized = (resolution, int(resolution * width / height))
     else:
@@ -58,7 +58,7 @@ def square_frame(height: int, width: int, resolution: int) -> Frame:
 
 
 def bucket_frame(height: int, width: int, resolution: int) -> Frame:
-    """The bucket of the nearest aspect ratio, filled: nothing but what overhangs on one side is lost."""
+    """Return the bucket of the nearest aspect ratio, filled: nothing but what overhangs on one side is lost."""
     aspect = np.log(height / width)
     bucket = min(BUCKETS, key=lambda size: abs(np.log(size[0] / size[1]) - aspect))
     h, w = (side * resolution // 1024 for side in bucket)
@@ -87,7 +87,7 @@ class MovedBoxes:
 
 
 def move_boxes(frame: Frame, boxes: Sequence[Sequence[float]], min_share: float) -> MovedBoxes:
-    """Boxes of the original image, as training wants them: within the frame.
+    """Move boxes of the original image into the frame, as training wants them.
 
     Args:
         min_share: a box of which less than this share of its area is seen is dropped: it is OUTSIDE where so much of

@@ -72,7 +72,7 @@ def image_size(source: bytes | Path) -> tuple[int, int]:
 
 
 def decode(source: bytes | Path, *, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """The upright image in RGB: the first frame of several, on white where it is transparent.
+    """Return the upright image in RGB: the first frame of several, on white where it is transparent.
 
     Args:
         at_least: (height, width). A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is no smaller than
@@ -93,7 +93,7 @@ def decode(source: bytes | Path, *, at_least: tuple[int, int] | None = None) -> 
 
 
 def framed(image: Image.Image, frame: Frame) -> np.ndarray:
-    """The image resized whole, by Pillow's bilinear filter, and cut out: (h, w, 3) uint8 of `frame.size`.
+    """Return the image resized whole, by Pillow's bilinear filter, and cut out: (h, w, 3) uint8 of `frame.size`.
 
     The published latents were made so: torchvision resizes a PIL image with this very filter.
     """
@@ -138,7 +138,7 @@ def _strict() -> Iterator[None]:
 
 
 def _open(file: IO[bytes], *, pixels: bool = True) -> tuple[ImageFile.ImageFile, int]:
-    """The image, not decoded yet, and its EXIF orientation; 1 where Pillow turns it itself.
+    """Return the image, not decoded yet, and its EXIF orientation; 1 where Pillow turns it itself.
 
     Args:
         pixels: False where it will not be decoded.
@@ -173,7 +173,7 @@ def _open(file: IO[bytes], *, pixels: bool = True) -> tuple[ImageFile.ImageFile,
 
 
 def _open_jpeg(file: IO[bytes]) -> tuple[ImageFile.ImageFile, int | None]:
-    """A JPEG, and its orientation where Pillow cannot open it for what stands beside its pixels."""
+    """Return a JPEG, and its orientation where Pillow cannot open it for what stands beside its pixels."""
     try:
         return JpegImagePlugin.JpegImageFile(file), None
     except SyntaxError:
@@ -182,7 +182,7 @@ def _open_jpeg(file: IO[bytes]) -> tuple[ImageFile.ImageFile, int | None]:
 
 
 def _open_avif(file: IO[bytes]) -> ImageFile.ImageFile:
-    """An AVIF; Pillow reads its EXIF when it opens it, so one whose EXIF is unreadable is opened without."""
+    """Return an AVIF; Pillow reads its EXIF when it opens it, so one whose EXIF is unreadable is opened without."""
     try:
         return Image.open(file, formats=FORMATS)
     except (Image.UnidentifiedImageError, ValueError, KeyError, OSError):

@@ -22,7 +22,7 @@ _SMALLEST_SIDE = 256  # smaller images are enlarged before lines and letters go 
 
 
 def enlarged(image: Image.Image, smallest_side: int = _SMALLEST_SIDE) -> Image.Image:
-    """The image, a whole number of times larger if its shorter side is below `smallest_side` pixels."""
+    """Return the image, a whole number of times larger if its shorter side is below `smallest_side` pixels."""
     factor = -(-smallest_side // min(image.size))
     if factor <= 1:
         return image.copy()
@@ -30,7 +30,7 @@ def enlarged(image: Image.Image, smallest_side: int = _SMALLEST_SIDE) -> Image.I
 
 
 def draw_boxes(image: Image.Image, layout: Layout) -> Image.Image:
-    """A copy of the image with the layout's boxes and phrases on it; small images are enlarged first."""
+    """Return a copy of the image with the layout's boxes and phrases on it; small images are enlarged first."""
     canvas = enlarged(image.convert("RGB"))
     pen = ImageDraw.Draw(canvas)
     width = max(2, min(canvas.size) // 160)
@@ -53,7 +53,7 @@ def _label(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size: tuple[int, int],
 ) -> None:
-    """Text on a coloured ground, above the corner where there is room and below it where there is not."""
+    """Return text on a coloured ground, above the corner where there is room and below it where there is not."""
     text = _shortened(text, font, size[0])
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 6
@@ -66,7 +66,7 @@ def _label(
 def grid(
     rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str] = (), captions: Sequence[str] = (), gap: int = 8
 ) -> Image.Image:
-    """Images in rows, each cell as large as the largest image.
+    """Return images in rows, each cell as large as the largest image.
 
     Args:
         columns: a heading for each column. captions: a line of text above each row. gap: pixels between cells.
@@ -96,7 +96,7 @@ def grid(
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text on one line, cut off where it would be wider than so many pixels."""
+    """Return the text on one line, cut off where it would be wider than so many pixels."""
     text = printable(text[:_LETTERS])
     if font.getlength(text) <= width:
         return text
@@ -109,7 +109,7 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wi
 
 
 def png_metadata(about: Mapping[str, Any]) -> PngInfo:
-    """How an image was made, with library versions, as JSON in the PNG's text entry "gligen-xl".
+    """Return how an image was made, with library versions, as JSON in the PNG's text entry "gligen-xl".
 
     Images are shared: paths of this machine are left out of it, and of each its last name stays.
     """

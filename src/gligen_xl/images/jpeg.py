@@ -37,12 +37,12 @@ class _Scans:
 
     @property
     def are_complete(self) -> bool:
-        """Whether all coefficients were sent to their last bit."""
+        """Tell whether all coefficients were sent to their last bit."""
         return not any(any(bits) for bits in self.left.values())
 
 
 def ends_early(image: Image.Image, encoded: bytes, draft: tuple[int, int] | None = None) -> bool:
-    """Whether parts of a JPEG that was decoded are missing although the end-of-image marker is there.
+    """Tell whether parts of a JPEG that was decoded are missing although the end-of-image marker is there.
 
     Scans that never came are known by the headers of those that did. Where a scan could be cut, the image is decoded
     again with noise behind every scan: one that is complete does not get to read it.
@@ -114,13 +114,13 @@ def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _data_end(encoded: bytes, begin: int) -> int:
-    """Where the entropy-coded data of a scan end."""
+    """Return where the entropy-coded data of a scan end."""
     marker = _MARKER.search(encoded, begin)
     return marker.start() if marker else len(encoded)
 
 
 def essential_jpeg(encoded: bytes) -> tuple[bytes, bytes | None]:
-    """The file without the segments that no pixel depends on, and its EXIF block; None where there is none.
+    """Return the file without the segments that no pixel depends on, and its EXIF block; None where there is none.
 
     Pillow reads many of them, and stops at some that are damaged.
     """
@@ -139,7 +139,8 @@ def essential_jpeg(encoded: bytes) -> tuple[bytes, bytes | None]:
 
 
 def strips(image: TiffImagePlugin.TiffImageFile, encoded: bytes) -> list[bytes]:
-    """The JPEGs that a TIFF's strips or tiles are, each with the tables that the file has once; none in other TIFFs."""
+    """Return the JPEGs that a TIFF's strips or tiles are, each with the tables that the file has once; none in other
+    TIFFs."""
     tags = image.tag_v2
     if tags.get(259) != 7:  # compression
         return []

@@ -37,7 +37,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says; its EXIF may be unreadable."""
+    """Return the image turned as its EXIF says; its EXIF may be unreadable."""
     try:
         orientation = image.getexif().get(_TAG)  # also what was set on it since it was opened
     except Exception:  # Pillow's readers of hostile bytes raise anything
@@ -47,7 +47,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def stated_orientation(exif: bytes | None, xmp: bytes | str | None = None) -> int:
-    """What an EXIF block says, or else an XMP packet: 1 to 8, and 1 where neither says it."""
+    """Return what an EXIF block says, or else an XMP packet: 1 to 8, or 1 if neither says it."""
     orientation = _from_exif(exif) if isinstance(exif, bytes) else None
     if orientation is None and xmp and isinstance(xmp, bytes | str):
         match = _XMP.search(xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp)
@@ -103,7 +103,7 @@ def _value(tiff: bytes, place: int, order: str, kind: int, number: int) -> Any:
 
 
 def _whole(value: Any) -> int | None:
-    """A number from 1 to 8, however it is written; None for all else."""
+    """Return a number from 1 to 8, however it is written; None for all else."""
     if isinstance(value, tuple | list):
         value = value[0] if value else None
     if isinstance(value, bytes):

@@ -18,7 +18,7 @@ _XMP = b"XML:com.adobe.xmp"
 
 
 def essential_png(file: IO[bytes], *, pixels: bool) -> tuple[BytesIO, bytes | None, bytes | None]:
-    """The chunks that pixels depend on: all critical ones and tRNS.
+    """Return the chunks that pixels depend on: all critical ones and tRNS.
 
     Args:
         file: at its begin, a PNG by its signature.
@@ -62,7 +62,7 @@ def essential_png(file: IO[bytes], *, pixels: bool) -> tuple[BytesIO, bytes | No
 
 
 def _text(data: bytes, *, compressed: bool, skip: int, texts: int) -> bytes:
-    """What follows a keyword, `skip` bytes and `texts` further texts that end with a zero; b"" where it is damaged."""
+    """Return what follows a keyword, `skip` bytes and `texts` texts that end with a zero; b"" if it is damaged."""
     rest = data.partition(b"\0")[2][skip:]
     for _ in range(texts):
         rest = rest.partition(b"\0")[2]

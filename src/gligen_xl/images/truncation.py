@@ -52,7 +52,7 @@ def _fill_before(image: ImageFile.ImageFile, colour: tuple[int, ...]) -> None:
 
 
 def _could_be_missing(image: Image.Image, *, last_row: bool) -> bool:
-    """Whether a pixel has the colour that was there before: anywhere, or all of the last row."""
+    """Tell whether a pixel has the colour that was there before: anywhere, or all of the last row."""
     if image.mode == "1":  # both of its colours are common
         return True
     one = Image.new(image.mode, (1, 1))

@@ -76,7 +76,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def is_gligen_inpainting(folder: Path, index: Mapping[str, Any]) -> bool:
-    """Whether its U-Net is gated and has nine channels, but is not that of an ordinary inpainting model."""
+    """Tell whether its U-Net is gated and has nine channels, but is not that of an ordinary inpainting model."""
     file = folder / "unet" / "config.json"
     config = read_json(file) if file.is_file() else {}
     gated = config.get("attention_type") == "gated" and config.get("in_channels") == 9

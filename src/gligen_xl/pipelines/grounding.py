@@ -234,7 +234,7 @@ class GroundingMixin(AdapterLoaderMixin):
         return {**(own or {}), "gligen": tokens}
 
     def _num_evaluations(self) -> int:
-        """How often the loop of this call runs the U-Net; 0 before the first call has reached its loop."""
+        """Return how often the loop of this call runs the U-Net; 0 before the first call has reached its loop."""
         number = getattr(self, "_num_timesteps", 0)
         end = getattr(self, "denoising_end", None)
         if isinstance(end, float) and 0 < end < 1:  # the ControlNet pipeline counts before it cuts

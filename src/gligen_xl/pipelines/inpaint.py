@@ -45,7 +45,8 @@ class KeptImage:
         return torch.where(self.mask.bool(), kept.to(sampled.dtype), sampled)
 
     def channels(self) -> Tensor:
-        """What the first convolution of GLIGEN's inpainting models reads besides the noisy latents, (B, 5, h, w)."""
+        """Return what the first convolution of GLIGEN's inpainting models reads besides the noisy latents, (B, 5, h,
+        w)."""
         return torch.cat([self.latents * self.model_mask, self.model_mask], dim=1)
 
 
@@ -140,7 +141,8 @@ def encode_images(pipeline: Any, images: list[Image.Image], device: torch.device
 
 
 def mask_outside(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Tensor:
-    """Boxes of B images -> (B, 1, height, width): 0 in every cell that a box reaches into, elsewhere 1."""
+    """Mark what is outside the boxes of B images: (B, 1, height, width), 0 in every cell that a box reaches into, else
+    1."""
     mask = torch.ones(len(boxes), 1, height, width)
     for k, of_image in enumerate(boxes):
         for x0, y0, x1, y1 in of_image:
@@ -150,8 +152,8 @@ def mask_outside(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Ten
 
 
 def mask_as_trained(boxes: Sequence[Sequence[Box]], height: int, width: int) -> Tensor:
-    """Boxes of B images -> (B, 1, height, width): 0 in the box, elsewhere 1, with both ends of a box rounded down, as
-    GLIGEN trained its inpainting models. A box within one cell leaves no 0."""
+    """Return boxes of B images -> (B, 1, height, width): 0 in the box, elsewhere 1, with both ends of a box rounded
+    down, as GLIGEN trained its inpainting models. A box within one cell leaves no 0."""
     mask = torch.ones(len(boxes), 1, height, width)
     for k, of_image in enumerate(boxes):
         for x0, y0, x1, y1 in of_image:

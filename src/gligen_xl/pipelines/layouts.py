@@ -164,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_nested(value: Any, depth: int = 2) -> bool:
-    """Whether a list holds lists, `depth` deep, as far as its first non-empty items tell."""
+    """Tell whether a list holds lists, `depth` deep, as far as its first non-empty items tell."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return False
     if depth == 1:
@@ -174,5 +174,5 @@ def _is_nested(value: Any, depth: int = 2) -> bool:
 
 
 def nested_phrases(phrases: Any) -> bool:
-    """Whether phrases are given for each prompt or image, and not once for all."""
+    """Tell whether phrases are given for each prompt or image, and not once for all."""
     return _is_nested(_plain(phrases))

@@ -106,7 +106,8 @@ class Unit(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What it is made of (JSON), its files too, see `file_stats`: a unit with another identity is done again."""
+        """Return what the unit is made of (JSON), including its files (see `file_stats`): a unit with another identity
+        is done again."""
         ...
 
     def items(self) -> Iterator[Item | Skipped]:

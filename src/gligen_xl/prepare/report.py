@@ -161,7 +161,7 @@ class UnitReport:
 
 
 def is_report(values: dict[str, Any]) -> bool:
-    """Whether these are the values of a unit's report, as `UnitReport.to_dict` returns them."""
+    """Tell whether these are the values of a unit's report, as `UnitReport.to_dict` returns them."""
 
     def is_text(value: Any) -> bool:
         return isinstance(value, str)
@@ -217,12 +217,12 @@ class PrepareReport:
 
     @property
     def in_work(self) -> bool:
-        """Whether other processes have units that are not done."""
+        """Tell whether other processes have units that are not done."""
         return any(what in (HELD, ELSEWHERE) for what in self.units.values())
 
     @property
     def whole(self) -> bool:
-        """Whether all units are done, whoever did them."""
+        """Tell whether all units are done, whoever did them."""
         return self.counted == len(self.units)
 
     @property

@@ -96,7 +96,7 @@ def prepare(
 
 
 def _waits(unit: Unit, folder: UnitFolder, report: PrepareReport) -> bool:
-    """Whether a unit is still to be done; the report notes what has changed of one that was done."""
+    """Tell whether a unit is still to be done; the report notes what has changed of one that was done."""
     if not folder.is_marked(unit):
         return True
     changes = folder.changes(unit)

@@ -262,7 +262,7 @@ class _Writers:
             raise ValueError(f"the shard {stem} stands there, made otherwise; remove it, or choose another folder")
 
     def commit(self) -> list[str]:
-        """All take their places. Where one cannot, none stays."""
+        """Move all shards to their places; if one cannot be moved, none stays."""
         try:
             for path in sorted(self.writers):
                 self.writers[path].commit()

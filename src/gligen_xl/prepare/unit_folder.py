@@ -123,7 +123,7 @@ class UnitFolder:
         return unit.identity() | captions | detector
 
     def is_marked(self, unit: Unit) -> bool:
-        """Whether there are shards of the unit with these settings, whatever they are made of."""
+        """Tell whether there are shards of the unit with these settings, whatever they are made of."""
         mark = self._read_mark(unit.name)
         return (
             mark is not None
@@ -152,7 +152,7 @@ class UnitFolder:
         return names
 
     def is_older(self, unit: Unit) -> bool:
-        """Whether the mark of a unit says nothing of the times of its files."""
+        """Tell whether the mark of a unit says nothing of the times of its files."""
         mark = self._read_mark(unit.name)
         if mark is None or _TIMES & mark["identity"].keys():
             return False
@@ -257,7 +257,7 @@ class UnitFolder:
 
 
 def _is_mark(mark: Any) -> bool:
-    """Whether this is a mark, all of whose shards lie in the folder itself."""
+    """Tell whether this is a mark, all of whose shards lie in the folder itself."""
     return (
         isinstance(mark, dict)
         and mark.keys() >= _KEYS

@@ -24,7 +24,7 @@ def accelerate_names() -> list[str]:
 
 
 def find_recipe(name: str, *, quick: bool = False) -> Path:
-    """Finds the file of a recipe by name, or a YAML file (which JSON is too) by path.
+    """Find the file of a recipe by name, or a YAML file (which JSON is too) by path.
 
     Args:
         quick: the short form, the recipe NAME-quick.
@@ -46,7 +46,7 @@ def find_recipe(name: str, *, quick: bool = False) -> Path:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Reads the settings in a YAML file.
+    """Read the settings in a YAML file.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -23,7 +23,7 @@ DRAWN_FOR_VALIDATION = 256
 
 
 def model_folder() -> Path:
-    """Returns the folder of the embedded model, inside the installed package."""
+    """Return the folder of the embedded model, inside the installed package."""
     folder = Path(__file__).parent / "weights"
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(

@@ -66,7 +66,7 @@ def train_vae(out: Path, seed: int = 1, config: StageConfig = VAE) -> Autoencode
 
 
 def train_decoder(out: Path, vae: Any, seed: int = 1, config: StageConfig = DECODER) -> None:
-    """Trains the decoder alone, on latents with a little noise, as a U-Net leaves some, so that edges survive it.
+    """Train the decoder alone, on latents with a little noise, as a U-Net leaves some, so that edges survive it.
 
     The encoder stays, so latents of images stay what they are.
     """
@@ -95,7 +95,7 @@ class Base(nn.Module):
 
 
 def text_loss(base: Base, captions: list[str | None], pooled: Tensor, first: Tensor) -> Tensor:
-    """Returns the loss of reading the attributes of captions off both pooled embeddings, (B, 64) each."""
+    """Return the loss of reading the attributes of captions off both pooled embeddings, (B, 64) each."""
     said = [k for k, caption in enumerate(captions) if caption]
     background, shape, place_ = zip(*(attributes(captions[k] or "") for k in said), strict=True)
     targets = {"background": torch.tensor(background), "shape": torch.tensor(shape), "place": torch.tensor(place_)}
@@ -104,7 +104,7 @@ def text_loss(base: Base, captions: list[str | None], pooled: Tensor, first: Ten
 
 
 def train_text(out: Path, base: Base, text: TextTower, shards: Path, seed: int = 2, config: StageConfig = TEXT) -> None:
-    """Trains the text encoders alone, on captions and phrases, until attributes can be read off them."""
+    """Train the text encoders alone, on captions and phrases, until attributes can be read off them."""
     rows = [row for shard in find_shards(shards) for row in shard.rows("caption", "phrases")]
     base.unet.requires_grad_(False)
 
@@ -119,7 +119,7 @@ def train_text(out: Path, base: Base, text: TextTower, shards: Path, seed: int =
 
 
 def train_base(out: Path, base: Base, text: TextTower, shards: Path, seed: int = 3, config: StageConfig = BASE) -> None:
-    """Trains U-Net and text encoders together, on the scheduler's own target and with a little of the text loss."""
+    """Train U-Net and text encoders together, on the scheduler's own target and with a little of the text loss."""
     denoising = _Denoising(shards, config, seed)
 
     def loss(first: int, count: int) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def train_base(out: Path, base: Base, text: TextTower, shards: Path, seed: int =
 
 
 def train_unet(out: Path, base: Base, text: TextTower, shards: Path, seed: int = 4, config: StageConfig = UNET) -> None:
-    """Trains the U-Net alone, with the text encoders as they now are."""
+    """Train the U-Net alone, with the text encoders as they now are."""
     base.requires_grad_(False).unet.requires_grad_(True)
     denoising = _Denoising(shards, config, seed)
 
@@ -170,7 +170,7 @@ class _Denoising:
 
 
 def build(out: Path, *, shard_images: int = 60_000) -> Path:
-    """Runs every stage in turn and skips those that are done; returns the model's folder.
+    """Run every stage in turn, except those that are done; return the model's folder.
 
     Args:
         shard_images: drawn and encoded once, for text encoders and U-Net.
@@ -214,7 +214,7 @@ def tame_pooled(base: Base, tokenizer: CLIPTokenizer) -> None:
 
 
 def assemble(folder: Path, vae: Any, base: Base, tokenizer: CLIPTokenizer) -> None:
-    """Writes the parts as an ordinary SDXL pipeline folder, in float16."""
+    """Write the parts as an ordinary SDXL pipeline folder, in float16."""
     parts: dict[str, Any] = {
         "vae": vae.to(memory_format=torch.contiguous_format),
         "text_encoder": base.encoders[0],
@@ -231,7 +231,7 @@ def assemble(folder: Path, vae: Any, base: Base, tokenizer: CLIPTokenizer) -> No
 
 
 def pack(base: str | Path, adapter: str | Path, out: Path) -> Path:
-    """Writes a base and its adapter as one pipeline folder, in float16: the form of the shipped weights."""
+    """Write a base and its adapter as one pipeline folder, in float16: the form of the shipped weights."""
     pipeline = StableDiffusionXLGLIGENPipeline.from_pretrained(base, dtype=torch.float16)
     pipeline.load_gligen_adapter(adapter)
     about = {**GligenAdapter.of(pipeline.unet).about, "base_model": "shapes"}

@@ -101,7 +101,7 @@ def demo(out: str | Path, *, steps: int = 30, seed: int = 0) -> str:
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown; shares in percent."""
+    """Return a Markdown table; shares are in percent."""
     names = {"mean_iou": "mean IoU", "recall_50": "found", "colour": "colour", "shape": "shape", "success": "all right"}
     lines = ["| | " + " | ".join(names.values()) + " |", "|---|" + "---:|" * len(names)]
     for image_set, values in metrics.items():

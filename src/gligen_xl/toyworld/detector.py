@@ -78,7 +78,7 @@ def _templates() -> np.ndarray:
 
 
 def _classify(mask: np.ndarray) -> tuple[str, float]:
-    """The shape that overlaps best with a (h, w) bool mask stretched to a square, and that overlap (IoU)."""
+    """Return the shape that overlaps best with a (h, w) bool mask stretched to a square, and that overlap (IoU)."""
     stretched = Image.fromarray(mask.astype(np.uint8) * 255).resize((_GRID, _GRID), Image.Resampling.BILINEAR)
     seen = np.asarray(stretched) > 127
     templates = _templates()

@@ -34,7 +34,7 @@ class ShapesDetector:
         return [detect(image) for image, _ in zip(images, layouts, strict=True)]
 
     def score(self, image: Image.Image, layout: Layout) -> list[ObjectScore]:
-        """One score an object, in the layout's order."""
+        """Return one score for each object, in the layout's order."""
         (found,) = self.detect([image], [layout])
         return list(score_image(layout, "", found, self).objects)
 

@@ -14,24 +14,24 @@ USUAL_COUNT = 256  # scenes, where no number is asked for
 
 
 def held_out_layouts(count: int, seed: int = HELD_OUT_SEED) -> list[Layout]:
-    """Layouts of the shapes world that no training has seen; their prompts never say where anything is."""
+    """Return layouts of the shapes world that no training has seen; their prompts never say where anything is."""
     if count < 1:
         raise ValueError(f"{count} layouts; expected at least 1")
     return [scene_layout(sample_scene(seed, k), seed=seed, index=k, places=False) for k in range(count)]
 
 
 def scene_image(layout: Layout) -> Image.Image:
-    """The scene that a layout of `held_out_layouts` is of."""
+    """Draw the scene that a layout of `held_out_layouts` describes."""
     return draw(_scene(layout))
 
 
 def background(layout: Layout) -> Image.Image:
-    """The same without its objects."""
+    """Draw the same scene without its objects."""
     return draw(replace(_scene(layout), objects=()))
 
 
 def _scene(layout: Layout) -> Scene:
-    """By the id that `scene_layout` gives: shapes-SEED-INDEX."""
+    """Return the scene of a layout, by the id that `scene_layout` gives: shapes-SEED-INDEX."""
     assert layout.id is not None
     _, seed, index = layout.id.split("-")
     return sample_scene(int(seed), int(index))

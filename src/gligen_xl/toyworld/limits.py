@@ -19,7 +19,7 @@ PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
 def is_shapes_model(pipeline: Any) -> bool:
-    """Tells whether a pipeline is the embedded model, or has its form and words."""
+    """Tell whether a pipeline is the embedded model, or has its form and words."""
     unet, tokenizer = getattr(pipeline, "unet", None), getattr(pipeline, "tokenizer", None)
     settings = getattr(unet, "config", {})
     form = (settings.get("sample_size"), settings.get("cross_attention_dim"), settings.get("addition_time_embed_dim"))
@@ -27,7 +27,7 @@ def is_shapes_model(pipeline: Any) -> bool:
 
 
 def check_limits(pipeline: Any, call: dict[str, Any], layouts: Sequence[ImageLayout]) -> None:
-    """Refuses sizes that the embedded model cannot draw; warns of words that it does not know, and of boxes that are
+    """Refuse sizes that the embedded model cannot draw; warn of words that it does not know, and of boxes that are
     smaller than any object that it has seen. Of other models nothing is said.
 
     Raises:

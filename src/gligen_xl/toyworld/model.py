@@ -22,7 +22,8 @@ MAX_TOKENS = 48  # of the captions with size and place of four objects, one in 2
 
 
 def new_vae() -> AutoencoderKL:
-    """Images (3, 64, 64) in -1..1 to latents (4, 16, 16); without attention, as every cell is decided locally."""
+    """Make a VAE: images (3, 64, 64) in -1..1 to latents (4, 16, 16). It has no attention, as every cell is decided
+    locally."""
     channels = (16, 32, 64)
     settings: dict[str, Any] = {
         "block_out_channels": channels,
@@ -39,7 +40,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Makes a small U-Net of SDXL's form: size conditioning, linear projections, deeper transformers in deeper levels.
+    """Make a small U-Net of SDXL's form: size conditioning, linear projections, deeper transformers in deeper levels.
 
     Unlike SDXL's, its last level has attention, and so fusers: a latent pixel is a sixteenth of this image, and a
     box that only half of them resolve has no corners.
@@ -63,7 +64,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Makes two text encoders of three layers each; SDXL reads the output of the last but one."""
+    """Make two text encoders of three layers each; SDXL reads the output of the last but one."""
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,
@@ -81,7 +82,7 @@ def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPText
 
 
 def new_scheduler() -> EulerDiscreteScheduler:
-    """Makes SDXL's schedule, ended nearer to pure noise: small flat images survive a signal of 7 %."""
+    """Make SDXL's schedule, ended nearer to pure noise: small flat images survive a signal of 7 %."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.02,
@@ -92,7 +93,7 @@ def new_scheduler() -> EulerDiscreteScheduler:
 
 
 def new_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Makes a CLIP tokenizer that holds most words of the world as one token and can spell any other.
+    """Make a CLIP tokenizer that holds most words of the world as one token and can spell any other.
 
     Its files are written to `folder`.
     """

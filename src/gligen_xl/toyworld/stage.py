@@ -41,7 +41,7 @@ class StageConfig:
         return self.samples // self.batch_size
 
     def rate(self, step: int) -> float:
-        """Returns the learning rate of a step."""
+        """Return the learning rate of a step."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
         return self.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
@@ -57,7 +57,7 @@ class StageState:
     samples_seen: int = 0
 
     def load_last(self, folder: Path) -> None:
-        """Restores the last undamaged checkpoint in `folder`, if there is one."""
+        """Restore the last undamaged checkpoint in `folder`, if there is one."""
         if newest := last_whole(folder, _check):
             _, tensors, state = newest
             self.modules.load_state_dict(tensors["model"])
@@ -77,7 +77,7 @@ class StageState:
 def run_stage(
     folder: Path, modules: nn.Module, config: StageConfig, loss: Callable[[int, int], dict[str, Tensor]], seed: int
 ) -> None:
-    """Trains `modules` and leaves them holding their averages. Resumes from `folder`; a finished stage only loads.
+    """Train `modules` and leave them holding their averages. It resumes from `folder`; a finished stage only loads.
 
     Args:
         loss: (first, count) -> named losses of the samples first .. first + count; "loss" is minimised.
@@ -142,7 +142,7 @@ class _StageLog:
 
 
 def _check(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Checks that a checkpoint has all that a stage resumes from."""
+    """Check that a checkpoint has all that a stage resumes from."""
     if missing := sorted({"model", "ema", "optimizer"} - tensors.keys()):
         raise ValueError(f"{path} is damaged: it has no {missing[0]}.safetensors")
     if type(state.get("ema_steps")) is not int:
@@ -150,7 +150,7 @@ def _check(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, A
 
 
 def _average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Averages the gradients over all processes, in one exchange."""
+    """Average the gradients over all processes, in one exchange."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)

@@ -30,7 +30,7 @@ class Attributes(nn.Module):
         self.place = nn.Linear(width, len(COLOURS) * 10)
 
     def forward(self, pooled: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """Returns the sum of the three cross entropies."""
+        """Return the sum of the three cross entropies."""
         shape = self.shape(pooled).unflatten(-1, (len(COLOURS), -1)).transpose(1, 2)
         place = self.place(pooled).unflatten(-1, (len(COLOURS), -1)).transpose(1, 2)
         return (
@@ -41,7 +41,7 @@ class Attributes(nn.Module):
 
 
 def attributes(caption: str) -> tuple[int, list[int], list[int]]:
-    """Parses a caption or phrase: background (-1 for none), and shape and place of each colour (0 for none)."""
+    """Parse a caption or phrase: background (-1 for none), and shape and place of each colour (0 for none)."""
     background = next((k for k, name in enumerate(BACKGROUNDS) if name in caption.split()), -1)
     shape, place_ = [0] * len(COLOURS), [0] * len(COLOURS)
     for colour, form, rest in re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})((?: (?!and|,)\w+)*)", caption):

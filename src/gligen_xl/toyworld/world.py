@@ -93,7 +93,7 @@ class Scene:
 
 
 def sample_scene(seed: int, index: int, *, num_objects: int | None = None) -> Scene:
-    """Draws scene number `index` of the endless sequence of `seed`.
+    """Draw scene number `index` of the endless sequence of `seed`.
 
     `num_objects` (1-4) fixes the count, which is drawn otherwise.
     """
@@ -139,7 +139,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def shape_mask(shape: str, size: tuple[int, int]) -> Image.Image:
-    """Draws the shape, filling an "L" image of `size` (width, height) edge to edge; 255 inside."""
+    """Draw the shape, filling an "L" image of `size` (width, height) edge to edge; 255 inside."""
     width, height = size
     mask = Image.new("L", size, 0)
     pen = ImageDraw.Draw(mask)
@@ -158,7 +158,7 @@ def shape_mask(shape: str, size: tuple[int, int]) -> Image.Image:
 
 
 def draw(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
-    """Draws the scene as an RGB image of `size` x `size` pixels, antialiased."""
+    """Draw the scene as an RGB image of `size` x `size` pixels, antialiased."""
     canvas = Image.fromarray(_background(scene, size)).resize(
         (size * _SUPERSAMPLE, size * _SUPERSAMPLE), Image.Resampling.NEAREST
     )
@@ -199,13 +199,13 @@ _TEMPLATES = (
 
 
 def place(box: tuple[float, float, float, float]) -> str:
-    """Describes where the centre of a box lies, by thirds of the image."""
+    """Describe where the centre of a box lies, by thirds of the image."""
     column, row = (min(int((box[k] + box[k + 2]) / 2 * 3), 2) for k in (0, 1))
     return PLACES[column, row]
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, places: bool) -> str:
-    """One of many ways to say what is in the scene; with `places`, also where each object is and how large."""
+    """Say what is in the scene, in one of many ways; with `places`, also where each object is and how large."""
     said = []
     for k in rng.permutation(len(scene.objects)):
         item = scene.objects[k]
@@ -221,7 +221,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, places: bool) -> str:
 
 
 def ground_caption(scene: Scene, index: int) -> str:
-    """Describes the background alone, in one of three wordings."""
+    """Describe the background alone, in one of three wordings."""
     return f"{('an image of ', 'a picture of ', '')[index % 3]}{_GROUNDS[scene.background]}"
 
 
@@ -232,7 +232,7 @@ def vocabulary() -> list[str]:
 
 
 def scene_layout(scene: Scene, *, seed: int = 0, index: int = 0, places: bool = False) -> Layout:
-    """Returns the scene's caption, phrases and boxes; (seed, index) decides the wording."""
+    """Return the scene's caption, phrases and boxes; (seed, index) decides the wording."""
     rng = generator("words", seed, index)
     return Layout(
         prompt=caption(scene, rng, places=places),

@@ -26,13 +26,13 @@ class AttentionLosses:
     terms: list[Tensor] = field(default_factory=list)
 
     def mean(self) -> Tensor:
-        """Returns the mean over all fusers for each sample, (B,)."""
+        """Return the mean over all fusers for each sample, (B,)."""
         return torch.stack(self.terms).mean(0)
 
 
 @contextmanager
 def watch_attention(unet: nn.Module, boxes: Tensor, masks: Tensor, latent_size: Sequence[int]) -> Iterator:
-    """Inside the block every fuser adds its `attention_loss` to the `AttentionLosses` that the block gets.
+    """Let every fuser add its `attention_loss` to the `AttentionLosses` that the block gets, while the block runs.
 
     Args:
         boxes: (B, N, 4) xyxy 0-1. masks: (B, N), 1 where a slot is used. latent_size: (h, w) of the U-Net's input.
@@ -66,8 +66,8 @@ def attention_loss(logits: Tensor, boxes: Tensor, masks: Tensor, latent_size: Se
 
 
 def attention_targets(boxes: Tensor, masks: Tensor, latent_size: Sequence[int], num_visual: int) -> Tensor:
-    """Returns the target attention of each visual token, (B, L, N), summing to 1: equal parts to the boxes that hold
-    its centre or, if none does, to the empty slots."""
+    """Return the target attention of each visual token, (B, L, N), summing to 1: equal parts to the boxes that hold its
+    centre or, if none does, to the empty slots."""
     height, width = latent_size
     rows = round((num_visual * height / width) ** 0.5)
     columns = num_visual // rows
@@ -78,7 +78,7 @@ def attention_targets(boxes: Tensor, masks: Tensor, latent_size: Sequence[int], 
 
 
 def box_masks(boxes: Tensor, rows: int, columns: int) -> Tensor:
-    """Which cells of a grid have their centre in which box: (B, N, 4) xyxy 0-1 -> (B, rows, columns, N), 1 or 0."""
+    """Mark the cells of a grid whose centre is in a box: (B, N, 4) xyxy 0-1 -> (B, rows, columns, N), 1 or 0."""
     y = (torch.arange(rows, device=boxes.device) + 0.5) / rows
     x = (torch.arange(columns, device=boxes.device) + 0.5) / columns
     y, x = y[:, None, None], x[None, :, None]

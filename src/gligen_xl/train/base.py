@@ -22,7 +22,7 @@ from .config import TrainConfig
 
 
 def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) -> GroundingMixin:
-    """Loads the frozen base, SDXL or Stable Diffusion 1.x / 2.x, and removes an adapter it came with.
+    """Load the frozen base, SDXL or Stable Diffusion 1.x / 2.x, and removes an adapter it came with.
 
     Args:
         draws: whether this process makes images; only then is the VAE put on the device.
@@ -52,7 +52,7 @@ def load_base(config: TrainConfig, device: torch.device, *, draws: bool = True) 
 
 
 def check_base_files(config: TrainConfig) -> None:
-    """Checks that the base, if it is a folder, has the files of `config.variant`.
+    """Check that the base, if it is a folder, has the files of `config.variant`.
 
     Raises:
         ValueError: it has not; or it is no folder of files.
@@ -68,13 +68,13 @@ def check_base_files(config: TrainConfig) -> None:
 
 
 def needs_vae(config: TrainConfig) -> bool:
-    """Tells whether the run uses the VAE: to generate images, or to encode those of an embedded world."""
+    """Tell whether the run uses the VAE: to generate images, or to encode those of an embedded world."""
     images = config.validation.enabled and config.validation.pictures > 0
     return images or any(drawn_count(source) is not None for source in [*config.sources, config.validation.data or ""])
 
 
 def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterConfig | None = None) -> None:
-    """Attaches an adapter in float32: one of `form`, for the weights of a checkpoint; the one to start from; or a new
+    """Attach an adapter in float32: one of `form`, for the weights of a checkpoint; the one to start from; or a new
     one, initialised from the seed."""
     torch.manual_seed(config.seed)
     weights = None
@@ -101,7 +101,7 @@ def fresh_adapter(pipeline: GroundingMixin, config: TrainConfig, form: AdapterCo
 
 
 def check_adapter_form(form: AdapterConfig, config: TrainConfig, phrase_dim: int | None = None) -> None:
-    """Checks that `config.init_adapter` has the form that the run asks for.
+    """Check that `config.init_adapter` has the form that the run asks for.
 
     Args:
         form: the configuration of that adapter.
@@ -123,7 +123,7 @@ def check_adapter_form(form: AdapterConfig, config: TrainConfig, phrase_dim: int
 
 
 def check_fit(dataset: ShardDataset, pipeline: GroundingMixin, resolution: int | None = None) -> None:
-    """Checks shape and scale of the latents against the base's VAE, and their resolution against the settings."""
+    """Check shape and scale of the latents against the base's VAE, and their resolution against the settings."""
     channels, scale = pipeline.unet.config["in_channels"], pipeline.vae.config["scaling_factor"]
     for shard in dataset.shards:
         if shard.latent_shape[0] != channels:

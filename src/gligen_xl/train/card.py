@@ -67,7 +67,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card as Markdown, with its front matter."""
+    """Return the card as Markdown, with its front matter."""
     front = yaml.safe_dump(front_matter(facts), sort_keys=False)  # ASCII: characters that do not show are escaped
     parts = [
         f"---\n{front}---",
@@ -85,7 +85,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def front_matter(facts: CardFacts) -> dict[str, Any]:
-    """What the Hub reads: https://huggingface.co/docs/hub/model-cards."""
+    """Return what the Hub reads: https://huggingface.co/docs/hub/model-cards."""
     family = _FAMILY_TAGS.get(facts.form.cross_attention_dim)
     front: dict[str, Any] = {
         "license": facts.license,
@@ -101,7 +101,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
+    """Return a Markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -133,7 +133,7 @@ def _base_in_words(facts: CardFacts) -> str:
 
 
 def _measured(facts: CardFacts) -> str:
-    """What is known of how well it works, and what is not."""
+    """Return what is known of how well it works, and what is not."""
     last = facts.run.measured if facts.run else {}
     samples = numbers(facts.about).get("samples")
     lines = []
@@ -168,7 +168,7 @@ def _measured(facts: CardFacts) -> str:
 
 
 def _code(facts: CardFacts) -> str:
-    """How to use it: a few lines of Python that run as they stand, where the base is on the Hub or embedded."""
+    """Return a few lines of Python that use it, and run as they are if the base is on the Hub or embedded."""
     smaller = facts.form.cross_attention_dim in (768, 1024)
     name = "StableDiffusionGLIGENPipeline" if smaller else "StableDiffusionXLGLIGENPipeline"
     base, world = facts.base_model or "BASE_MODEL", find_world(facts.base_model)
@@ -288,7 +288,7 @@ def _settings(facts: CardFacts) -> dict[str, Any]:
 
 
 def is_repository(name: Any) -> bool:
-    """Whether it is the name of a repository of the Hub, so that it may stand in a link and in code as it is."""
+    """Tell whether it is the name of a repository of the Hub, so that it may stand in a link and in code as it is."""
     return isinstance(name, str) and bool(_REPOSITORY.fullmatch(name))
 
 

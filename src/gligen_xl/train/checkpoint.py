@@ -63,7 +63,7 @@ class RunIdentity:
     config: dict[str, Any]
 
     def adapter_metadata(self, samples_seen: int) -> dict[str, Any]:
-        """Returns what an adapter folder says of how it was trained."""
+        """Return what an adapter folder says of how it was trained."""
         training = {"training": self.config, "versions": versions()}
         return {"base_model": self.config["model"], "samples": samples_seen, **training}
 
@@ -87,7 +87,7 @@ class TrainState:
     stats: StepStats
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Restores the average and the optimizer; weights and statistics are restored as they are made."""
+        """Restore the average and the optimizer; weights and statistics are restored as they are made."""
         self.ema.load(tensors["gligen_adapter"], state["ema_steps"])
         self.optimizer.load(tensors["optimizer"], state["scaler"])
 
@@ -101,7 +101,7 @@ class TrainState:
         keep: int,
         keep_every: int | None,
     ) -> Path:
-        """Writes a checkpoint; every process has to call this, and the main one writes (see `save_checkpoint`).
+        """Write a checkpoint; every process has to call this, and the main one writes (see `save_checkpoint`).
 
         Returns:
             The checkpoint's folder; `root` on the other processes.
@@ -144,7 +144,7 @@ def save_checkpoint(
     keep_every: int | None = None,
     documents: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `root/checkpoint-SAMPLES` and removes older ones, except the newest `keep` and those that stay for good.
+    """Write `root/checkpoint-SAMPLES` and remove older ones, except the newest `keep` and those that stay for good.
 
     Args:
         tensors: one safetensors file per entry, named by its key.
@@ -180,7 +180,7 @@ def save_checkpoint(
 
 
 def _to_remove(checkpoints: list[Path], keep: int, keep_every: int | None) -> list[Path]:
-    """Returns the checkpoints, of all oldest first, that are neither among the newest nor the first of their span."""
+    """Return the checkpoints, of all oldest first, that are neither among the newest nor the first of their span."""
     removed, former_span = [], 0
     for path in checkpoints[:-keep]:
         span = _samples_of(path) // keep_every if keep_every else 0
@@ -191,7 +191,7 @@ def _to_remove(checkpoints: list[Path], keep: int, keep_every: int | None) -> li
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """Lists the checkpoints of a run, oldest first."""
+    """List the checkpoints of a run, oldest first."""
     root = Path(root)
     checkpoints = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name)] if root.is_dir() else []
     return sorted(checkpoints, key=_samples_of)
@@ -202,7 +202,7 @@ def _samples_of(path: Path) -> int:
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Reads the tensors, by file, and the state of a checkpoint, and compares every file with its recorded checksum.
+    """Read the tensors, by file, and the state of a checkpoint, and compares every file with its recorded checksum.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -225,7 +225,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dic
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Reads the state of a checkpoint; compares `state.json` with its checksum, and other files with their sizes alone.
+    """Read the state of a checkpoint; compare `state.json` with its checksum, and other files with their sizes alone.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -251,7 +251,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def _check_former(path: Path, checksums: dict[str, Any]) -> None:
-    """Compares the files of a checkpoint without a manifest with the checksums in its `state.json`."""
+    """Compare the files of a checkpoint without a manifest with the checksums in its `state.json`."""
     for name, expected in checksums.items():
         if Path(name).name != name:
             raise ValueError(f"{path / _STATE} is damaged: {name!r} is not a file of its folder")
@@ -264,7 +264,7 @@ def _check_former(path: Path, checksums: dict[str, Any]) -> None:
 def last_whole(
     root: str | Path, check: Callable[[Path, dict[str, dict[str, Tensor]], dict[str, Any]], None]
 ) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Returns the newest checkpoint that is not damaged, with its tensors and state; None if there is no checkpoint.
+    """Return the newest checkpoint that is not damaged, with its tensors and state; None if there is no checkpoint.
 
     Later, damaged ones are renamed to `damaged-checkpoint-POSITION`, with a warning.
 
@@ -294,7 +294,7 @@ def last_whole(
 
 
 def last_whole_adapter(root: str | Path) -> Path | None:
-    """Returns the newest checkpoint whose average is not damaged, and moves nothing; None if there is no checkpoint.
+    """Return the newest checkpoint whose average is not damaged, and moves nothing; None if there is no checkpoint.
 
     Raises:
         ValueError: all are damaged.

@@ -95,7 +95,7 @@ class Conditioner:
         return Captions(hidden, pooled)
 
     def _encode(self, captions: list[str]) -> Captions:
-        """As `encode_prompt` does, which waits for the device and reads each caption twice."""
+        """Encode as `encode_prompt` does, without waiting for the device and reading each caption twice."""
         hidden: list[Tensor] = []
         pooled = torch.empty(len(captions), 0, device=self.device)
         for tokenizer, encoder in zip(self._tokenizers, self._text_encoders, strict=True):

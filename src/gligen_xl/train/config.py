@@ -165,7 +165,7 @@ class TrainConfig:
         return {self.data: 1.0} if isinstance(self.data, str) else self.data
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings as they are saved, shown and compared: without the passwords and keys of addresses."""
+        """Return the settings as they are saved, shown and compared: without the passwords and keys of addresses."""
         return redacted_values(asdict(self))
 
 
@@ -173,7 +173,7 @@ class TrainConfig:
 
 
 def check_names(settings: Mapping[str, Any], source: str) -> None:
-    """Refuses names that are no settings of a run, and groups that hold no settings.
+    """Refuse names that are no settings of a run, and groups that hold no settings.
 
     Args:
         settings: the content of a YAML file.
@@ -197,7 +197,7 @@ def check_names(settings: Mapping[str, Any], source: str) -> None:
 
 
 def _near(name: str, known: list[str]) -> list[str]:
-    """Returns settings with nearly this name, in the same group or another one."""
+    """Return settings with nearly this name, in the same group or another one."""
     last = name.rpartition(".")[2]
     close = difflib.get_close_matches(last, {full.rpartition(".")[2] for full in known}, n=1, cutoff=0.75)
     same = [full for best in close for full in known if full.rpartition(".")[2] == best]

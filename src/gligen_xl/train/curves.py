@@ -62,7 +62,7 @@ def heat_strip(columns: Sequence[tuple[float, Mapping[str, float]]], *, end: flo
 
 
 def _shaded(shares: np.ndarray) -> str:
-    """An image of one hue, (rows, columns) of shares 0-1 as its opacity, so that it serves on light and dark."""
+    """Return an image of one hue, (rows, columns) of shares 0-1 as its opacity, so that it serves on light and dark."""
     pixels = np.zeros((*shares.shape, 4), np.uint8)
     pixels[..., :3] = (42, 111, 187)
     pixels[..., 3] = np.round(255 * np.clip(shares, 0, 1))

@@ -14,18 +14,18 @@ from .config import TrainConfig
 
 
 def is_drawn(source: str) -> bool:
-    """Tells whether the images of a source are drawn when the run begins."""
+    """Tell whether the images of a source are drawn when the run begins."""
     return drawn_count(source) is not None
 
 
 def world_of(config: TrainConfig) -> str | None:
-    """Returns the embedded world of the model or, failing that, of the data; None if neither has one."""
+    """Return the embedded world of the model or, failing that, of the data; None if neither has one."""
     names = [config.model, *(source.partition(":")[0] for source in filter(is_drawn, config.sources))]
     return next((name for name in names if find_world(name)), None)
 
 
 def validation_data(config: TrainConfig) -> str | None:
-    """Returns the data to validate on, unless it is held out of the training's own data."""
+    """Return the data to validate on, unless it is held out of the training's own data."""
     if config.validation.data is None and config.validation.held_out and all(map(is_drawn, config.sources)):
         name = next(iter(config.sources)).partition(":")[0]
         world = find_world(name)
@@ -35,12 +35,12 @@ def validation_data(config: TrainConfig) -> str | None:
 
 
 def shares_held_out(config: TrainConfig, share: float) -> list[float]:
-    """Returns the share of images of each source that is kept out of the training; 0 for drawn images."""
+    """Return the share of images of each source that is kept out of the training; 0 for drawn images."""
     return [0.0 if is_drawn(source) else share for source in config.sources]
 
 
 def open_data(config: TrainConfig, pipeline: GroundingMixin, held_out: float = 0.0) -> ShardDataset:
-    """Opens all sources of a run, in their order, and draws images into the run's folder if a source asks for it.
+    """Open all sources of a run, in their order, and draws images into the run's folder if a source asks for it.
 
     Args:
         held_out: share of the images that is kept out of the training.
@@ -56,13 +56,13 @@ def open_data(config: TrainConfig, pipeline: GroundingMixin, held_out: float = 0
 
 
 def held_out_folder(config: TrainConfig, pipeline: GroundingMixin) -> str | Path | None:
-    """Returns where the shards for validation are; None without validation, or with held-out training images."""
+    """Return where the shards for validation are; None without validation, or with held-out training images."""
     data = validation_data(config)
     return data and _folder(data, pipeline, Path(config.out) / "validation-data", held_out=True)
 
 
 def _folder(data: str, pipeline: GroundingMixin, drawn: Path, *, held_out: bool = False) -> str | Path:
-    """Returns the folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
+    """Return the folder of shards that `data` names; "shapes:COUNT" draws them first, with the base's own VAE."""
     name, _, count = data.partition(":")
     if (world := find_world(name)) is None or not count:
         return data
@@ -79,7 +79,7 @@ def boxes_in_words(source: str, statistics: BoxStatistics, min_score: float) -> 
 
 
 def check_boxes(config: TrainConfig, source: str, statistics: BoxStatistics, scored: BoxStatistics) -> None:
-    """Refuses a source of which no image has a usable box.
+    """Refuse a source of which no image has a usable box.
 
     Args:
         statistics: of all boxes. scored: of those with a score above `augmentation.min_score`.
@@ -96,7 +96,7 @@ def check_boxes(config: TrainConfig, source: str, statistics: BoxStatistics, sco
 
 
 def source_statistics(config: TrainConfig, dataset: ShardDataset) -> list[str]:
-    """Describes how many boxes the images of each source have.
+    """Describe how many boxes the images of each source have.
 
     Raises:
         ValueError: a source has no usable box.
@@ -111,7 +111,7 @@ def source_statistics(config: TrainConfig, dataset: ShardDataset) -> list[str]:
 
 
 def held_out_in_words(config: TrainConfig, share: float, parts: list[HeldOut]) -> list[str]:
-    """Describes the data to validate on, for the log and the dry run.
+    """Describe the data to validate on, for the log and the dry run.
 
     Args:
         share: share of the images kept out of the training. parts: held-out images of each source.

@@ -33,7 +33,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, counts: Tensor | None = None) -> None:
-        """Adds the present parameters to the average.
+        """Add the present parameters to the average.
 
         Args:
             counts: a boolean scalar; if false, as for a skipped step, nothing changes.
@@ -55,7 +55,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Lets float32 parameters hold their averages in the block, and afterwards their own values, bit for bit.
+        """Let float32 parameters hold their averages in the block, and afterwards their own values, bit for bit.
 
         They are swapped one by one, so no second copy of all is made.
         """
@@ -66,7 +66,7 @@ class EMA:
             self._swap()
 
     def copy_to_parameters(self) -> None:
-        """Copies the averages to the parameters."""
+        """Copie the averages to the parameters."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(self.average[name])

@@ -57,7 +57,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
-    """Estimates what the run of `config` takes on so many processes, each with a GPU of its own.
+    """Estimate what the run of `config` takes on so many processes, each with a GPU of its own.
 
     Raises:
         ValueError: the batch cannot be shared by them, the base cannot be described, or the run would refuse its
@@ -124,7 +124,7 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
 
 
 def _put_adapter_on(base: BaseParts, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """Puts the base in the precision of the run, attaches an adapter, and returns the adapter's parameters."""
+    """Put the base in the precision of the run, attach an adapter, and return the adapter's parameters."""
     for part in (base.unet, *base.text_encoders):
         nn.Module.to(part.requires_grad_(False), DTYPES[config.precision])
     form = AdapterConfig(
@@ -159,7 +159,7 @@ def latent_shape(config: TrainConfig, base: BaseParts) -> tuple[tuple[int, int, 
 
 
 def moment_bytes(sizes: Iterable[int], optimizer: str) -> int:
-    """Returns the bytes of AdamW's two moments of tensors of these sizes, in 32 bits or in 8 with scales."""
+    """Return the bytes of AdamW's two moments of tensors of these sizes, in 32 bits or in 8 with scales."""
     if optimizer == "adamw":
         return sum(8 * size for size in sizes)
     return sum(8 * size if size < SMALL else 2 * (size + 4 * -(-size // BLOCK)) for size in sizes)
@@ -168,7 +168,7 @@ def moment_bytes(sizes: Iterable[int], optimizer: str) -> int:
 def step_bytes(
     base: BaseParts, config: TrainConfig, shape: tuple[int, int, int], micro_batch: int, gradients_stay: bool
 ) -> int:
-    """Returns the bytes of a forward and backward pass at its peak, without parameters and their gradients.
+    """Return the bytes of a forward and backward pass at its peak, without parameters and their gradients.
 
     Args:
         shape: (C, h, w) of the latents.
@@ -203,7 +203,7 @@ def step_bytes(
 
 
 def _conditioning(base: BaseParts, slots: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns conditioning of the U-Net as `gligen_xl.train.conditioning` makes it, without values."""
+    """Return conditioning of the U-Net as `gligen_xl.train.conditioning` makes it, without values."""
     settings = base.unet.config
     tokens = base.text_encoders[0].config.max_position_embeddings
     grounding = {
@@ -241,7 +241,7 @@ def _count(modules: Iterable[nn.Module]) -> int:
 
 
 def describe(made: Estimate) -> str:
-    """For the terminal."""
+    """Describe the estimate for the terminal."""
     config, (height, width) = made.config, made.resolution
     lines = [*made.notes, "", *_table("parameters", made.parameters, "{:,}")]
     each = f"each of {made.processes} GPUs" if made.processes > 1 else "the GPU"
@@ -271,7 +271,7 @@ def _scaled(rows: dict[str, int], unit: float) -> dict[str, float]:
 
 
 def _epochs(config: TrainConfig) -> list[str]:
-    """Describes how many epochs each set of data is used for."""
+    """Describe how many epochs each set of data is used for."""
     lines, total = [], sum(config.sources.values())
     for source, weight in config.sources.items():
         drawn = drawn_count(source)

@@ -29,7 +29,7 @@ def up_to(limit: int, *, least: int = 1) -> Expected:
 
 
 def check_values(options: Any, group: str = "", **expected: Expected) -> None:
-    """Refuses a value that is not as expected; None is allowed if it is the default."""
+    """Refuse a value that is not as expected; None is allowed if it is the default."""
     for name, (words, holds) in expected.items():
         value = getattr(options, name)
         if value is None and options.__dataclass_fields__[name].default is None:

@@ -99,7 +99,7 @@ class GPUKernels(TorchFunctionMode):
         self._copies: dict[Tensor, Tensor] | None = {}
 
     def leave_autocast(self) -> None:
-        """Releases the copies of weights that autocast keeps for the length of its block."""
+        """Release the copies of weights that autocast keeps for the length of its block."""
         self._copies = None
 
     def checkpoint(self, module: Callable[..., Any], *inputs: Any) -> Any:

@@ -24,7 +24,7 @@ _QUERIES = 256  # visual tokens, evenly chosen, that a share is measured on
 
 @torch.no_grad()
 def init_adapter_weights(unet: nn.Module, options: AdapterOptions, run_unet: Callable[[], object]) -> None:
-    """Initialises the weights of the attached, fresh adapter as `options` ask.
+    """Initialise the weights of the attached, fresh adapter as `options` ask.
 
     Args:
         run_unet: runs the U-Net once on grounded samples of the training; called for a `grounding_share` only.
@@ -109,7 +109,7 @@ def set_attention_share(fuser: Fuser, x: Tensor, objs: Tensor, share: float) -> 
 
 
 def discriminant(ones: Tensor, others: Tensor) -> Tensor:
-    """Returns the direction w, (D,), in which (n, D) `ones` lie 1 above `others` on average with least variance."""
+    """Return the direction w, (D,), in which (n, D) `ones` lie 1 above `others` on average with least variance."""
     apart = ones.mean(0) - others.mean(0)
     spread = torch.cov(ones.T) + torch.cov(others.T)
     spread.diagonal().add_(0.01 * spread.diagonal().mean() + 1e-6)  # fewer tokens than dimensions can be given
@@ -118,7 +118,7 @@ def discriminant(ones: Tensor, others: Tensor) -> Tensor:
 
 
 def attention_share(attention: FuserAttention, tokens: Tensor, num_visual: int) -> float:
-    """Returns the share of a fuser's attention on the grounding tokens, as a mean over samples, heads and queries.
+    """Return the share of a fuser's attention on the grounding tokens, as a mean over samples, heads and queries.
 
     Args:
         tokens: (B, num_visual + N, D) after the norm, the visual ones first.

@@ -43,7 +43,7 @@ class BaseParts:
 
 
 def base_parts(model: str) -> BaseParts:
-    """Builds the parts of a pipeline folder, of "shapes", or of a Hub repository, of which only settings are fetched.
+    """Build the parts of a pipeline folder, of "shapes", or of a Hub repository, of which only settings are fetched.
 
     Raises:
         FileNotFoundError: there is no such folder or repository.

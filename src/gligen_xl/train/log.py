@@ -111,7 +111,7 @@ class RunLog:
                 self.bar.write(printable(redacted(text)))
 
     def waiting_for(self, batches: Iterable[_T], *, alone: bool = True) -> Iterator[_T]:
-        """The batches; the time until each comes is the time waited for data.
+        """Yield the batches; the time until each comes counts as waiting for data.
 
         Args:
             alone: no other process makes the steps too: they may end early, where the run is asked to stop and no
@@ -134,7 +134,7 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in the block is no training: its time does not count."""
+        """Leave the time that the block takes out of the time of training."""
         began = time.perf_counter()
         yield
         self._clock.began += time.perf_counter() - began
@@ -172,7 +172,7 @@ class RunLog:
                 os.fsync(self.file.fileno())
 
     def write(self, position: int, factor: float, gates: Mapping[str, float]) -> None:
-        """The line that is due.
+        """Write the line that is due.
 
         Args:
             factor: of the learning rate. gates: |tanh| of every gate, by name.
@@ -196,7 +196,7 @@ class RunLog:
         self.bar.set_postfix(loss=loss, gate=f"{mean_gate:.3f}", refresh=False)
 
     def validation(self, position: int, metrics: dict[str, float], image: Image.Image | None) -> None:
-        """What the validation at `position` gave; look first, so that lines stay in order."""
+        """Write the results of the validation at `position`; look first, so that lines stay in order."""
         self._record("validation", position, metrics)
         self.say(f"{position:>9} samples: {describe(metrics)}")
         if self.main and image is not None:
@@ -248,7 +248,7 @@ class _Clock:
 
 
 def gates_by_block(gates: Mapping[str, float]) -> dict[str, float]:
-    """The mean of the two gates of each block, by the block's name in the U-Net."""
+    """Return the mean of the two gates of each block, by the block's name in the U-Net."""
     blocks: dict[str, list[float]] = {}
     for name, value in gates.items():
         blocks.setdefault(name.split(".fuser.")[0], []).append(value)

@@ -44,7 +44,7 @@ PATIENCE = 20.0  # seconds to wait for the folder: loading processes outlive a k
 
 
 def train(config: TrainConfig) -> Path:
-    """Trains an adapter, or resumes the run in `config.out`.
+    """Train an adapter, or resumes the run in `config.out`.
 
     Returns:
         `out/adapter` of a finished run. Of one that was asked to stop (Ctrl-C, SIGTERM), the folder of its last
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> Path:
 def _run(
     config: TrainConfig, accelerator: Accelerator, processes: Processes, resume: ResumePoint, request: StopRequest
 ) -> Path:
-    """Trains from the resume point to the end, or until the run is asked to stop."""
+    """Train from the resume point to the end, or until the run is asked to stop."""
     out, config = Path(config.out), resume.settled_config()
     batch_size, stop = config.batch_size, config.samples // config.batch_size * config.batch_size
 
@@ -169,7 +169,7 @@ def only_run_in(out: Path) -> AbstractContextManager[None]:
 
 
 def _is_due(every: int | None, samples_seen: int, batch_size: int) -> bool:
-    """Tells whether the last step passed a multiple of `every`."""
+    """Tell whether the last step passed a multiple of `every`."""
     return every is not None and samples_seen // every > (samples_seen - batch_size) // every
 
 

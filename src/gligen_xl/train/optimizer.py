@@ -62,12 +62,12 @@ class AdapterOptimizer:
             self.inner = torch.optim.AdamW(groups, betas=betas, fused=self.fused)
 
     def set_rate(self, factor: float) -> None:
-        """Sets the learning rates to a factor of those of the options."""
+        """Set the learning rates to a factor of those of the options."""
         for group in self.inner.param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def step(self) -> Tensor:
-        """Clips the gradients, steps, and clears them.
+        """Clip the gradients, step, and clear them.
 
         Returns:
             Their norm before clipping, a scalar on the device. If it is not finite, weights and moments are as before.
@@ -89,11 +89,11 @@ class AdapterOptimizer:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the state of the parameters that this process steps, numbered among all (see `optimizer_tensors`)."""
+        """Return the state of the parameters that this process steps, numbered among all (see `optimizer_tensors`)."""
         return optimizer_tensors(self.inner, self._stepped)
 
     def load(self, tensors: Mapping[str, Tensor], scaler: dict[str, Any] | None) -> None:
-        """Restores the result of `tensors`, of this process or gathered from all, and the state of the scaler."""
+        """Restore the result of `tensors`, of this process or gathered from all, and the state of the scaler."""
         load_optimizer_tensors(self.inner, tensors, self._stepped)
         if self.scaler is not None and scaler is not None:
             self.scaler.load_state_dict(scaler)
@@ -103,7 +103,7 @@ class AdapterOptimizer:
 
 
 def _to(before: Tensor | None, gradient: Tensor) -> Tensor:
-    """Copies a gradient to main memory, over the previous one; asynchronously from a GPU."""
+    """Copie a gradient to main memory, over the previous one; asynchronously from a GPU."""
     if before is None:
         before = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
     return before.copy_(gradient, non_blocking=True)
@@ -126,7 +126,7 @@ def _eight_bit(groups: list[dict[str, Any]], betas: tuple[float, float], device:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Returns the state of an optimizer of torch or bitsandbytes as flat named tensors: "<parameter number>.<name>".
+    """Return the state of an optimizer of torch or bitsandbytes as flat named tensors: "<parameter number>.<name>".
 
     Args:
         parameters: what the numbers count, if the optimizer has only some of them; by default its own.
@@ -142,7 +142,7 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor] | None = None
 ) -> None:
-    """Restores what `optimizer_tensors` returned, for the same parameters in the same order, or for some of them."""
+    """Restore what `optimizer_tensors` returned, for the same parameters in the same order, or for some of them."""
     own = {parameter: index for index, parameter in enumerate(_parameters(optimizer))}
     parameters = list(own) if parameters is None else parameters
     state: dict[int, dict[str, Any]] = {}

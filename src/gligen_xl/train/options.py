@@ -65,14 +65,14 @@ class AdapterOptions:
             raise ValueError("grounding_share and grounding_logit_bias are two ways to the same; choose one")
 
     def logit_bias(self, samples_seen: int, samples: int) -> float:
-        """Returns the logit bias after `samples_seen` of `samples`."""
+        """Return the logit bias after `samples_seen` of `samples`."""
         if self.bias_share is None:
             return self.grounding_logit_bias
         return self.grounding_logit_bias * max(0.0, 1 - samples_seen / (self.bias_share * samples))
 
     @property
     def starts_fresh(self) -> bool:
-        """Whether a new adapter is initialised as GLIGEN's."""
+        """Tell whether a new adapter is initialised as GLIGEN's."""
         return self.gate_init == 0 and self.fuser_init == "fresh" and self.grounding_share is None
 
 
@@ -102,7 +102,7 @@ class Objective:
             raise ValueError("objective.noisy_share is set, but noisy_bias is 0: there is nothing to fade out")
 
     def at(self, samples_seen: int, samples: int) -> Objective:
-        """Returns the objective after `samples_seen` of `samples`, with a constant bias."""
+        """Return the objective after `samples_seen` of `samples`, with a constant bias."""
         if self.noisy_share is None:
             return self
         left = max(0.0, 1 - samples_seen / (self.noisy_share * samples))
@@ -160,11 +160,11 @@ class Optimization:
         )
 
     def attention(self, samples_seen: int, samples: int) -> float:
-        """Returns the weight of the attention supervision after `samples_seen` of `samples`."""
+        """Return the weight of the attention supervision after `samples_seen` of `samples`."""
         return self.attention_weight * max(0.0, 1 - samples_seen / max(self.attention_share * samples, 1))
 
     def rate(self, samples_seen: int, samples: int) -> float:
-        """Returns the factor on the learning rates after `samples_seen` of `samples`."""
+        """Return the factor on the learning rates after `samples_seen` of `samples`."""
         warm = min(1.0, (samples_seen + 1) / max(self.warmup_samples, 1))
         decay_samples = self.decay_share * samples
         return warm * min(1.0, (samples - samples_seen) / decay_samples if decay_samples else 1.0)
@@ -226,5 +226,5 @@ class Validation:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a validation."""
+        """Tell whether there is a validation."""
         return self.data is not None or self.held_out > 0

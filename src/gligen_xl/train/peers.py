@@ -55,7 +55,7 @@ class Peers:
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
     def leave(self, reason: str = "", code: int = 0) -> None:
-        """Tells the others that this process ends.
+        """Tell the others that this process ends.
 
         Args:
             reason: why the run cannot go on; empty if it is finished or stopped as a whole.
@@ -70,7 +70,7 @@ class Peers:
                 _send(connection, {"code": code, "reason": reason})
 
     def reason(self, seconds: float) -> str | None:
-        """Waits for the reason why another process has ended the run; returns None if none has."""
+        """Wait for the reason why another process has ended the run; return None if none has."""
         self._judged.wait(seconds)
         return self._verdict[1] if self._verdict else None
 
@@ -124,7 +124,7 @@ class Peers:
                         self._end(message["code"], message["reason"] if message["code"] else f"process {rank} is gone")
 
     def _end(self, code: int, reason: str) -> None:
-        """Ends this process, as another one has ended."""
+        """End this process, as another one has ended."""
         self._verdict = code, reason
         self._judged.set()
         for connection in self._connections.values():
@@ -138,12 +138,12 @@ class Peers:
 
 
 def ended(reason: str) -> str:
-    """Returns the message of a process when another one has ended the run."""
+    """Return the message of a process when another one has ended the run."""
     return f"another process of this run is gone, {reason}. The last checkpoint stands; the same command continues"
 
 
 def _end_stopped(reason: str) -> NoReturn:
-    """Ends this process, as another one was asked to stop before the first step."""
+    """End this process, as another one was asked to stop before the first step."""
     _write(f"stopped: {reason}; the same command begins again")
     os._exit(STOPPED)
 
@@ -159,7 +159,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _receive(connection: Any, received: bytearray) -> dict[str, Any] | None:
-    """Returns the message of a connection, if it is complete; a closed connection counts as a message."""
+    """Return the message of a connection, if it is complete; a closed connection counts as a message."""
     try:
         part = connection.recv(65536)
     except OSError:
@@ -181,7 +181,7 @@ _waited = _met = False  # for the others; they are there
 
 
 def meet(timeout: float) -> None:
-    """Waits for all processes of the run.
+    """Wait for all processes of the run.
 
     Raises:
         RuntimeError: one does not come, or cannot begin.
@@ -224,7 +224,7 @@ def _check_presence(ranks: Iterable[int]) -> None:
 
 
 def tell_failure(reason: str, code: int) -> None:
-    """Tells the others, before the rendezvous, that this process cannot begin."""
+    """Tell the others, before the rendezvous, that this process cannot begin."""
     global _met
     if (ours := _rank_and_count()) is None or _met or dist.is_initialized():
         return
@@ -248,7 +248,7 @@ def tell_failure(reason: str, code: int) -> None:
 
 
 def _rank_and_count() -> tuple[int, int] | None:
-    """Returns rank and number of processes; None if there is only one."""
+    """Return rank and number of processes; None if there is only one."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names) or int(os.environ["WORLD_SIZE"]) < 2:
         return None
@@ -256,7 +256,7 @@ def _rank_and_count() -> tuple[int, int] | None:
 
 
 def _open_store(end: float) -> Any:
-    """Returns the store of the rendezvous; None if nobody serves it until `end`, of the monotonic clock."""
+    """Return the store of the rendezvous; None if nobody serves it until `end`, of the monotonic clock."""
     global _store
     if _store is None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -25,7 +25,7 @@ class PhraseCache:
         self._table = torch.zeros(size + 1, width, device=device, dtype=dtype)
 
     def table(self, phrases: list[str], encode: Callable[[list[str]], Tensor]) -> tuple[Tensor, dict[str, int]]:
-        """Returns a table (R, width) with these distinct phrases, and the row of each; row 0 is zeros.
+        """Return a table (R, width) with these distinct phrases, and the row of each; row 0 is zeros.
 
         Args:
             encode: returns the embeddings, (n, width), of phrases that are not in the cache.
@@ -47,7 +47,7 @@ class PhraseCache:
         return self._table, self._rows
 
     def _free_rows(self, count: int) -> list[int]:
-        """Returns unused rows first, then those of the phrases used longest ago."""
+        """Return unused rows first, then those of the phrases used longest ago."""
         first = len(self._rows) + 1
         unused = list(range(first, min(first + count, self._size + 1)))
         return unused + [self._rows.popitem(last=False)[1] for _ in range(count - len(unused))]

@@ -30,7 +30,7 @@ _PUBLISHED_FORM = AdapterConfig(cross_attention_dim=2048, phrase_dim=2048)  # th
 
 
 def samples_seen_by_run(config: TrainConfig) -> int | None:
-    """Returns how many samples the run in `config.out` has seen, by its last whole checkpoint; None without one.
+    """Return how many samples the run in `config.out` has seen, by its last whole checkpoint; None without one.
 
     Checks only the sizes of large files.
 
@@ -49,7 +49,7 @@ def samples_seen_by_run(config: TrainConfig) -> int | None:
 
 
 def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str]:
-    """Refuses what the run of `config` would refuse. Data and repositories that are not on this machine pass.
+    """Refuse what the run of `config` would refuse. Data and repositories that are not on this machine pass.
 
     Args:
         base: the parts of the base; without them, latents and the widths of an adapter are not checked.
@@ -91,7 +91,7 @@ def check_before(config: TrainConfig, base: BaseParts | None = None) -> list[str
 
 
 def validation_in_words(config: TrainConfig) -> list[str]:
-    """Describes what a new run of `config` validates on, as far as the data is on this machine."""
+    """Describe what a new run of `config` validates on, as far as the data is on this machine."""
     share = config.validation.held_out if config.validation.data is None else 0.0
     sources = zip(config.sources, shares_held_out(config, share), strict=True)
     parts = [hold_out(local_shards(source), part) for source, part in sources]
@@ -101,7 +101,7 @@ def validation_in_words(config: TrainConfig) -> list[str]:
 
 
 def local_shards(source: str) -> list[Shard]:
-    """Opens the shards of a folder, without their tables; none if it is not on this machine.
+    """Open the shards of a folder, without their tables; none if it is not on this machine.
 
     Raises:
         ValueError: it is a file.
@@ -114,7 +114,7 @@ def local_shards(source: str) -> list[Shard]:
 
 
 def _check_data(source: str, model: str, base: BaseParts, resolution: int | None = None) -> None:
-    """Checks that latents on this machine are those of the base's VAE and of the resolution that the run asks for."""
+    """Check that latents on this machine are those of the base's VAE and of the resolution that the run asks for."""
     scale = base.vae.config["scaling_factor"]  # type: ignore[index]
     if model in PUBLISHED and not Path(model).is_dir() and base.unet.config["addition_embed_type"] == "text_time":
         scale = float(SDXL_SCALING_FACTOR)  # which the built-in settings leave out
@@ -141,7 +141,7 @@ def _check_init_adapter(source: str, config: TrainConfig, base: BaseParts | None
 
 
 def _form(path: Path) -> AdapterConfig | None:
-    """Reads the form of an adapter folder, alone or in a pipeline or a run; None for files of the published form."""
+    """Read the form of an adapter folder, alone or in a pipeline or a run; None for files of the published form."""
     if path.is_file():
         return None
     for folder in (path, path / "gligen_adapter", path / "adapter"):

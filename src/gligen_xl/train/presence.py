@@ -27,7 +27,7 @@ _free_since: dict[int, float] = {}
 
 
 def announce() -> None:
-    """Locks the file of this process, until it ends or has met the others."""
+    """Lock the file of this process, until it ends or has met the others."""
     global _file, _began
     if fcntl is None or _file is not None or int(os.environ.get("WORLD_SIZE") or 1) < 2:
         return
@@ -41,7 +41,7 @@ def announce() -> None:
 
 
 def withdraw() -> None:
-    """Removes the file of this process once all have met."""
+    """Remove the file of this process once all have met."""
     global _file
     if _file is not None:
         os.close(_file)
@@ -51,7 +51,7 @@ def withdraw() -> None:
 
 
 def gone(ranks: Iterable[int]) -> int | None:
-    """Returns one of these processes that has certainly ended; the caller polls this."""
+    """Return one of these processes that has certainly ended; the caller polls this."""
     if _file is None:
         return None
     now = time.monotonic()
@@ -64,7 +64,7 @@ def gone(ranks: Iterable[int]) -> int | None:
 
 
 def _path(rank: int) -> Path:
-    """Returns the file of a process; the processes of a run have the same parent, a launcher or shell."""
+    """Return the file of a process; the processes of a run have the same parent, a launcher or shell."""
     names = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
     run = "-".join("".join(letter for letter in name if letter.isalnum() or letter == ".") for name in names)
     folder = Path(tempfile.gettempdir()) / f"gligen-xl-processes-{os.getuid()}"
@@ -72,7 +72,7 @@ def _path(rank: int) -> Path:
 
 
 def _is_free(path: Path) -> bool:
-    """Tells whether the process of the file has started and ended."""
+    """Tell whether the process of the file has started and ended."""
     assert fcntl is not None
     try:
         if path.stat().st_mtime < _began - _FORMER:

@@ -31,7 +31,7 @@ from .peers import Peers, ended, meet
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Makes the Accelerator that `config` asks for.
+    """Make the Accelerator that `config` asks for.
 
     Raises:
         ValueError: accelerate is set up for a strategy that training does not support, or a tracker is not installed.
@@ -83,7 +83,7 @@ class Processes:
             self._peers = Peers(self.rank, self.count, self.from_main)
 
     def __enter__(self) -> Processes:
-        """Begins the run; an error that leaves the block ends the other processes too, with its reason."""
+        """Begin the run; an error that leaves the block ends the other processes too, with its reason."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -96,7 +96,7 @@ class Processes:
         self._peers.leave(reason, 2 if error is not None else 0)
 
     def any(self, flag: bool) -> bool:
-        """Tells whether `flag` is true on any process; all have to call it."""
+        """Tell whether `flag` is true on any process; all have to call it."""
         if self.count == 1:
             return flag
         value = torch.tensor(int(flag))
@@ -105,11 +105,11 @@ class Processes:
         return bool(value)
 
     def wait(self) -> None:
-        """Waits until all processes have called this."""
+        """Wait until all processes have called this."""
         self.any(False)
 
     def from_main(self, text: str) -> str:
-        """Returns the text of the main process; all have to call it."""
+        """Return the text of the main process; all have to call it."""
         if self.count == 1:
             return text
         content = text.encode()
@@ -124,7 +124,7 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Lets the main process run the block before the others."""
+        """Let the main process run the block before the others."""
         if not self.is_main:
             self.wait()
         yield
@@ -132,7 +132,7 @@ class Processes:
             self.wait()
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the tensors of all processes by name, in main memory, on the main one; on the others, their own."""
+        """Return the tensors of all processes by name, in main memory, on the main one; on the others, their own."""
         with self._named_errors():
             if not self.is_main:
                 self._send(tensors)
@@ -173,7 +173,7 @@ class Processes:
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
-    """Tells whether an error comes from the communication between processes."""
+    """Tell whether an error comes from the communication between processes."""
     if isinstance(error, dist.DistError) or isinstance(error.__cause__, RuntimeError):
         return True
     return any(name in str(error) for name in ("gloo", "NCCL", "Connection closed", "Connection reset"))

@@ -128,13 +128,13 @@ def stage_adapter(
 
 
 def _mean_gate(state: Mapping[str, Tensor]) -> float | None:
-    """Mean |tanh| of the gates among an adapter's weights."""
+    """Return mean |tanh| of the gates among an adapter's weights."""
     gates = [value.double().tanh().abs().mean().item() for name, value in state.items() if name.endswith(_GATES)]
     return sum(gates) / len(gates) if gates else None
 
 
 def find_source(source: str | Path) -> Source:
-    """The adapter that is meant, and its run up to there."""
+    """Return the adapter that is meant, and its run up to there."""
     folder = Path(source)
     if not (folder / CONFIG_NAME).is_file():
         if not is_run(folder):
@@ -154,7 +154,7 @@ def find_source(source: str | Path) -> Source:
 
 
 def _write_images(run: RunRecord, folder: Path) -> dict[str, int]:
-    """The images of the first and the last validation that can be read; file -> samples seen."""
+    """Return the images of the first and the last validation that can be read; file -> samples seen."""
     readable = {}
     for order in (sorted(run.images), sorted(run.images, reverse=True)):
         for samples in order:

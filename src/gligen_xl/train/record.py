@@ -77,7 +77,7 @@ class RunRecord:
         return total
 
     def until(self, samples: int) -> RunRecord:
-        """The run as it was when it had seen so many samples."""
+        """Return the run as it was after so many samples."""
         return RunRecord(
             folder=self.folder,
             config=self.config,
@@ -123,7 +123,8 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def check_kinds(config: Any, path: Path) -> None:
-    """Whether settings, as far as a run has such, are of the kinds that they have in a run. They may be incomplete.
+    """Tell whether settings, as far as a run has such, are of the kinds that they have in a run. They may be
+    incomplete.
 
     Raises:
         ValueError: one is of another kind; it names the file and the setting.
@@ -147,7 +148,7 @@ _GROUPS: dict[str, Any] = {
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of the type that a setting has."""
+    """Tell whether a value read from JSON is of the type that a setting has."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_is_of(value, kind) for kind in inner)
@@ -176,12 +177,12 @@ def is_run(folder: Path) -> bool:
 
 
 def series(rows: list[Row], name: str) -> list[Point]:
-    """One measurement over the run, where it was taken."""
+    """Return one measurement over the run, where it was taken."""
     return [(row["samples"], row[name]) for row in rows if _is_number(row.get(name))]
 
 
 def evenly(items: list[Any], count: int) -> list[Any]:
-    """At most `count` of the items: the first, the last, and some between."""
+    """Return at most `count` of the items: the first, the last, and some between."""
     if len(items) <= count:
         return items
     if count == 1:
@@ -190,7 +191,7 @@ def evenly(items: list[Any], count: int) -> list[Any]:
 
 
 def image_bytes(path: Path, *, width: int, height: int, quality: int = 85) -> bytes:
-    """The image as a JPEG of at most so many pixels, with nothing but pixels in it.
+    """Return the image as a JPEG of at most so many pixels, with nothing but pixels in it.
 
     Raises:
         OSError: the file is no image, or half of one.
@@ -207,7 +208,7 @@ def image_bytes(path: Path, *, width: int, height: int, quality: int = 85) -> by
 
 
 def _parsed(line: str) -> Row | None:
-    """A line of metrics.jsonl without what is null; None where it is broken."""
+    """Return a line of metrics.jsonl without its nulls, or None if it is broken."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -226,6 +227,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _in_order(rows: list[Row], kind: str) -> list[Row]:
-    """Of one kind, by samples seen; of two lines at one place the later one."""
+    """Return the lines of one kind by samples seen; of two lines at one place the later one."""
     by_samples = {row["samples"]: row for row in rows if row["kind"] == kind}
     return [by_samples[samples] for samples in sorted(by_samples)]

@@ -80,7 +80,7 @@ def report_page(run: RunRecord) -> str:
 
 
 def _tiles(run: RunRecord) -> str:
-    """The figures to look at first."""
+    """Return the figures to look at first."""
     last = run.measured
     cells = []
     if run.samples:
@@ -175,7 +175,7 @@ def _training(run: RunRecord, end: float) -> str:
 
 
 def _skipped(run: RunRecord) -> str:
-    """The last steps that were left out, by the images of their batches."""
+    """Return the last steps that were left out, by the images of their batches."""
     lines = []
     for row in run.skipped[-_NAMED:]:
         names = row.get("image_ids")
@@ -213,7 +213,7 @@ def _speed(run: RunRecord, end: float) -> str:
 
 
 def _images(run: RunRecord) -> str:
-    """The first validation's images, the last one's, and some between, side by side."""
+    """Show the images of the first validation, of the last one, and of some between, side by side."""
     figures = []
     for samples in evenly(sorted(run.images), _IMAGES):
         try:

@@ -29,7 +29,7 @@ class ResumePoint:
 
     @classmethod
     def load(cls, config: TrainConfig, processes: Processes) -> ResumePoint:
-        """Loads the last undamaged checkpoint in `config.out`, which the main process chooses for all.
+        """Load the last undamaged checkpoint in `config.out`, which the main process chooses for all.
 
         Later, damaged ones are renamed to `damaged-checkpoint-SAMPLES`, with a warning.
 
@@ -65,7 +65,7 @@ class ResumePoint:
         return AdapterConfig.from_dict(self.state["adapter"]) if self.checkpoint else None
 
     def check_base(self, base: str) -> None:
-        """Checks that the base, by its fingerprint, is the one that the run was begun on."""
+        """Check that the base, by its fingerprint, is the one that the run was begun on."""
         if self.checkpoint and self.state["base"] != base:
             raise ValueError(
                 f"the run in {self.config.out} was begun on another base than what {self.config.model} is now"
@@ -81,7 +81,7 @@ class ResumePoint:
         return (self.state.get("held_out") or {"share": 0.0})["share"]
 
     def settled_config(self) -> TrainConfig:
-        """Returns the settings, with the validation that the run was begun with if they leave it open.
+        """Return the settings, with the validation that the run was begun with if they leave it open.
 
         A run that was begun without held-out images cannot hold images out later.
 
@@ -105,7 +105,7 @@ class ResumePoint:
         return replace(self.config, validation=settled)
 
     def check_held_out(self, digest: str) -> None:
-        """Checks that the same images are held out as when the run began."""
+        """Check that the same images are held out as when the run began."""
         former = self.state.get("held_out") if self.checkpoint else None
         if former and former["digest"] != digest:
             raise ValueError(
@@ -140,7 +140,7 @@ _MAY_CHANGE = {
 
 
 def check_same_run(former: Mapping[str, Any], config: TrainConfig) -> None:
-    """Refuses to resume a run with settings that would have made it another one.
+    """Refuse to resume a run with settings that would have made it another one.
 
     A setting that `former` lacks, because the program did not have it then, counts as the default.
     """
@@ -189,7 +189,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_state(path: Path, state: dict[str, Any]) -> None:
-    """Checks that the state of a checkpoint has what a run needs to resume.
+    """Check that the state of a checkpoint has what a run needs to resume.
 
     Raises:
         ValueError: a key is missing, or its value is of another kind.
@@ -217,7 +217,7 @@ def _check(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, A
 
 
 def _is_held_out(value: Any) -> bool:
-    """Whether this is {"share", "digest"}."""
+    """Tell whether this is {"share", "digest"}."""
     return isinstance(value, dict) and _are_numbers({"": value.get("share")}) and isinstance(value.get("digest"), str)
 
 

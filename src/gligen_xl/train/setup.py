@@ -39,7 +39,7 @@ from .zero import ZeroPartition
 def prepare_base(
     config: TrainConfig, accelerator: Accelerator, processes: Processes, resume: ResumePoint
 ) -> tuple[Any, str]:
-    """Loads the frozen base and attaches the adapter.
+    """Load the frozen base and attach the adapter.
 
     Returns:
         The pipeline, and the fingerprint of its U-Net without the adapter.
@@ -72,13 +72,13 @@ class TrainingData:
     notes: list[str]
 
     def image_ids(self, first: int) -> list[str]:
-        """Returns the ids of the batch that begins after `first` samples, in its order."""
+        """Return the ids of the batch that begins after `first` samples, in its order."""
         numbers = self.order.batch(first // self.order.batch_size)
         return [self.dataset.row(int(number)).image_id for number in numbers]
 
 
 def prepare_data(config: TrainConfig, pipeline: Any, processes: Processes, resume: ResumePoint) -> TrainingData:
-    """Opens the data of the run, drawing what has to be drawn, and checks that it is what the run was begun with."""
+    """Open the data of the run, drawing what has to be drawn, and checks that it is what the run was begun with."""
     share = resume.held_out_share
     with processes.main_first():  # the others find what it draws
         dataset = open_data(config, pipeline, share)
@@ -103,7 +103,7 @@ def prepare_data(config: TrainConfig, pipeline: Any, processes: Processes, resum
 def open_loader(
     config: TrainConfig, data: TrainingData, accelerator: Accelerator, request: StopRequest, start: int, stop: int
 ) -> Loader:
-    """Returns this process's share of every batch from `start` to `stop` samples seen."""
+    """Return this process's share of every batch from `start` to `stop` samples seen."""
     return batches(
         data.dataset, data.order, start=start, stop=stop, workers=config.workers,
         rank=accelerator.process_index, ranks=accelerator.num_processes, timeout=config.process_timeout,
@@ -114,7 +114,7 @@ def open_loader(
 def prepare_validator(
     config: TrainConfig, pipeline: GroundingMixin, data: TrainingData, conditioner: Conditioner, scheduler: Any
 ) -> Validator:
-    """Makes the validator of the main process, with the detector that the settings or the world name."""
+    """Make the validator of the main process, with the detector that the settings or the world name."""
     name, world = config.validation.detector, world_of(config)
     validator = Validator(
         config.validation, data.validation or data.dataset, pipeline, conditioner, scheduler,
@@ -133,7 +133,7 @@ def prepare_validator(
 def prepare_state(
     config: TrainConfig, denoiser: Denoiser, data: TrainingData, processes: Processes, resume: ResumePoint, stop: int
 ) -> TrainState:
-    """Initialises adapter, optimizer and average of a new run, or restores those of the checkpoint."""
+    """Initialise adapter, optimizer and average of a new run, or restores those of the checkpoint."""
     unet, accelerator = denoiser.unet, denoiser.accelerator
     if not resume.checkpoint and not config.init_adapter:
 
@@ -166,7 +166,7 @@ def prepare_state(
 
 
 def wrap_model(config: TrainConfig, unet: Any, accelerator: Accelerator) -> Any:
-    """Compiles the U-Net, if asked to, and wraps it for several processes."""
+    """Compile the U-Net, if asked to, and wraps it for several processes."""
     if config.compile:
         unet.compile(backend=config.compile_backend)  # in place: names of weights stay
     with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def wrap_model(config: TrainConfig, unet: Any, accelerator: Accelerator) -> Any:
 
 
 def run_identity(config: TrainConfig, base: str, data: TrainingData) -> RunIdentity:
-    """Returns what the run writes down about itself in every checkpoint."""
+    """Return what the run writes down about itself in every checkpoint."""
     return RunIdentity(
         base=base,
         groups=data.dataset.groups,

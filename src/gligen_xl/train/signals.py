@@ -59,7 +59,7 @@ class _Watch:
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def close(self) -> None:
-        """Restores the former handlers."""
+        """Restore the former handlers."""
         signal.set_wakeup_fd(self._former_file)
         for number, handler in self._former.items():
             signal.signal(number, handler)
@@ -67,11 +67,11 @@ class _Watch:
         os.write(self._write, b"\0")
 
     def end_with(self, code: int) -> None:
-        """Ends the program soon with this code, even if something waits for ever."""
+        """End the program soon with this code, even if something waits for ever."""
         self._code, self._ends = code, time.monotonic() + _END
 
     def end_now(self) -> None:
-        """Ends the process with its exit code; the last handler at exit."""
+        """End the process with its exit code; the last handler at exit."""
         if self._code is not None:
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
@@ -110,7 +110,7 @@ _watch: _Watch | None = None
 
 
 def answer_signals(words: Sequence[str]) -> bool:
-    """Handles signals from now on, if these are the words of `gligen-xl train`; tells whether it began to."""
+    """Handle signals from now on, if these are the words of `gligen-xl train`; tell whether it began to."""
     global _watch
     if next((word for word in words if word != "--traceback"), None) != "train" or _watch is not None:
         return False
@@ -122,13 +122,13 @@ def answer_signals(words: Sequence[str]) -> bool:
 
 
 def begin_program(words: Sequence[str]) -> None:
-    """Does the same for a process that runs nothing else, and ends it when its command has ended."""
+    """Do the same for a process that runs nothing else, and ends it when its command has ended."""
     if answer_signals(words) and _watch is not None:
         atexit.register(_watch.end_now)  # the first to be registered is the last to be called
 
 
 def answering_signals(main: Callable[..., int]) -> Callable[..., int]:
-    """Wraps `main(argv)` to handle signals while it trains."""
+    """Wrap `main(argv)` to handle signals while it trains."""
 
     @wraps(main)
     def answering(argv: Sequence[str] | None = None) -> int:
@@ -148,7 +148,7 @@ def answering_signals(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def before_the_end(farewell: Callable[[], object]) -> None:
-    """Sets a function to be called before the program is ended at once."""
+    """Set a function to be called before the program is ended at once."""
     if _watch is not None:
         _watch.farewell = farewell
 
@@ -158,7 +158,7 @@ def before_the_end(farewell: Callable[[], object]) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns SIGTERM, SIGHUP and the first Ctrl-C into a request to save and end; a second Ctrl-C ends at once."""
+    """Turn SIGTERM, SIGHUP and the first Ctrl-C into a request to save and end; a second Ctrl-C ends at once."""
     request = StopRequest()
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -182,13 +182,13 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def steps_begin() -> None:
-    """Leaves requests to the training loop from now on, which saves first."""
+    """Leave requests to the training loop from now on, which saves first."""
     if _watch is not None:
         _watch.steps_began = True
 
 
 def _handled_signals() -> list[int]:
-    """Returns the signals to handle; under nohup SIGHUP is not one of them."""
+    """Return the signals to handle; under nohup SIGHUP is not one of them."""
     return [number for number in REQUESTS if number != getattr(signal, "SIGHUP", None) or not _is_ignored(number)]
 
 
@@ -197,7 +197,7 @@ def _is_ignored(number: int) -> bool:
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
-    """Does nothing: the thread receives the signal too."""
+    """Do nothing: the thread receives the signal too."""
 
 
 def _nothing() -> None:

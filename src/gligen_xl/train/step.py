@@ -46,7 +46,7 @@ def train_step(
     rate: float,
     micro_batch: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Updates weights and average with this process's share of a batch; a step that is not finite changes neither.
+    """Update weights and average with this process's share of a batch; a step that is not finite changes neither.
 
     Args:
         rate: factor on the learning rates.
@@ -66,7 +66,7 @@ def train_step(
 def accumulate_gradients(
     denoiser: Denoiser, batch: Batch, objective: Objective, attention_weight: float, micro_batch: int | None
 ) -> Tensor:
-    """Adds up the gradients of the mean loss of a batch, micro-batch by micro-batch; returns the losses, (b,)."""
+    """Add up the gradients of the mean loss of a batch, micro-batch by micro-batch; return the losses, (b,)."""
     losses, accelerator = [], denoiser.accelerator
     for part, conditioning, is_last in micro_batches(batch, denoiser.conditioner(batch), micro_batch):
         watched = watch_attention(denoiser.unet, part.boxes, part.mask, part.latents.shape[-2:])
@@ -84,7 +84,7 @@ def accumulate_gradients(
 def micro_batches(
     batch: Batch, conditioning: dict[str, Any], size: int | None
 ) -> Iterator[tuple[Batch, dict[str, Any], bool]]:
-    """Yields parts of at most `size` samples, each with its part of the conditioning, and whether it is the last."""
+    """Yield parts of at most `size` samples, each with its part of the conditioning, and whether it is the last."""
     count = len(batch.positions)
     size = min(size or count, count)
     for first in range(0, count, size):
@@ -93,7 +93,7 @@ def micro_batches(
 
 
 def poison_unless_finite(loss: Tensor) -> Tensor:
-    """Returns the same scalar, bit for bit, but makes all gradients NaN where it is NaN or infinite.
+    """Return the same scalar, bit for bit, but make all gradients NaN where it is NaN or infinite.
 
     All processes have the same gradient norm, so it tells each of them of a loss that is not finite in any.
     """
@@ -101,7 +101,7 @@ def poison_unless_finite(loss: Tensor) -> Tensor:
 
 
 def _rows(values: Any, part: slice) -> Any:
-    """Takes the same rows of every tensor in nested dictionaries."""
+    """Take the same rows of every tensor in nested dictionaries."""
     if isinstance(values, Tensor):
         return values[part]
     if isinstance(values, dict):

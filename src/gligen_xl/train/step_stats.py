@@ -53,11 +53,11 @@ class StepStats:
         self.in_a_row: int = (state or {}).get("in_a_row", 0)  # up to now
 
     def add(self, losses: Tensor, quarters: Tensor, norm: Tensor) -> None:
-        """Adds a step of this process: losses (b,), quarters 0-3 (b,), and the gradient norm of all processes."""
+        """Add a step of this process: losses (b,), quarters 0-3 (b,), and the gradient norm of all processes."""
         self._new.append((losses.detach(), quarters, norm.detach()))
 
     def fetch(self) -> list[Skipped]:
-        """Fetches the new steps from all processes; returns those that were skipped."""
+        """Fetch the new steps from all processes; return those that were skipped."""
         if not self._new:
             return []
         losses, quarters, norms = (torch.stack(values) for values in zip(*self._new, strict=True))
@@ -79,7 +79,7 @@ class StepStats:
         return skipped
 
     def means(self) -> dict[str, float | None]:
-        """Returns the mean loss, loss by quarter of the timesteps and gradient norm of the fetched steps.
+        """Return the mean loss, loss by quarter of the timesteps and gradient norm of the fetched steps.
 
         Skipped steps do not count. The mean of no steps is None.
         """
@@ -90,12 +90,12 @@ class StepStats:
         return means | {"grad_norm": _mean(self.norms[taken])}
 
     def clear(self) -> None:
-        """Begins the next line."""
+        """Begin the next line."""
         self.losses = self.quarters = np.zeros((0, self._batch_size), np.float32)
         self.norms = np.zeros(0, np.float32)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns what a checkpoint keeps of a line that is not written yet; call `fetch` first."""
+        """Return what a checkpoint keeps of a line that is not written yet; call `fetch` first."""
         arrays = {"losses": self.losses, "quarters": self.quarters, "norms": self.norms}
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
 

@@ -18,7 +18,7 @@ _PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def in_words(run: RunRecord) -> str:
-    """What was trained on what, how far, and how: a few sentences."""
+    """Say in a few sentences what was trained, on what, how far, and how."""
     config = run.config
     if not config:
         return f"{run.samples:,} samples seen; the settings of the run (config.json) are missing."
@@ -45,7 +45,7 @@ def data_in_words(data: Any) -> str:
 
 
 def numbers(settings: Any) -> dict[str, float]:
-    """Those settings that are numbers; files of others may hold anything."""
+    """Return those settings that are numbers; files of others may hold anything."""
     settings = settings if isinstance(settings, Mapping) else {}
     return {
         name: value

@@ -70,7 +70,7 @@ class Validator:
         self.detector: Detector | None = None
 
     def use_detector(self, detector: Detector, *, optional: str | None = None) -> None:
-        """Measures boxes with this detector, which has to know all phrases of the layouts.
+        """Measure boxes with this detector, which has to know all phrases of the layouts.
 
         Args:
             optional: what the detector belongs to, if the validation may do without it.
@@ -92,7 +92,7 @@ class Validator:
         self.detector = detector
 
     def _layout(self, number: int) -> Layout:
-        """Returns a held-out sample as a layout, with the boxes that training would keep and the size of its image."""
+        """Return a held-out sample as a layout, with the boxes that training would keep and the size of its image."""
         shard, index = self.dataset.find(number)
         row, (_, height, width) = self.dataset.row(number), shard.latent_shape
         chosen = self.dataset.augmentation.choose(row.scores)
@@ -109,7 +109,7 @@ class Validator:
             raise ValueError(f"row {index} of shard {shard.stem}: {error}") from error
 
     def __call__(self, *, gain_only: bool = False) -> tuple[dict[str, float], Image.Image | None]:
-        """Returns metrics by name, and an image of the first layouts with grounding on and off.
+        """Return metrics by name, and an image of the first layouts with grounding on and off.
 
         Args:
             gain_only: measure losses and gates alone, which takes seconds.
@@ -143,7 +143,7 @@ class Validator:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Measures held-out loss with and without boxes, and the grounding gain, whole and by quarter of the timesteps.
+        """Measure held-out loss with and without boxes, and the grounding gain, whole and by quarter of the timesteps.
 
         Samples are spread over all of the data; their times (k + 1/2) / n are shared out once and for all, so that
         the quarters hold equally many.
@@ -162,7 +162,7 @@ class Validator:
         return metrics
 
     def _batches(self) -> Iterator[Batch]:
-        """Yields the held-out samples, always the same with the same noise; each batch has one latent shape."""
+        """Yield the held-out samples, always the same with the same noise; each batch has one latent shape."""
         count = min(self.options.loss_samples, max(len(self.dataset), _LEAST))
         numbers = np.arange(count) * len(self.dataset) // count
         times = (np.random.default_rng(self.seed).permutation(count) + 0.5) / count
@@ -180,7 +180,7 @@ def _gain(on: torch.Tensor, off: torch.Tensor) -> float:
 
 
 def describe(metrics: dict[str, Any]) -> str:
-    """Returns one line for the terminal."""
+    """Return one line for the terminal."""
     parts = [f"grounding gain {100 * metrics['grounding_gain']:.1f} %", f"gates {metrics['gate_mean']:.3f}"]
     if "on_mean_iou" in metrics:
         parts.append(f"mean IoU {metrics['on_mean_iou']:.2f} on, {metrics['off_mean_iou']:.2f} off")

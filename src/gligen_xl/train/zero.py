@@ -44,7 +44,7 @@ class ZeroPartition:
 
     @torch.no_grad()
     def broadcast(self) -> None:
-        """Sends the stepped weights of every process to all others; all have to call it."""
+        """Send the stepped weights of every process to all others; all have to call it."""
         if self._offloaded:
             for name, copy in self.own.items():
                 self._parameters[name].copy_(copy)  # and waits: the copy may be changed next
@@ -54,12 +54,12 @@ class ZeroPartition:
             work.wait()
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Returns the tensors of all processes, by name, on the main one; all have to call it, each with its own."""
+        """Return the tensors of all processes, by name, on the main one; all have to call it, each with its own."""
         return self._processes.gather(tensors) if self._owners else tensors
 
 
 def _offloaded_copy(value: Tensor) -> nn.Parameter:
-    """Copies a parameter to main memory; to pinned memory, if it is on a GPU."""
+    """Copie a parameter to main memory; to pinned memory, if it is on a GPU."""
     copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
     return nn.Parameter(copy.copy_(value.detach()))
 

@@ -125,7 +125,7 @@ def import_published(
 
 
 def _npy_files(folder: Path) -> dict[str, Path]:
-    """The `.npy` files of a folder, by their names without the ending."""
+    """Return the `.npy` files of a folder, by their names without the ending."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder of .npy files")
     files = {path.stem: path for path in sorted(folder.glob("*.npy"))}
@@ -173,7 +173,7 @@ class _Archive:
         return WRITTEN
 
     def _identity(self) -> str:
-        """A checksum of the sizes and the ends of the files, without reading all of them: 16 hexadecimal digits."""
+        """Return a checksum of the sizes and the ends of the files, 16 hexadecimal digits, without reading all."""
         digest = hashlib.sha256()
         for path in (self.latents, self.boxes, self.sizes):
             if path is not None:

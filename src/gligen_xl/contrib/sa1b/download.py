@@ -133,7 +133,7 @@ def _is_there(file: RemoteFile, out: Path, manifest: dict[str, str]) -> bool:
 
 
 def _is_blob(path: Path, file: RemoteFile) -> bool:
-    """Whether a file that is not in large-file storage is the one of the repository, by git's checksum."""
+    """Tell whether a file that is not in large-file storage is the one of the repository, by git's checksum."""
     if file.blob is None:
         return True
     contents = path.read_bytes()

@@ -54,7 +54,7 @@ class Archive:
         return identity if self.kind == "sa1b" else identity | {"box_format": self.box_format}
 
     def sha256(self) -> str:
-        """Checksum of the file as it lies on the disk now; it is read whole."""
+        """Read the whole file as it is on the disk now, and return its checksum."""
         return checksum(self.path)
 
     def items(self) -> Iterator[Item | Skipped]:

@@ -242,7 +242,7 @@ def _select(
 
 
 def is_coco(path: Path) -> bool:
-    """Whether a file is one of instances, or a folder holds one."""
+    """Tell whether a file is one of instances, or a folder holds one."""
     return bool(find_instances(path))
 
 
@@ -316,7 +316,7 @@ def _split_of(file: Path, root: Path) -> str:
 
 
 def _looks_like_instances(file: Path) -> bool:
-    """Whether the words of an instances file are in it, and not those of captions alone."""
+    """Tell whether the words of an instances file are in it, and not those of captions alone."""
     if not file.is_file():  # a pipe would be waited for
         return False
     try:

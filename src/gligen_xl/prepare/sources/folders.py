@@ -97,7 +97,7 @@ def _item(folder: Path, image: Path, image_id: str, done: int) -> Item:
 
 
 def _contents(folder: Path, image: Path) -> tuple[int | str | None, ...]:
-    """What the checksum of a unit has of an image: its size in bytes and its caption, or why it cannot be read."""
+    """Return what the checksum of a unit has of an image: its size and its caption, or why it cannot be read."""
     try:
         text, size = _read_text(folder, image), image.stat().st_size
         try:

@@ -75,7 +75,7 @@ class TableChunk:
         return unique(self._items())
 
     def readers(self) -> Iterator[tuple[str, partial[Item]]]:
-        """Where each row is written, and what reads it."""
+        """Yield where each row is written, and what reads it."""
         finder = ImageFinder(self.images)
         for number, row in self._rows():
             yield self._where(number), partial(self._item, number, row, finder)
@@ -173,7 +173,7 @@ def _image(value: Any, finder: ImageFinder) -> bytes | Path:
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Whether a path is a table with images inside, a folder of such, or one that `save_to_disk` wrote."""
+    """Tell whether a path is a table with images inside, a folder of such, or one that `save_to_disk` wrote."""
     if path.is_dir() and (path.joinpath(_SPLIT_FOLDERS).is_file() or path.joinpath(_SAVED).is_file()):
         return True
     files = [path] if path.is_file() else _parquet_files(path)
@@ -261,7 +261,7 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _is_name(name: Any) -> bool:
-    """Whether it names a file of the folder itself."""
+    """Tell whether it names a file of the folder itself."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 

@@ -37,7 +37,7 @@ class LabelReader(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What annotations depend on beside their file (JSON)."""
+        """Return what annotations depend on beside their file (JSON)."""
         ...
 
 

@@ -115,7 +115,7 @@ def read_head(file: Path, size: int) -> bytes:
 
 
 def leaves(folder: Path, file: Path) -> bool:
-    """Whether `file`, below `folder`, is a link to somewhere else, or lies below one.
+    """Tell whether `file`, below `folder`, is a link to somewhere else, or lies below one.
 
     The Hub's cache keeps every file as a link from `snapshots` to `blobs`; these lead nowhere else.
     """
@@ -181,7 +181,7 @@ class ImageFinder:
 
 
 def path_parts(name: str) -> list[str]:
-    """The parts of a path with slashes or backslashes, after the last ".." of it."""
+    """Return the parts of a path with slashes or backslashes, after the last ".." of it."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     return parts[len(parts) - parts[::-1].index("..") :] if ".." in parts else parts
 

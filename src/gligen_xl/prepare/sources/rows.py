@@ -192,7 +192,7 @@ def check_caption(caption: str, where: str = "it") -> None:
 
 
 def looks_like_labels(text: str) -> bool:
-    """Whether a text is rows of numbers as a label file of YOLO holds them, and so no caption."""
+    """Tell whether a text is rows of numbers as a label file of YOLO holds them, and so no caption."""
     if not text.lstrip()[:1].isdigit():
         return False
     lines = [line.split() for line in text.splitlines() if line.strip()]
@@ -269,7 +269,7 @@ def _check(boxes: Any, phrases: Any, scores: Any) -> None:
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a finite number, as JSON has them."""
+    """Tell whether it is a finite number, as JSON has them."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:

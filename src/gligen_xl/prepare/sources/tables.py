@@ -75,7 +75,7 @@ class RowChunk:
             yield item_or_skipped(read, self._id(number, row), number - self.first, self._where(number))
 
     def readers(self) -> Iterator[tuple[str, partial[Item]]]:
-        """Where each row is written, and what reads it."""
+        """Yield where each row is written, and what reads it."""
         return ((self._where(number), partial(self._item, number, row)) for number, row in self._rows())
 
     def _rows(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
@@ -123,7 +123,7 @@ class RowChunk:
         return f"{self.file}, row {number}"
 
     def _id(self, number: int, row: Row) -> str:
-        """What the row calls itself, or its path without the ending; for a broken row, where it is written."""
+        """Return what the row calls itself, or its path without the ending; for a broken row, where it is written."""
         values = {} if isinstance(row, RowError) else row
         if (name := text_id(first_value(values, ("image_id", "id")))) is not None:
             return clean(name)

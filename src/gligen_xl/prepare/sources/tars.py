@@ -170,7 +170,7 @@ def _split(name: str, dotted: bool) -> tuple[str, str]:
 
 
 def _dotted_image(ending: str, limits: Mapping[str, int]) -> bool:
-    """Whether this is the ending of an image whose name has several dots, as `2020.0.png` of `a.2020.0.png`."""
+    """Tell whether this is the ending of an image whose name has several dots, as `2020.0.png` of `a.2020.0.png`."""
     last = ending.rpartition(".")[2]
     return last in ENDINGS and last in limits
 

@@ -125,7 +125,7 @@ def _size(annotation: VocAnnotation) -> tuple[int, int] | None:
 
 
 def is_voc_folder(path: Path) -> bool:
-    """Whether a folder holds annotations of Pascal VOC, in its first hundred XML files."""
+    """Tell whether a folder holds annotations of Pascal VOC, in its first hundred XML files."""
     return path.is_dir() and any(
         is_voc(read_head(file, 4096)) for file in islice(find_files(path, ".xml"), FIRST_FILES)
     )
@@ -192,7 +192,7 @@ def _image_of(root: Path, label: str, same: list[str], finder: ImageFinder) -> s
 
 
 def _is_near(path: str, label: str) -> bool:
-    """Whether an image lies in `x/JPEGImages/y` for annotations in `x/Annotations/y`."""
+    """Tell whether an image lies in `x/JPEGImages/y` for annotations in `x/Annotations/y`."""
     image, annotations = path.split("/")[:-1], label.split("/")[:-1]
     if len(image) != len(annotations):
         return False

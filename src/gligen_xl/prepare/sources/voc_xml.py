@@ -64,7 +64,7 @@ def read_xml(contents: bytes) -> VocAnnotation:
 
 
 def is_voc(head: bytes) -> bool:
-    """Whether a file that begins so is an annotation of Pascal VOC: its first element tells."""
+    """Tell whether a file that begins so is an annotation of Pascal VOC: its first element tells."""
     first: list[str] = []
 
     def begin(name: str, attributes: Mapping[str, str]) -> None:

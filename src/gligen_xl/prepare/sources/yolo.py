@@ -162,7 +162,7 @@ def _check_shares(values: list[float]) -> None:
 
 
 def is_yolo(path: Path) -> bool:
-    """Whether a file is a data.yaml or an obj.data, or a folder holds YOLO's labels."""
+    """Tell whether a file is a data.yaml or an obj.data, or a folder holds YOLO's labels."""
     if path.is_file():
         return is_description(path)
     return any(map(is_description, descriptions_in(path))) or first_label(path) is not None
