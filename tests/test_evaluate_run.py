@@ -17,8 +17,8 @@ from PIL import Image
 
 from gligen_xl import Layout
 from gligen_xl.evaluate import compare, evaluate_layouts, find_detector, find_protocol, point_metrics, summarize
-from gligen_xl.evaluate.binding import bind, generation_settings, only_one_at
 from gligen_xl.evaluate.clip import ClipScore
+from gligen_xl.evaluate.output_folder import claim_generation, generation_settings, only_one_at
 from gligen_xl.evaluate.real_images import real_images_of
 from gligen_xl.evaluate.run import find_images, generate_all, image_set_named, score_all, shuffled
 from gligen_xl.evaluate.sampling import (
@@ -213,27 +213,27 @@ def test_another_setting_in_the_same_folder_is_refused(tmp_path):
 
 def test_another_adapter_of_the_same_name_is_refused(tmp_path):
     pipeline = grounded(sdxl_pipeline())
-    bind(tmp_path, {}, generation_settings(pipeline))
-    bind(tmp_path, {}, generation_settings(grounded(sdxl_pipeline())))
+    claim_generation(tmp_path, {}, generation_settings(pipeline))
+    claim_generation(tmp_path, {}, generation_settings(grounded(sdxl_pipeline())))
     next(iter(p for n, p in pipeline.unet.named_parameters() if "fuser" in n)).data.add_(1)
     with pytest.raises(ValueError, match="adapter_checksum"):
-        bind(tmp_path, {}, generation_settings(pipeline))
+        claim_generation(tmp_path, {}, generation_settings(pipeline))
     with pytest.raises(ValueError, match=r"adapter_checksum '[0-9a-f]{16}', now it is 'no adapter'"):
-        bind(tmp_path, {}, generation_settings(sdxl_pipeline()))
+        claim_generation(tmp_path, {}, generation_settings(sdxl_pipeline()))
     pipeline = grounded(sdxl_pipeline())
     pipeline.unet.conv_in.weight.data[0].add_(1)
     with pytest.raises(ValueError, match="unet_checksum"):
-        bind(tmp_path, {}, generation_settings(pipeline))
+        claim_generation(tmp_path, {}, generation_settings(pipeline))
     pipeline.unet.to("meta")
     assert generation_settings(pipeline) == {"scheduler": "DDIMScheduler"}  # offloaded: nothing can be read
 
 
 def test_what_is_refused_leaves_the_layouts_as_they_are(tmp_path):
     _, layouts = scenes(6)
-    bind(tmp_path, layouts, {"steps": 20})
+    claim_generation(tmp_path, layouts, {"steps": 20})
     before = (tmp_path / "layouts.jsonl").read_bytes()
     with pytest.raises(ValueError, match="steps 20, now it is 30"):
-        bind(tmp_path, scenes(2)[1], {"steps": 30})
+        claim_generation(tmp_path, scenes(2)[1], {"steps": 30})
     assert (tmp_path / "layouts.jsonl").read_bytes() == before
 
 

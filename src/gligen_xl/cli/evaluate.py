@@ -275,7 +275,7 @@ def _generate(
     arguments: Namespace, layouts: Mapping[str, Layout], image_sets: list[ImageSet], part: tuple[int, int]
 ) -> dict[str, Any]:
     """Generate the images; return the settings that they were generated with."""
-    from ..evaluate.binding import BINDING, read_binding
+    from ..evaluate.output_folder import GENERATION, read_generation
     from ..evaluate.run import generate_all
 
     about = {name: arguments[name] for name in ("model", "config", "variant", "adapter")}
@@ -299,7 +299,7 @@ def _generate(
         f"{made} images made, of {len(layouts)} layouts and {', '.join(image_set.name for image_set in image_sets)}; "
         f"in {Path(arguments.out) / 'pictures'}"
     )
-    return read_binding(Path(arguments.out) / BINDING)
+    return read_generation(Path(arguments.out) / GENERATION)
 
 
 def _judges(arguments: Namespace, protocol: Protocol) -> tuple[Detector, ClipScorer | None]:
@@ -318,10 +318,10 @@ def _judges(arguments: Namespace, protocol: Protocol) -> tuple[Detector, ClipSco
 
 def _said_of(images: str) -> dict[str, Any]:
     """Return what is known of how images were generated; of an evaluation's own images that is everything."""
-    from ..evaluate.binding import BINDING, read_binding
+    from ..evaluate.output_folder import GENERATION, read_generation
 
-    binding = Path(images).absolute().parent / BINDING
-    return {"pictures": images, **(read_binding(binding) if binding.is_file() else {})}
+    path = Path(images).absolute().parent / GENERATION
+    return {"pictures": images, **(read_generation(path) if path.is_file() else {})}
 
 
 def _score(

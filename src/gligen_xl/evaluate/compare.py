@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..detect.detectors import Detector
 from ..layout import Layout, read_layouts
-from .binding import LAYOUTS
 from .clip import ClipScorer
 from .metrics import Estimate, paired_difference
+from .output_folder import LAYOUTS
 from .run import Condition, image_set_named, open_caches, rank, score_detections
 from .sampling import ImageSet
 

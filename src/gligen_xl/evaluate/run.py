@@ -25,8 +25,8 @@ from ..detect.matching import ImageScore, score_image
 from ..images.decode import ImageError, decode
 from ..layout import Box, Layout
 from ..pipelines.grounding import GroundingMixin
-from .binding import bind, check_slots, generation_settings, only_one_at, write_keyed
 from .clip import ClipScorer
+from .output_folder import check_slots, claim_generation, generation_settings, only_one_at, write_keyed
 from .protocol import Protocol
 from .real_images import RealImages
 from .sampling import (
@@ -142,7 +142,7 @@ def generate_all(
         How many were made.
     """
     check_slots(pipeline, layouts)
-    bind(out, layouts, generation_settings(pipeline, **(about or {}), steps=steps, seed=seed))
+    claim_generation(out, layouts, generation_settings(pipeline, **(about or {}), steps=steps, seed=seed))
     with only_one_at(out, part):
         return sum(
             generate_images(

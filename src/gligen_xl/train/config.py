@@ -13,13 +13,7 @@ from ..dtypes import dtype_name
 from ..limits import MAX_BATCH, MAX_IMAGES, MAX_SIDE, MAX_WORKERS
 from ..redact import redacted_values
 from ..worlds import DATA_FORM, drawn_count
-from .expected import (
-    AT_LEAST_1,
-    POSITIVE,
-    Expected,
-    check_values,
-    up_to,
-)
+from .expected import AT_LEAST_1, POSITIVE, Expected, check_values, up_to
 from .options import AdapterOptions, Objective, Optimization, Validation
 
 _SHORT_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # as accelerate calls them

@@ -1,4 +1,4 @@
-"""What the images of a folder are generated with, written into it; and one process at a time at a part of them."""
+"""The folder of an evaluation: what its images are generated with, and one process at a time for each part of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..layout import Layout, write_layouts
 from ..pipelines.grounding import GroundingMixin
 from ..workdir import claim_settings, exclusive, read_settings
 
-BINDING, LAYOUTS = "generation.json", "layouts.jsonl"
+GENERATION, LAYOUTS = "generation.json", "layouts.jsonl"
 
 
 def generation_settings(pipeline: GroundingMixin, **settings: Any) -> dict[str, Any]:
@@ -48,17 +48,17 @@ def write_keyed(out: str | Path, layouts: Mapping[str, Layout]) -> None:
     write_layouts(Path(out) / LAYOUTS, [replace(layout, id=key) for key, layout in layouts.items()])
 
 
-def bind(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, Any]) -> None:
+def claim_generation(out: str | Path, layouts: Mapping[str, Layout], settings: Mapping[str, Any]) -> None:
     """Write what the images of `out` are generated with, and their layouts; a later process has to agree.
 
     Raises:
         ValueError: the images there were generated with something else; the error names it.
     """
-    claim_settings(Path(out) / BINDING, settings, f"{out} holds images generated")
+    claim_settings(Path(out) / GENERATION, settings, f"{out} holds images generated")
     write_keyed(out, layouts)
 
 
-read_binding = read_settings
+read_generation = read_settings
 
 
 def only_one_at(out: str | Path, part: tuple[int, int]) -> AbstractContextManager[None]:
